@@ -137,13 +137,13 @@ def qlinear(q_x: U8, q_w: I8, bias: I32, multiplier: F32, zero_point: int, low: 
     return _round_clamp(acc.astype(np.float32) * multiplier, zero_point, low, high)
 
 
-def qlinear_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, float_bias: F32 | None = None) -> F32:
-    """y = f32(f32(acc + bias) * m), then f32(y + float_bias) where one is given; shapes as in `qlinear`.
+def qlinear_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, addend: F32 | None = None) -> F32:
+    """y = f32(f32(acc + bias) * m), then f32(y + addend) where one is given; shapes as in `qlinear`.
 
-    `float_bias` (float32 [N]) is for layers whose bias does not fit the integer one.
+    addend: float32 [N], a bias that does not fit int32; or float32 [..., N], a residual.
     """
     y = (accumulate(q_x, q_w) + bias).astype(np.float32) * multiplier
-    return y if float_bias is None else y + float_bias
+    return y if addend is None else y + addend
 
 
 def qadd(
