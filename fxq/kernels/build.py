@@ -1,0 +1,172 @@
+"""Compiling the kernels, once: into a per-user cache at first use, or ahead of time into a folder of choice.
+
+A binary is named after everything it depends on: `fxq-<sources, flags, torch, platform>-<compiler>.so`. It ends in its
+own SHA-256, so that a damaged file is noticed before it is loaded. It appears under its name complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fxq.errors import KernelError
+
+PACKAGE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+_SOURCES = sorted(PACKAGE.glob("*.cpp"))
+_HEADERS = sorted(PACKAGE.glob("*.h"))
+_COMPILE = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # a fused multiply-add rounds once where the contract rounds twice
+    "-fno-math-errno",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the oldest release that fxq supports
+)
+_LINK = ("-shared", "-ltorch_cpu")
+_TIMEOUT = 600
+_DIGEST_BYTES = 32
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler as the start of a command line: $CXX, else g++, c++ or clang++; None where there is none."""
+    for command in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        parts = shlex.split(command) if command else []
+        found = shutil.which(parts[0]) if parts else None
+        if found:
+            return [found, *parts[1:]]
+    return None
+
+
+def cache() -> Path:
+    """The folder for binaries compiled at first use: $FXQ_CACHE, else $XDG_CACHE_HOME/fxq, else ~/.cache/fxq."""
+    if chosen := os.environ.get("FXQ_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxq"
+
+
+def find() -> Path | None:
+    """An undamaged binary for these sources, this torch and platform: beside the sources, else in the cache.
+
+    The cache also asks for the present compiler, where there is one; a binary made ahead of time may come from another.
+    """
+    source_key, compiler_key = _keys()
+    patterns = [(PACKAGE, "*"), (cache(), compiler_key or "*")]
+    candidates = (path for folder, key in patterns for path in sorted(folder.glob(f"fxq-{source_key}-{key}.so")))
+    return next((path for path in candidates if _is_whole(path)), None)
+
+
+def build(directory: Path | None = None) -> Path:
+    """Compile into `directory` (created; None means the package itself) unless it is there already.
+
+    Where it is neither the package nor the cache, FXQ_CACHE must name it at run time. Says on stderr what it does.
+    Raises `KernelError` without a compiler, on a compiler error, or where the folder cannot be written.
+    """
+    directory = PACKAGE if directory is None else directory
+    command = compiler()
+    if command is None:
+        raise KernelError("no C++ compiler found (looked for $CXX, g++, c++, clang++); install one, e.g. g++")
+    path = directory / "fxq-{}-{}.so".format(*_keys())
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _lock(directory / f"{path.name}.lock"):
+            if not _is_whole(path):  # another process may have been first
+                _compile(command, path)
+    except OSError as error:
+        raise KernelError(f"cannot write {directory} ({error}); set FXQ_CACHE to a writable folder") from error
+    return path
+
+
+def _keys() -> tuple[str, str]:
+    """Of all that shapes the binary but the compiler, and of the compiler ('' without one)."""
+    sources = hashlib.sha256(repr((_COMPILE, _LINK, torch.__version__, sys.platform, platform.machine())).encode())
+    for file in (*_HEADERS, *_SOURCES):
+        sources.update(file.name.encode() + file.read_bytes())
+    command = compiler()
+    if command is None:
+        return sources.hexdigest()[:16], ""
+    program = Path(command[0]).resolve()
+    stat = program.stat()  # asking it for its version would take longer than loading the kernels
+    identity = repr((command, str(program), stat.st_size, stat.st_mtime_ns))
+    return sources.hexdigest()[:16], hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system releases it when its holder ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: two processes then compile the same thing, harmlessly
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(command: list[str], path: Path) -> None:
+    print(f"fxq: compiling the kernels with {command[0]}, once per machine ...", end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(prefix="fxq-build-") as scratch:
+            library = _compile_in(command, Path(scratch))
+            content = library.read_bytes()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+            try:
+                file.write(content + hashlib.sha256(content).digest())
+                Path(file.name).chmod(0o755)
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except BaseException:
+        print("failed", file=sys.stderr)
+        raise
+    print(f"{time.perf_counter() - start:.1f} s -> {path}", file=sys.stderr)
+
+
+def _compile_in(command: list[str], scratch: Path) -> Path:
+    include = ("-isystem", str(TORCH / "include"))
+    objects = [scratch / f"{source.stem}.o" for source in _SOURCES]
+    steps = [
+        [*command, *_COMPILE, *include, "-c", str(source), "-o", str(target)]
+        for source, target in zip(_SOURCES, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, steps))
+    library = scratch / "fxq.so"
+    _run([*command, *map(str, objects), "-o", str(library), f"-L{TORCH / 'lib'}", *_LINK])
+    return library
+
+
+def _run(step: list[str]) -> None:
+    try:
+        result = subprocess.run(step, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{step[0]} could not compile the kernels: {error}") from error
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-3:]
+        raise KernelError(f"{step[0]} could not compile the kernels: {'; '.join(errors[:3])}\n  {shlex.join(step)}")

@@ -1,0 +1,72 @@
+// The kernels as plain C++, without torch: what one instruction set offers, and what a call asks of it.
+//
+// Every function returns the bits of the function of the same name in fxq/numerics.py. `kernels_<isa>.cpp` compiles
+// body.h once per instruction set; dispatch.cpp chooses among them; library.cpp makes them torch operators.
+#pragma once
+#include <cstdint>
+
+namespace fxq {
+
+constexpr int64_t kPanel = 64;   // output channels in a full panel of the packed weights
+constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set
+
+enum class Output { kUint8, kFloat, kActivation, kActivationUint8 };
+enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu };
+
+// y = epilogue(bias + x * weight^T): x uint8 [rows, k], weight packed int8 [n, k], y uint8 or float [rows, n].
+struct Gemm {
+  const uint8_t* x = nullptr;
+  int64_t x_stride = 0;  // elements from one row of x to the next
+  int64_t k = 0, n = 0;
+  const int8_t* weight = nullptr;  // panels of 64 channels, [panel][k / 4][width][4], as numerics.pack wrote them
+  const int32_t* bias = nullptr;
+  const float* multiplier = nullptr;
+  void* y = nullptr;
+  int64_t y_stride = 0;
+
+  Output output = Output::kUint8;
+  int32_t zero_point = 0, low = 0, high = 255;  // kUint8
+  const float* addend = nullptr;                // kFloat, kActivation: added before the activation
+  int64_t addend_stride = 0;                    // 0 adds one row to all
+  Activation activation = Activation::kRelu;    // kActivation, kActivationUint8
+  float inverse = 1;                            // kActivationUint8: f32(1 / scale) of the output
+};
+
+// One term of qadd: f32((q - zero_point) * multiplier).
+struct Term {
+  const uint8_t* q;
+  int32_t zero_point;
+  float multiplier;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*quantize)(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point);
+  void (*dequantize)(Term x, float* y, int64_t count);
+  void (*requantize)(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  void (*add)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  // The output rows [row, row_end) of the panels [panel, panel_end).
+  void (*gemm)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
+inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (ceil_div(k, 4) * 4); }
+
+// dispatch.cpp
+const Kernels& active();               // those in use
+bool use_isa(const char* isa);         // false where this processor or compiler lacks it
+const char* available_isas();          // names with commas between, best first
+
+}  // namespace fxq
+
+// Functions and templates between FXQ_TARGET and FXQ_TARGET_END are compiled for the named extensions. Include the
+// standard library before it: an inline function of its headers compiled here could be the copy the linker keeps for all.
+#define FXQ_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FXQ_TARGET(isa) FXQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define FXQ_TARGET_END _Pragma("clang attribute pop")
+#else
+#define FXQ_TARGET(isa) _Pragma("GCC push_options") FXQ_PRAGMA(GCC target(isa))
+#define FXQ_TARGET_END _Pragma("GCC pop_options")
+#endif

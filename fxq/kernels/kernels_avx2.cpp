@@ -1,0 +1,47 @@
+// AVX2: vectors of eight lanes; exact products by widening to int16 (vpmaddubsw would saturate).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+FXQ_TARGET("avx2")
+namespace fxq::avx2 {
+
+constexpr int W = 8;
+constexpr int kRows = 4, kColumns = 2;
+
+// Four bytes as two pairs of int16, (k0, k2) and (k1, k3): what vpmaddwd multiplies and adds, without saturation.
+struct Input {
+  __m256i even, odd;
+};
+using Weights = Input;
+
+static inline Input input(uint32_t group) {
+  const __m256i x = _mm256_set1_epi32(int32_t(group));
+  return {_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+}
+static inline Weights weights(const int8_t* p) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+}
+typedef int32_t Acc __attribute__((vector_size(32)));
+static inline Acc dot(Acc acc, Input a, Weights b) {
+  acc += (Acc)_mm256_madd_epi16(a.even, b.even);
+  return acc + (Acc)_mm256_madd_epi16(a.odd, b.odd);
+}
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+static inline Bytes narrow(Acc v) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+
+#include "body.h"
+
+extern const Kernels kernels;
+const Kernels kernels = {"avx2", quantize, dequantize, requantize, add, gemm};
+
+}  // namespace fxq::avx2
+FXQ_TARGET_END
+#endif

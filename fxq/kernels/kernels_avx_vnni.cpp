@@ -1,0 +1,38 @@
+// AVX-VNNI (Alder Lake and later without AVX-512): vpdpbusd on vectors of eight lanes, in the VEX encoding.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+FXQ_TARGET("avx2")
+namespace fxq::avx_vnni {
+
+constexpr int W = 8;
+constexpr int kRows = 6, kColumns = 2;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
+
+typedef int32_t Acc __attribute__((vector_size(32)));
+using Input = __m256i;
+using Weights = __m256i;
+
+static inline Input input(uint32_t group) { return _mm256_set1_epi32(int32_t(group)); }
+static inline Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline Acc dot(Acc acc, Input a, Weights b) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+  return acc;
+}
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+static inline Bytes narrow(Acc v) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+
+#include "body.h"
+
+extern const Kernels kernels;
+const Kernels kernels = {"avx_vnni", quantize, dequantize, requantize, add, gemm};
+
+}  // namespace fxq::avx_vnni
+FXQ_TARGET_END
+#endif

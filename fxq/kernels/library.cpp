@@ -1,0 +1,342 @@
+// The kernels as torch operators: checks, outputs, threads. Built on torch's stable ABI, so that one binary serves
+// later torch releases; the operators' schemas are defined in Python (fxq.kernels.define).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fxq {
+namespace {
+
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "fxq::";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+struct Shape {
+  const int64_t* sizes;
+  int64_t dim;
+  explicit Shape(const Tensor& t) : sizes(t.sizes().data()), dim(t.dim()) {}
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (int64_t i = 0; i < shape.dim; ++i) out << (i ? ", " : "") << shape.sizes[i];
+  return out << ']';
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected) {
+  if (dtype_of(t) != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
+}
+
+constexpr int64_t kMaxDim = 64;
+
+Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+  int64_t strides[kMaxDim], step = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = step;
+    if (sizes[i] > 1) step *= sizes[i];
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
+template <class Function>
+void parallel(int64_t count, int64_t grain, const Function& f) {
+  if (count <= grain)
+    f(int64_t(0), count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
+constexpr int64_t kElementGrain = 1 << 16;       // elements that are worth a thread
+constexpr int64_t kProductGrain = 200'000;       // multiply-adds that are worth a thread
+
+Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
+  expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
+  const Tensor from = dense(x);
+  const Tensor y = empty(x.sizes().data(), x.dim(), aoti_torch_dtype_uint8());
+  const float* source = data<float>(from);
+  uint8_t* target = mutable_data<uint8_t>(y);
+  parallel(x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().quantize(source + begin, target + begin, end - begin, 1.0f / float(scale), int32_t(zero_point));
+  });
+  return y;
+}
+
+Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
+  expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  const Tensor from = dense(q);
+  const Tensor y = empty(q.sizes().data(), q.dim(), aoti_torch_dtype_float32());
+  const uint8_t* source = data<uint8_t>(from);
+  float* target = mutable_data<float>(y);
+  parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().dequantize({source + begin, int32_t(zero_point), float(scale)}, target + begin, end - begin);
+  });
+  return y;
+}
+
+Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_point, int64_t low, int64_t high) {
+  expect_dtype("requantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  const Tensor from = dense(q);
+  const Tensor y = empty(q.sizes().data(), q.dim(), aoti_torch_dtype_uint8());
+  const uint8_t* source = data<uint8_t>(from);
+  uint8_t* target = mutable_data<uint8_t>(y);
+  parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().requantize({source + begin, int32_t(z_x), float(multiplier)}, target + begin, end - begin,
+                        int32_t(zero_point), int32_t(low), int32_t(high));
+  });
+  return y;
+}
+
+// An operand of a broadcast: strides over the dimensions of the result, 0 where the operand repeats.
+struct Broadcast {
+  const uint8_t* q;
+  int64_t strides[kMaxDim];
+
+  Broadcast(const Tensor& t, const int64_t* sizes, int64_t dim) : q(data<uint8_t>(t)) {
+    const auto own_sizes = t.sizes(), own_strides = t.strides();
+    for (int64_t i = 0, missing = dim - t.dim(); i < dim; ++i)
+      strides[i] = i < missing || (own_sizes[i - missing] == 1 && sizes[i] != 1) ? 0 : own_strides[i - missing];
+  }
+  // `count` elements from `index` on in the innermost dimension: where they lie, or gathered into `buffer`.
+  const uint8_t* row(int64_t offset, int64_t index, int64_t count, int64_t stride, uint8_t* buffer) const {
+    const uint8_t* p = q + offset + index * stride;
+    if (stride == 1) return p;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i * stride];
+    return buffer;
+  }
+};
+
+void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term term_b, uint8_t* y, const int64_t* sizes,
+                   int64_t dim, int32_t zero_point, int32_t low, int32_t high) {
+  constexpr int64_t kChunk = 1024;
+  uint8_t buffer_a[kChunk], buffer_b[kChunk];
+  const int64_t inner = sizes[dim - 1];
+  int64_t rows = 1, index[kMaxDim] = {}, offset_a = 0, offset_b = 0;
+  for (int64_t d = 0; d < dim - 1; ++d) rows *= sizes[d];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < inner; i += kChunk, y += kChunk) {
+      const int64_t count = inner - i < kChunk ? inner - i : kChunk;
+      term_a.q = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
+      term_b.q = b.row(offset_b, i, count, b.strides[dim - 1], buffer_b);
+      active().add(term_a, term_b, y, count, zero_point, low, high);
+      if (count < kChunk) y -= kChunk - count;
+    }
+    for (int64_t d = dim - 2; d >= 0; --d) {  // an odometer over the outer dimensions
+      offset_a += a.strides[d];
+      offset_b += b.strides[d];
+      if (++index[d] < sizes[d]) break;
+      offset_a -= sizes[d] * a.strides[d];
+      offset_b -= sizes[d] * b.strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
+            int64_t low, int64_t high) {
+  expect_dtype("qadd", "a", a, aoti_torch_dtype_uint8(), "uint8");
+  expect_dtype("qadd", "b", b, aoti_torch_dtype_uint8(), "uint8");
+  const Shape shape_a(a), shape_b(b);
+  const int64_t dim = shape_a.dim > shape_b.dim ? shape_a.dim : shape_b.dim;
+  int64_t sizes[kMaxDim];
+  bool same = shape_a.dim == shape_b.dim;
+  for (int64_t i = 1; i <= dim; ++i) {
+    const int64_t size_a = i <= shape_a.dim ? shape_a.sizes[shape_a.dim - i] : 1;
+    const int64_t size_b = i <= shape_b.dim ? shape_b.sizes[shape_b.dim - i] : 1;
+    if (size_a != size_b && size_a != 1 && size_b != 1) fail("qadd: a", shape_a, " and b", shape_b, " do not broadcast");
+    same = same && size_a == size_b;
+    sizes[dim - i] = size_a == 1 ? size_b : size_a;
+  }
+  const Tensor y = empty(sizes, dim, aoti_torch_dtype_uint8());
+  uint8_t* target = mutable_data<uint8_t>(y);
+  const Term term_a = {data<uint8_t>(a), int32_t(z_a), float(m_a)}, term_b = {data<uint8_t>(b), int32_t(z_b), float(m_b)};
+  const int32_t zero = int32_t(zero_point), lo = int32_t(low), hi = int32_t(high);
+  if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
+    parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+      const Term part_a = {term_a.q + begin, term_a.zero_point, term_a.multiplier};
+      const Term part_b = {term_b.q + begin, term_b.zero_point, term_b.multiplier};
+      active().add(part_a, part_b, target + begin, end - begin, zero, lo, hi);
+    });
+  } else if (y.numel() > 0) {
+    add_broadcast(Broadcast(a, sizes, dim), Broadcast(b, sizes, dim), term_a, term_b, target, sizes, dim, zero, lo, hi);
+  }
+  return y;
+}
+
+// Splits the output over threads: by panels of channels or by tiles of rows, whichever shares the work more evenly.
+void run_gemm(const Gemm& g, int64_t rows) {
+  if (rows == 0 || g.n == 0) return;
+  const int64_t panels = panel_count(g.n), work = rows * g.n * g.k;
+  const Kernels& kernels = active();
+  const int64_t threads = work < 2 * kProductGrain ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
+  if (threads == 1) return kernels.gemm(g, 0, rows, 0, panels);
+  const int64_t tiles = ceil_div(rows, kMaxRows);
+  // The slowest thread does ceil(parts / threads) parts, each a 1 / parts share of the whole.
+  if (ceil_div(panels, threads) * tiles <= ceil_div(tiles, threads) * panels)
+    torch::stable::parallel_for(0, panels, ceil_div(panels, threads),
+                                [&](int64_t begin, int64_t end) { kernels.gemm(g, 0, rows, begin, end); });
+  else
+    torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) {
+      kernels.gemm(g, begin * kMaxRows, std::min(end * kMaxRows, rows), 0, panels);
+    });
+}
+
+// x as rows of k values, one after the other at a fixed distance: itself where its strides allow, else a copy.
+Tensor as_rows(const Tensor& x, int64_t* stride) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t last = x.dim() - 1;
+  bool regular = strides[last] == 1 || sizes[last] <= 1;
+  int64_t expected = -1;  // distance that the next dimension outwards must have
+  *stride = sizes[last];
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (expected < 0)
+      *stride = strides[i];
+    else
+      regular = regular && strides[i] == expected;
+    expected = strides[i] * sizes[i];
+  }
+  if (regular) return x;
+  *stride = sizes[last];
+  return torch::stable::contiguous(x);
+}
+
+// What the four linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
+Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+              const Tensor* addend, Gemm& g) {
+  expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
+  expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
+  expect_dtype(op, "bias", bias, aoti_torch_dtype_int32(), "int32");
+  expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_float32(), "float32");
+  const Shape shape(x);
+  if (shape.dim == 0) fail(op, ": x is a scalar, expected [..., K]");
+  g.k = shape.sizes[shape.dim - 1];
+  g.n = bias.numel();
+  if (weight.numel() != packed_size(g.n, g.k) || weight.dim() != 1)
+    fail(op, ": weight", Shape(weight), ", expected [", packed_size(g.n, g.k), "], the packed size of N = ", g.n,
+         " (bias) and K = ", g.k, " (x", shape, ")");
+  if (bias.dim() != 1 || multiplier.dim() != 1 || multiplier.numel() != g.n)
+    fail(op, ": multiplier", Shape(multiplier), " and bias", Shape(bias), ", expected both of one size [N]");
+
+  const Tensor rows = as_rows(x, &g.x_stride), w = dense(weight), b = dense(bias), m = dense(multiplier);
+  g.x = data<uint8_t>(rows);
+  g.weight = data<int8_t>(w);
+  g.bias = data<int32_t>(b);
+  g.multiplier = data<float>(m);
+
+  int64_t sizes[kMaxDim], count = 1;
+  for (int64_t i = 0; i < shape.dim - 1; ++i) count *= sizes[i] = shape.sizes[i];
+  sizes[shape.dim - 1] = g.n;
+  const bool is_float = g.output == Output::kFloat || g.output == Output::kActivation;
+  const Tensor y = empty(sizes, shape.dim, is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8());
+  g.y = y.mutable_data_ptr();
+  g.y_stride = g.n;
+
+  std::optional<Tensor> added;
+  if (addend) {
+    expect_dtype(op, "addend", *addend, aoti_torch_dtype_float32(), "float32");
+    const Shape own(*addend);
+    const bool row = own.dim == 1 && own.sizes[0] == g.n;
+    if (!row && !(own.dim == shape.dim && std::equal(sizes, sizes + shape.dim, own.sizes)))
+      fail(op, ": addend", own, ", expected [", g.n, "] or the shape of the result");
+    added = dense(*addend);
+    g.addend = data<float>(*added);
+    g.addend_stride = row ? 0 : g.n;
+  }
+  run_gemm(g, count);
+  return y;
+}
+
+Tensor qlinear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier, int64_t zero_point,
+               int64_t low, int64_t high) {
+  Gemm g;
+  g.zero_point = int32_t(zero_point);
+  g.low = int32_t(low);
+  g.high = int32_t(high);
+  return linear("qlinear", x, weight, bias, multiplier, nullptr, g);
+}
+
+Tensor qlinear_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                     const std::optional<Tensor>& addend) {
+  Gemm g;
+  g.output = Output::kFloat;
+  return linear("qlinear_float", x, weight, bias, multiplier, addend ? &*addend : nullptr, g);
+}
+
+Activation activation_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu"};
+  for (int i = 0; i < 6; ++i)
+    if (name == kNames[i]) return Activation(i);
+  fail(op, ": activation '", name, "', expected gelu, gelu_tanh, silu, tanh, sigmoid or relu");
+}
+
+Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                   const std::string& activation, const std::optional<Tensor>& addend) {
+  Gemm g;
+  g.output = Output::kActivation;
+  g.activation = activation_named("qlinear_act", activation);
+  return linear("qlinear_act", x, weight, bias, multiplier, addend ? &*addend : nullptr, g);
+}
+
+Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                            const std::string& activation, double scale, int64_t zero_point) {
+  Gemm g;
+  g.output = Output::kActivationUint8;
+  g.activation = activation_named("qlinear_act_quantize", activation);
+  g.inverse = 1.0f / float(scale);
+  g.zero_point = int32_t(zero_point);
+  return linear("qlinear_act_quantize", x, weight, bias, multiplier, nullptr, g);
+}
+
+}  // namespace
+}  // namespace fxq
+
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&fxq::quantize));
+  m.impl("dequantize", TORCH_BOX(&fxq::dequantize));
+  m.impl("requantize", TORCH_BOX(&fxq::requantize));
+  m.impl("qadd", TORCH_BOX(&fxq::qadd));
+  m.impl("qlinear", TORCH_BOX(&fxq::qlinear));
+  m.impl("qlinear_float", TORCH_BOX(&fxq::qlinear_float));
+  m.impl("qlinear_act", TORCH_BOX(&fxq::qlinear_act));
+  m.impl("qlinear_act_quantize", TORCH_BOX(&fxq::qlinear_act_quantize));
+}
+
+// For fxq.kernels, through ctypes.
+extern "C" __attribute__((visibility("default"))) int fxq_use_isa(const char* isa) { return fxq::use_isa(isa); }
+extern "C" __attribute__((visibility("default"))) const char* fxq_isa() { return fxq::active().isa; }
+extern "C" __attribute__((visibility("default"))) const char* fxq_isas() { return fxq::available_isas(); }
