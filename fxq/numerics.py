@@ -82,7 +82,8 @@ def accumulate(q_x: U8, q_w: I8) -> I32:
 
     q_x: uint8 [..., K]; q_w: int8 [N, K]; K <= `MAX_K`. Computed in float64, whose 53 bits hold every partial sum.
     """
-    return np.matmul(q_x.astype(np.float64), q_w.T.astype(np.float64)).astype(np.int32)
+    acc: I32 = np.matmul(q_x.astype(np.float64), q_w.T.astype(np.float64)).astype(np.int32)
+    return acc
 
 
 def fold_bias(bias: F32 | None, q_w: I8, s_x: float, z_x: int, s_w: F32) -> npt.NDArray[np.int64]:
@@ -91,11 +92,12 @@ def fold_bias(bias: F32 | None, q_w: I8, s_x: float, z_x: int, s_w: F32) -> npt.
     bias: float32 [N] or None for zeros; q_w: int8 [N, K]; s_w: float32 [N]. Returned as int64, because whether it fits
     int32 is the caller's question (`accumulator_bounds`). Source: expand (q_x - z_x) in y = s_x * s_w * sum(...) + b.
     """
-    correction = -z_x * q_w.astype(np.int64).sum(axis=1)
+    correction: npt.NDArray[np.int64] = -z_x * q_w.astype(np.int64).sum(axis=1)
     if bias is None:
         return correction
     steps = np.rint(bias.astype(np.float64) / (np.float64(s_x) * s_w.astype(np.float64)))
-    return correction + np.clip(steps, -(2.0**62), 2.0**62).astype(np.int64)
+    folded: npt.NDArray[np.int64] = correction + np.clip(steps, -(2.0**62), 2.0**62).astype(np.int64)
+    return folded
 
 
 def accumulator_bounds(bias: npt.NDArray[np.int64], q_w: I8) -> tuple[int, int]:
@@ -111,7 +113,7 @@ def accumulator_bounds(bias: npt.NDArray[np.int64], q_w: I8) -> tuple[int, int]:
 
 def fits_int32(bounds: tuple[int, int]) -> bool:
     """Whether both bounds lie in int32."""
-    return INT32_MIN <= bounds[0] and bounds[1] <= INT32_MAX
+    return bounds[0] >= INT32_MIN and bounds[1] <= INT32_MAX
 
 
 def requantize_multiplier(s_x: float, s_w: F32, s_y: float) -> F32:
@@ -148,9 +150,7 @@ def qlinear_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, addend: F32 | No
     return y if addend is None else y + addend
 
 
-def qadd(
-    q_a: U8, q_b: U8, m_a: float, z_a: int, m_b: float, z_b: int, zero_point: int, low: int, high: int
-) -> U8:
+def qadd(q_a: U8, q_b: U8, m_a: float, z_a: int, m_b: float, z_b: int, zero_point: int, low: int, high: int) -> U8:
     """q_y = clamp(rne(f32(f32((q_a - z_a) * m_a) + f32((q_b - z_b) * m_b))) + z_y, low, high).
 
     m_a = f32(s_a / s_y), m_b = f32(s_b / s_y): no fused multiply-add anywhere. q_a and q_b broadcast.

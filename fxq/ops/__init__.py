@@ -1,1 +1,9 @@
-"""The integer op families, one file each: equation, torch op, fake implementation and portable kernel together."""
+"""The integer op families, one file each: equation, torch op, fake implementation, pattern and lowering together.
+
+A further family is one more file and one more entry here; `fxq.quantize(..., families=...)` takes a user's own.
+"""
+
+from fxq.family import Family
+from fxq.ops import add, carry, clamp, linear, requantize
+
+FAMILIES: tuple[Family, ...] = (linear.FAMILY, add.FAMILY, clamp.FAMILY, carry.FAMILY, requantize.FAMILY)

@@ -1,0 +1,121 @@
+"""fxq turns a float PyTorch model into an exact, readable int8 one.
+
+    qmodel = fxq.quantize(model, example_inputs)
+
+Names are loaded when they are first used, so that `fxq.numerics` and `fxq.golden` run without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxq.api import (
+        AccuracyWarning,
+        KeptFloatWarning,
+        calibrate,
+        compare,
+        convert,
+        prepare,
+        quantize,
+        report,
+        trace,
+    )
+    from fxq.decisions import Decision, Reason, Report
+    from fxq.drawing import draw, to_networkx
+    from fxq.errors import (
+        CalibrationError,
+        FileError,
+        FxqError,
+        GoldenError,
+        GuardError,
+        InputError,
+        KernelError,
+        QuantizationError,
+        RecipeError,
+        TraceError,
+        VerifyError,
+    )
+    from fxq.quantized import QuantizedModule, load, save
+    from fxq.recipe import FLOAT, Recipe, Rule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fxq.api": (
+        "AccuracyWarning",
+        "KeptFloatWarning",
+        "calibrate",
+        "compare",
+        "convert",
+        "prepare",
+        "quantize",
+        "report",
+        "trace",
+    ),
+    "fxq.drawing": ("draw", "to_networkx"),
+    "fxq.errors": (
+        "CalibrationError",
+        "FileError",
+        "FxqError",
+        "GoldenError",
+        "GuardError",
+        "InputError",
+        "KernelError",
+        "QuantizationError",
+        "RecipeError",
+        "TraceError",
+        "VerifyError",
+    ),
+    "fxq.quantized": ("QuantizedModule", "load", "save"),
+    "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
+    "fxq.decisions": ("Decision", "Reason", "Report"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "FLOAT",
+    "AccuracyWarning",
+    "CalibrationError",
+    "Decision",
+    "FileError",
+    "FxqError",
+    "GoldenError",
+    "GuardError",
+    "InputError",
+    "KeptFloatWarning",
+    "KernelError",
+    "QuantizationError",
+    "QuantizedModule",
+    "Reason",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Rule",
+    "TraceError",
+    "VerifyError",
+    "calibrate",
+    "compare",
+    "convert",
+    "draw",
+    "load",
+    "prepare",
+    "quantize",
+    "report",
+    "save",
+    "to_networkx",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,298 @@
+"""The public functions: each is a few steps over the layers below."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sized
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from fxq import drawing, dump, pipeline, tracing
+from fxq.comparison import Comparison, compare_graphs, output_sqnr
+from fxq.decisions import Report
+from fxq.errors import CalibrationError, InputError, QuantizationError
+from fxq.family import Family
+from fxq.inputs import Call, as_call, calibration_calls, check_finite
+from fxq.ops import FAMILIES
+from fxq.pipeline import Context, Pass
+from fxq.quantized import QuantizedModule, weight_bytes
+from fxq.recipe import Recipe
+from fxq.stages import Stage
+
+Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+MIN_SQNR = 15.0
+"""dB; below it `quantize` warns: one part in six of the output's amplitude is noise, and a layer is likely ruined."""
+
+
+class AccuracyWarning(UserWarning):
+    """The int8 model is further from the float model than it should be."""
+
+
+class KeptFloatWarning(UserWarning):
+    """Multiply-accumulates that could weigh stay float without the user having asked for it."""
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Examples,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+) -> GraphModule:
+    """The float graph of `model` alone, checked against eager on the examples.
+
+    leaves: module classes or paths that are not looked into. Raises `InputError`, `TraceError`.
+    """
+    call = as_call(example_inputs, example_kwargs)
+    _check_model(model, call)
+    return tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Examples,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: str | Recipe = "w8a8",
+    families: tuple[Family, ...] = FAMILIES,
+    passes: tuple[Pass, ...] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+    dump: str | Path | None = None,
+    check: bool = False,
+) -> GraphModule:
+    """A float graph with observers, ready to be calibrated; the first of three steps that `quantize` takes at once.
+
+    The user's model is not touched. families, passes: what `fxq.ops` and `passes` hold, or more of it.
+    check: every pass is held to the numbers that it promises on the examples.
+    Raises `InputError`, `RecipeError`, `TraceError`, `CalibrationError` (weights that are not finite).
+    """
+    from passes import PREPARE
+
+    recipe = Recipe.of(recipe)
+    call = as_call(example_inputs, example_kwargs)
+    _check_model(model, call)
+    recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
+    folder = _folder(dump)
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+    ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
+    ctx.report.recipe = recipe.scheme
+    ctx.report.guards = tracing.guards(gm)
+    ctx.report.weight_bytes = (weight_bytes(gm), 0)
+    pipeline.begin(gm, ctx)
+    gm = pipeline.run(PREPARE if passes is None else passes, gm, ctx)
+    gm.meta["fxq"] = ctx
+    return gm
+
+
+def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | None = None) -> GraphModule:
+    """Run calibration data through a prepared model; its observers learn. Returns the same object.
+
+    data: an iterable of batches like the example inputs (labels may follow). May be called more than once.
+    progress: a bar on stderr; by default once it takes longer than two seconds.
+    Raises `CalibrationError` naming the batch and the layer for NaN or infinity, and for empty data.
+    """
+    ctx = _context(prepared, Stage.OBSERVED, "fxq.calibrate")
+    examples = ctx.examples
+    bar = tqdm(
+        calibration_calls(data, examples),
+        desc="calibrating",
+        unit="batch",
+        delay=0 if progress else 2,
+        disable=progress is False,
+        total=len(data) if isinstance(data, Sized) else None,
+        leave=False,
+    )
+    count = 0
+    with torch.no_grad(), bar:
+        for count, call in enumerate(bar, 1):
+            check_finite(call, f"calibration batch {count - 1}")
+            own = call.clone()
+            try:
+                prepared(*own.args, **own.kwargs)
+            except CalibrationError as error:
+                raise CalibrationError(f"calibration batch {count - 1}: {error}") from None
+    if not count:
+        raise CalibrationError("calibration_data is empty: give at least one batch like the example inputs")
+    return prepared
+
+
+def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) -> QuantizedModule:
+    """Turn a calibrated model into integers. `prepared` stays as it is.
+
+    Raises `CalibrationError` naming the first value that no data has reached.
+    """
+    from passes import CONVERT
+
+    _context(prepared, Stage.OBSERVED, "fxq.convert")
+    gm = copy.deepcopy(prepared)
+    ctx = cast(Context, gm.meta["fxq"])
+    gm = pipeline.run(CONVERT if passes is None else passes, gm, ctx)
+    ctx.report.weight_bytes = (ctx.report.weight_bytes[0], weight_bytes(gm))
+    result = QuantizedModule.of(gm, ctx.report)
+    if ctx.dump is not None:
+        ctx.dump.write_text("report.txt", str(ctx.report))
+    return result
+
+
+def quantize(
+    model: nn.Module,
+    example_inputs: Examples,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    calibration_data: Iterable[Any] | None = None,
+    recipe: str | Recipe = "w8a8",
+    strict: bool = False,
+    min_sqnr: float = MIN_SQNR,
+    on_low_sqnr: Literal["warn", "error", "ignore"] = "warn",
+    families: tuple[Family, ...] = FAMILIES,
+    passes: tuple[tuple[Pass, ...], tuple[Pass, ...]] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+    dump: str | Path | None = None,
+    check: bool = False,
+    progress: bool | None = None,
+) -> QuantizedModule:
+    """An int8 GraphModule of `model`, with the same signature; the model itself is not touched.
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments (example_kwargs for models
+    that take both). calibration_data: an iterable of the same; by default the examples alone. recipe: "w8a8" or a
+    `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of them in one.
+    min_sqnr: in dB, what the output on the examples must reach against the float model; on_low_sqnr: what else.
+    passes: the passes before and after calibration, by default `passes.PREPARE` and `passes.CONVERT`.
+    leaves: module classes or paths not to look into. dump: a folder for texts, diffs and pictures after each pass.
+    check: every pass is held to its numbers contract. Raises subclasses of `FxqError`.
+    """
+    before, after = passes if passes is not None else (None, None)
+    prepared = prepare(
+        model,
+        example_inputs,
+        example_kwargs=example_kwargs,
+        recipe=recipe,
+        families=families,
+        passes=before,
+        leaves=leaves,
+        dump=dump,
+        check=check,
+    )
+    ctx = cast(Context, prepared.meta["fxq"])
+    _refuse(ctx.report, strict)
+    data = [(ctx.examples.args or ctx.examples.kwargs)] if calibration_data is None else calibration_data
+    calibrate(prepared, data, progress=progress)
+    result = convert(prepared, passes=after)
+    _judge(prepared, result, ctx.examples, min_sqnr, on_low_sqnr)
+    if ctx.dump is not None:
+        ctx.dump.write_text("report.txt", str(report(result)))
+    return result
+
+
+def report(qmodel: nn.Module) -> Report:
+    """What runs int8 in a quantized or prepared model, what stayed float, and why; prints as a table."""
+    if isinstance(qmodel, QuantizedModule):
+        return qmodel.report
+    if isinstance(qmodel, GraphModule) and isinstance(qmodel.meta.get("fxq"), Context):
+        return cast(Context, qmodel.meta["fxq"]).report
+    raise InputError(f"fxq.report: {type(qmodel).__name__} was not made by fxq.quantize, prepare or convert")
+
+
+def compare(
+    model: nn.Module,
+    qmodel: GraphModule,
+    inputs: Examples,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+) -> Comparison:
+    """Each integer layer's SQNR in dB against the float model: given exact inputs (alone), and as it runs (accumulated).
+
+    Raises `InputError` where `qmodel` was not made of `model`.
+    """
+    from passes import PREPARE
+
+    call = as_call(inputs, kwargs)
+    if not isinstance(qmodel, QuantizedModule):
+        raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    _check_model(model, call)
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+    ctx = Context(Recipe(), (), call.clone())
+    pipeline.begin(gm, ctx)
+    same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
+    return compare_graphs(pipeline.run(same_numbers, gm, ctx), qmodel, call)
+
+
+def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
+    ctx = prepared.meta.get("fxq") if isinstance(prepared, GraphModule) else None
+    if not isinstance(ctx, Context) or ctx.stage is not stage:
+        raise InputError(f"{what} takes what fxq.prepare returns, not {type(prepared).__name__}")
+    return ctx
+
+
+def _folder(path: str | Path | None) -> dump.Folder | None:
+    return None if path is None else dump.Folder(path, drawing.draw)
+
+
+def _check_model(model: nn.Module, call: Call) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
+    if isinstance(model, QuantizedModule):
+        raise InputError("the model is already quantized by fxq; quantize the float model it came from")
+    if isinstance(model, GraphModule) and isinstance(model.meta.get("fxq"), Context):
+        raise InputError("the model is already prepared by fxq; go on with fxq.calibrate and fxq.convert")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu":
+            remedy = "load its weights first" if tensor.device.type == "meta" else "move it with model.cpu()"
+            raise InputError(f"parameter {name} is on the device {tensor.device}; fxq runs on CPUs: {remedy}")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise InputError(
+                f"parameter {name} has dtype {tensor.dtype}; fxq quantizes float32: convert it with .float()"
+            )
+    if not call.args and not call.kwargs:
+        raise InputError("example_inputs is empty; give a tensor, a tuple of positional or a dict of keyword arguments")
+    for name, tensor in call.tensors():
+        if tensor.device.type != "cpu":
+            raise InputError(f"{name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")
+        if tensor.dtype in (torch.float64, torch.float16, torch.bfloat16):
+            raise InputError(f"{name} has dtype {tensor.dtype}, the model is float32; convert it with .float()")
+        check_finite(call, "example_inputs")
+
+
+def _refuse(report: Report, strict: bool) -> None:
+    refusals = report.refusals()
+    if not refusals:
+        return
+    lines = "\n".join(f"  {refusal}" for refusal in refusals)
+    if strict:
+        raise QuantizationError(
+            f"strict=True, and {len(refusals)} operations with multiply-accumulates stay float:\n{lines}"
+        )
+    known = [refusal for refusal in refusals if refusal.op == "linear"]
+    if known:
+        lines = "\n".join(f"  {refusal}" for refusal in known)
+        warnings.warn(f"{len(known)} linear operations stay float:\n{lines}", KeptFloatWarning, stacklevel=4)
+
+
+def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit: float, action: str) -> None:
+    """Compare on the examples; the prepared graph computes what the float model does."""
+    with torch.no_grad():
+        a, b = examples.clone(), examples.clone()
+        expected, actual = prepared(*a.args, **a.kwargs), result(*b.args, **b.kwargs)
+    if pytree.tree_structure(expected) != pytree.tree_structure(actual):
+        raise QuantizationError("the quantized model returns another structure than the float model")
+    result.report.sqnr = output_sqnr(expected, actual)
+    if result.report.sqnr >= limit or action == "ignore":
+        return
+    worst = compare_graphs(prepared, result, examples).worst(3)
+    lines = "\n".join(f"  {layer}" for layer in worst)
+    text = (
+        f"the int8 output has {result.report.sqnr:.1f} dB SQNR against float on the examples, below {limit:.1f} dB; "
+        f"the worst layers:\n{lines}\n"
+        "keep them float with Recipe(modules={...: fxq.FLOAT}), give more calibration data, or try another observer"
+    )
+    if action == "error":
+        raise QuantizationError(text)
+    warnings.warn(text, AccuracyWarning, stacklevel=3)

@@ -1,0 +1,148 @@
+"""Where accuracy is lost: signal to quantization noise per layer, alone and accumulated.
+
+    SQNR = 10 log10( sum x^2 / sum (x - y)^2 )  in dB; x the float value, y the dequantized one; inf for equal ones
+
+*alone*: the layer is given the exact float inputs, quantized; *accumulated*: what reaches it in the quantized model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors
+from fxq.inputs import Call
+from fxq.qdq import dequantize, quantize
+from fxq.stages import is_integer_op
+
+
+def sqnr(expected: Tensor, actual: Tensor) -> float:
+    """Signal to quantization noise ratio in dB, in float64; inf for equal tensors, nan for empty ones."""
+    if not expected.numel():
+        return math.nan
+    x, y = expected.detach().double(), actual.detach().double()
+    noise = float(((x - y) ** 2).sum())
+    signal = float((x**2).sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def output_sqnr(expected: Any, actual: Any) -> float:
+    """The worst SQNR over the float tensors of an output; inf where there are none."""
+    pairs = zip(tensors(expected), tensors(actual), strict=True)
+    values = [sqnr(x, y) for x, y in pairs if x.is_floating_point() and x.numel()]
+    return min(values, default=math.inf)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation of the quantized model against its float counterpart; SQNR in dB."""
+
+    module: str
+    op: str
+    node: str
+    alone: float
+    accumulated: float
+
+    def __str__(self) -> str:
+        return f"{self.module or '(root)'}  {self.op}  {self.alone:.1f} dB alone, {self.accumulated:.1f} dB accumulated"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All layers in graph order, and the output's SQNR in dB."""
+
+    layers: list[Layer]
+    output: float
+
+    def worst(self, count: int) -> list[Layer]:
+        """The layers that lose most by themselves."""
+        return sorted(self.layers, key=lambda layer: layer.alone)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"layers": [vars(layer) for layer in self.layers], "output": self.output}
+
+    def __str__(self) -> str:
+        rows = [("module", "op", "alone dB", "accumulated dB")]
+        rows += [
+            (layer.module or "(root)", layer.op, f"{layer.alone:.1f}", f"{layer.accumulated:.1f}")
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([r[0].ljust(widths[0]), r[1].ljust(widths[1]), r[2].rjust(widths[2]), r[3].rjust(widths[3])])
+            for r in rows
+        ]
+        return "\n".join([*lines, f"output: {self.output:.1f} dB"])
+
+
+class _Values(Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+
+    def all(self, call: Call) -> dict[Node, Any]:
+        own = call.clone()
+        with torch.no_grad():
+            self.run(*bind(self.module, own.args, own.kwargs))  # type: ignore[arg-type]
+        return self.env
+
+
+def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -> Comparison:
+    """Compare a normalised float graph with the integer graph made of it, on one call.
+
+    Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for.
+    """
+    expected = {node.name: value for node, value in _Values(reference).all(call).items()}
+    actual = _Values(quantized).all(call)
+    qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
+
+    def real(node: Node, value: Tensor) -> Tensor:
+        return dequantize(value, *qparams[node]) if node in qparams else value
+
+    layers = []
+    for node in quantized.graph.nodes:
+        truth = expected.get(node.meta.get("source", ""))
+        if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
+            continue
+        alone = _alone(node, expected, actual, qparams)
+        layers.append(
+            Layer(
+                module_of(node) or line_of(node),
+                target_name(node.target),
+                node.name,
+                sqnr(truth, real(node, alone)),
+                sqnr(truth, real(node, actual[node])),
+            )
+        )
+    outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
+    first, second = outputs
+    return Comparison(layers, output_sqnr(expected[first.name], actual[second]))
+
+
+def _alone(
+    node: Node, expected: Mapping[str, Any], actual: Mapping[Node, Any], qparams: Mapping[Node, tuple[float, int]]
+) -> Tensor:
+    """What `node` computes from the exact float values of its operands."""
+
+    def exact(operand: Node) -> Any:
+        truth = expected.get(operand.meta.get("source", operand.name))
+        if operand.op == "get_attr" or not isinstance(truth, Tensor):
+            return actual[operand]
+        return quantize(truth, *qparams[operand]) if operand in qparams else truth
+
+    with torch.no_grad():
+        args = torch.fx.node.map_arg(node.args, exact)
+        assert callable(node.target)
+        result = node.target(*args, **node.kwargs)
+    assert isinstance(result, Tensor)
+    return result

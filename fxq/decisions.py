@@ -1,0 +1,147 @@
+"""What became of every operation of the float graph, and why: nothing stays float in silence.
+
+The completeness law: each call of the normalised float graph is in the report exactly once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Form = Literal["int8", "moved", "float", "python"]
+"""int8: runs on integers; moved: passes integers through unchanged; float: a float island; python: not a tensor."""
+
+
+class Reason(enum.Enum):
+    """Why an operation is not int8, with the remedy that a user has."""
+
+    NO_INTEGER_OP = ("fxq has no integer form of it", "")
+    USER_EXCLUDED = ("the recipe keeps it float", "remove the rule from the recipe")
+    DYNAMIC_WEIGHT = ("its weight is computed at run time", "make the weight a parameter or buffer")
+    NON_FLOAT = ("it computes shapes, integers or booleans", "")
+    ACC_OVERFLOW = ("its dot product can leave int32", "split the layer, or keep it float in the recipe")
+    NOT_FLOAT32 = ("its data is not float32", "convert the model and inputs with .float()")
+    FLOAT_READER = ("its result is read in float, so integers would only cost accuracy", "")
+    FLOAT_DATA = ("it moves data that is float here", "")
+    ALIASED = ("its memory is modified in place", "write the assignment out of place")
+    LEAF_MODULE = ("its code is not looked into", "")
+
+    def __init__(self, text: str, remedy: str) -> None:
+        self.text = text
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one operation.
+
+    node: its name in the float graph; module: the user's module path; line: the user's file:line; op: its spelling;
+    macs: multiply-accumulates on the examples (0 where the op is not a product); detail: what the reason is about.
+    """
+
+    node: str
+    module: str
+    line: str
+    op: str
+    form: Form
+    reason: Reason | None = None
+    detail: str = ""
+    macs: int = 0
+
+    def __str__(self) -> str:
+        place = self.module or self.line or self.node
+        if self.reason is None:
+            return f"{self.form:<6}  {place}  {self.op}  {self.detail}".rstrip()
+        text = f"kept {self.form}  {place}  {self.op}  {self.reason.name}  {self.detail or self.reason.text}"
+        return f"{text} -> {self.reason.remedy}" if self.reason.remedy else text
+
+
+@dataclass
+class Report:
+    """The decisions of one conversion and its figures; `print` it, or take `to_dict()`.
+
+    sqnr: signal to quantization noise of the output on the examples in dB, None where the model was not compared.
+    weight_bytes: of all parameters and buffers, before and after. guards: what tracing fixed on a value.
+    """
+
+    decisions: list[Decision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+    frontend: str = "value-carrying symbolic trace"
+    recipe: str = ""
+    weight_bytes: tuple[int, int] = (0, 0)
+    sqnr: float | None = None
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates on the examples: in int8, and in all."""
+        return sum(d.macs for d in self.decisions if d.form == "int8"), sum(d.macs for d in self.decisions)
+
+    @property
+    def int8_share(self) -> float:
+        """The share of multiply-accumulates that run in int8, in 0..1; 1 where there are none."""
+        int8, total = self.macs
+        return int8 / total if total else 1.0
+
+    def kept_float(self) -> list[Decision]:
+        """The float islands."""
+        return [decision for decision in self.decisions if decision.form == "float"]
+
+    def refusals(self) -> list[Decision]:
+        """Products (operations with multiply-accumulates) that stay float without the user having asked for it."""
+        return [d for d in self.kept_float() if d.macs and d.reason is not Reason.USER_EXCLUDED]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; `from_dict` reads it back."""
+        plain = asdict(self)
+        for entry in plain["decisions"]:
+            entry["reason"] = entry["reason"].name if entry["reason"] is not None else None
+        plain["weight_bytes"] = list(self.weight_bytes)
+        plain["int8_share"] = self.int8_share
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        fields = {key: value for key, value in plain.items() if key != "int8_share"}
+        fields["weight_bytes"] = tuple(fields["weight_bytes"])
+        fields["decisions"] = [
+            Decision(**{**entry, "reason": Reason[entry["reason"]] if entry["reason"] else None})
+            for entry in fields["decisions"]
+        ]
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        rows = [("form", "module", "op", "MACs", "why, and what to do")]
+        for d in self.decisions:
+            if d.form == "python":
+                continue
+            why = d.detail
+            if d.reason is not None:
+                why = f"{d.reason.name}: {d.detail or d.reason.text}"
+                why += f" -> {d.reason.remedy}" if d.reason.remedy else ""
+            rows.append((d.form, d.module or "(root)", d.op, f"{d.macs:,}" if d.macs else "", why))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3]), row[4]]).rstrip() for row in rows
+        ]
+        lines.insert(1, "-" * min(100, max(map(len, lines))))
+        forms = Counter(d.form for d in self.decisions)
+        int8, total = self.macs
+        before, after = self.weight_bytes
+        lines += [
+            "",
+            f"recipe {self.recipe}, captured by {self.frontend}",
+            f"operations: {forms['int8']} int8, {forms['moved']} moved as integers, {forms['float']} float, "
+            f"{forms['python']} on shapes and Python values",
+            f"multiply-accumulates in int8: {int8:,} of {total:,} ({100 * self.int8_share:.1f} %)",
+            f"parameters and buffers: {before:,} bytes before, {after:,} after"
+            + (f" ({before / after:.2f}x smaller)" if after else ""),
+        ]
+        if self.sqnr is not None:
+            lines.append(f"output against the float model on the examples: {self.sqnr:.1f} dB SQNR")
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"guard: {guard}" for guard in self.guards]
+        return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""What an op family is: the one interface between the integer ops and the passes that put them into a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch.fx import GraphModule, Node
+
+from fxq.decisions import Reason
+
+Kind = Literal["product", "pointwise", "carry"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A float operation that a family can run on integers.
+
+    kind: "product" reads uint8 and may give uint8 or float32 (linear); "pointwise" reads uint8 and gives uint8 with a
+    range of its own (add); "carry" passes integers on with the range that they have (reshape, max-pool, relu).
+    inputs: the operands that become uint8; weight: the constant operand that becomes int8; macs: on the examples.
+    """
+
+    kind: Kind
+    inputs: tuple[Node, ...]
+    weight: Node | None = None
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A float operation that a family knows and cannot run on integers."""
+
+    reason: Reason
+    detail: str = ""
+
+
+class Family(Protocol):
+    """The same op read several ways; see `fxq/ops/linear.py` for the fullest one.
+
+    name: what recipes and reports call it. clamped: the function that is the op with a clamp behind it, where the
+    clamp costs nothing (`None`: a clamp is not swallowed).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """What the family makes of a node of the normalised float graph; None where it is not its op."""
+        ...
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """QDQ stage: swallow the clamp at `clamp`, where its operand is this family's; whether it did."""
+        ...
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """QDQ to INTEGER: rewrite the tree that ends at `node`; whether it did."""
+        ...

@@ -1,0 +1,267 @@
+"""Tools on a `torch.fx` graph that every layer above shares: constants by path, rewriting with provenance, values.
+
+A node's `meta` holds `origin` (where in the user's program it comes from), `source` (the node of the normalised float
+graph whose value it stands for), `value` (what it computed on the examples: `Value`, or a plain Python object) and, on
+quantized uint8, `qparams` (scale, zero point).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import Argument, Target
+
+
+@dataclass(frozen=True)
+class Value:
+    """The dtype and shape that a node had on the examples."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def module_of(node: Node) -> str:
+    """The user's module path that `node` comes from; "" is the root."""
+    origin = node.meta.get("origin")
+    return origin.module if origin is not None else ""
+
+
+def line_of(node: Node) -> str:
+    """The user's `file:line` that `node` comes from; "" where unknown."""
+    origin = node.meta.get("origin")
+    return origin.line if origin is not None else ""
+
+
+def place_of(node: Node) -> str:
+    """`node` in the user's terms, for errors and reports: its module path or file:line, then its name."""
+    place = module_of(node) or line_of(node) or "the root module"
+    return f"{place} (%{node.name})"
+
+
+def is_call(node: Node) -> bool:
+    """Whether `node` computes something."""
+    return node.op in ("call_function", "call_method", "call_module")
+
+
+def is_tensor(node: object) -> bool:
+    """Whether `node` is a node that had one tensor as its value."""
+    return isinstance(node, Node) and isinstance(node.meta.get("value"), Value)
+
+
+def is_float_tensor(node: object) -> bool:
+    """Whether `node` is a node that had one float32 tensor as its value."""
+    return is_tensor(node) and isinstance(node, Node) and node.meta["value"].dtype == torch.float32
+
+
+def is_size(node: Node) -> bool:
+    """Whether the value of `node` is an integer or several: a size, not numbers of a tensor."""
+    value = node.meta.get("value")
+    values = value if isinstance(value, tuple | list) else (value,)
+    return all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+
+
+def submodule(gm: GraphModule, node: Node) -> nn.Module:
+    """The module that a call_module node calls."""
+    assert node.op == "call_module"
+    return gm.get_submodule(str(node.target))
+
+
+def constant(gm: GraphModule, node: Node) -> Tensor:
+    """The tensor of a get_attr node."""
+    assert node.op == "get_attr", node.op
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(gm.get_submodule(owner), name)
+    assert isinstance(value, Tensor), (node.target, type(value))
+    return value
+
+
+def set_constant(gm: GraphModule, path: str, tensor: Tensor) -> str:
+    """Register `tensor` as a buffer at `path`, or at `path_1`, ... if that is taken; return the path used."""
+    owner_path, _, name = path.rpartition(".")
+    owner: nn.Module = gm
+    for part in owner_path.split(".") if owner_path else []:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    unique, count = name, 0
+    while hasattr(owner, unique):
+        count += 1
+        unique = f"{name}_{count}"
+    owner.register_buffer(unique, tensor)
+    return f"{owner_path}.{unique}" if owner_path else unique
+
+
+def get_attr(gm: GraphModule, path: str, like: Node) -> Node:
+    """A get_attr node of `path` at the insertion point, with the provenance of `like`."""
+    node = gm.graph.create_node("get_attr", path)
+    node.meta["origin"] = like.meta.get("origin")
+    tensor = constant(gm, node)
+    node.meta["value"] = Value(tensor.dtype, tuple(tensor.shape))
+    return node
+
+
+def call(
+    gm: GraphModule,
+    target: Callable[..., Any] | str,
+    args: tuple[Argument, ...],
+    like: Node,
+    qparams: tuple[float, int] | None = None,
+) -> Node:
+    """A call of a function, or of the module at the path `target`, with the provenance of `like`.
+
+    qparams: scale and zero point of a result that is quantized uint8.
+    """
+    op = "call_module" if isinstance(target, str) else "call_function"
+    name = f"{module_of(like)}_{target_name(target).rpartition('.')[2]}".replace(".", "_").lstrip("_")
+    node = gm.graph.create_node(op, target, args, name=name)
+    node.meta = {key: value for key, value in like.meta.items() if key in ("origin", "source", "value")}
+    if qparams is not None:
+        node.meta["qparams"] = qparams
+    return node
+
+
+def replace(
+    gm: GraphModule,
+    node: Node,
+    target: Callable[..., Any],
+    args: tuple[Argument, ...],
+    qparams: tuple[float, int] | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Put a call of `target` in the place of `node`, with its users and its value, and the origin of `like` or `node`.
+
+    `node` goes, and what only it read.
+    """
+    with gm.graph.inserting_before(node):
+        new = call(gm, target, args, like or node, qparams)
+    new.meta.update({key: node.meta[key] for key in ("source", "value") if key in node.meta})
+    bypass(gm, node, new)
+    return new
+
+
+def bypass(gm: GraphModule, node: Node, source: Node) -> None:
+    """Let the users of `node` read `source` instead; `node` goes, and what only it read."""
+    node.replace_all_uses_with(source)
+    erase_unused(gm, node)
+
+
+def erase_unused(gm: GraphModule, node: Node) -> None:
+    """Erase `node` and what only it read; values with users, inputs and side effects stay."""
+    if node.users or node.op in ("placeholder", "output") or node.is_impure():
+        return
+    operands = node.all_input_nodes
+    gm.graph.erase_node(node)
+    for operand in operands:
+        erase_unused(gm, operand)
+
+
+def bind(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The call's values in placeholder order.
+
+    Raises TypeError where the call does not fit the model's signature.
+    """
+    bound = inspect.signature(gm.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return [value for name, value in bound.arguments.items()]
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and remembers each node's dtype and shape in `meta["value"]`."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.failed: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self.failed = n
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["value"] = Value(result.dtype, tuple(result.shape))
+        else:
+            n.meta["value"] = _describe(result)
+        self.failed = None
+        return result
+
+
+def _describe(result: Any) -> Any:
+    """A value to keep: tensors inside containers become `Value`s, so that no memory is held."""
+    if isinstance(result, Tensor):
+        return Value(result.dtype, tuple(result.shape))
+    if type(result) in (list, tuple):
+        return type(result)(_describe(item) for item in result)
+    if isinstance(result, bool | int | float | str | torch.dtype | torch.device | torch.Size) or result is None:
+        return result
+    return f"<{type(result).__name__}>"
+
+
+class _Mutations(Interpreter):
+    """Runs a graph and finds, by tensors' version counters, which nodes modify memory that earlier nodes hold."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.holders: dict[int, list[Node]] = {}
+        self.alive: list[Tensor] = []
+        self.found: dict[Node, tuple[Node, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        operands = [tensor for node in n.all_input_nodes for tensor in tensors(self.env[node])]
+        versions = [tensor._version for tensor in operands]
+        result = super().run_node(n)
+        changed = {
+            t.untyped_storage()._cdata for t, version in zip(operands, versions, strict=True) if t._version != version
+        }
+        if changed:
+            self.found[n] = tuple(node for storage in changed for node in self.holders[storage])
+        for tensor in tensors(result):
+            self.alive.append(tensor)  # so that no later tensor gets the same storage address
+            self.holders.setdefault(tensor.untyped_storage()._cdata, []).append(n)
+        return result
+
+
+def mutations(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, tuple[Node, ...]]:
+    """For each node that works in place: the earlier nodes whose memory it modified. Runs `gm` once."""
+    finder = _Mutations(gm)
+    with torch.no_grad():
+        finder.run(*bind(gm, args, kwargs))
+    return finder.found
+
+
+class NodeError(Exception):
+    """A node raised while a graph was run; `node` is that node, `__cause__` what it raised."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
+def propagate(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run `gm` and record the value of every node; returns the output. Raises `NodeError` from what a node raised."""
+    recorder = _Recorder(gm)
+    try:
+        with torch.no_grad():
+            return recorder.run(*bind(gm, args, kwargs))
+    except Exception as error:
+        if recorder.failed is None:
+            raise
+        raise NodeError(recorder.failed) from error
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors inside nested tuples, lists, dicts and output objects, in order."""
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def target_name(target: Target) -> str:
+    """A target as people write it: `fxq.qlinear`, `relu`, `add`, `layers.1`."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return str(getattr(target, "__name__", target))

@@ -1,0 +1,91 @@
+"""How users hand over inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxq.errors import CalibrationError, InputError
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def clone(self) -> Call:
+        """The same arguments in memory of their own, so that an in-place op cannot reach the user's."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else copy.copy(leaf),
+            (self.args, self.kwargs),
+        )
+        return Call(args, kwargs)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor with a name for messages: `input 0`, `input 'mask'`, `input 0['ids']`."""
+        named: list[tuple[object, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        for name, value in named:
+            for path, leaf in pytree.tree_leaves_with_path(value):
+                if isinstance(leaf, Tensor):
+                    yield f"input {name!r}{pytree.keystr(path)}", leaf
+
+
+def as_call(example: object, kwargs: Mapping[str, Any] | None = None) -> Call:
+    """One call from what the user gave: a tensor, a tuple or list of positional arguments, a dict of keyword ones."""
+    if isinstance(example, Mapping):
+        if not all(isinstance(key, str) for key in example):
+            raise InputError(
+                f"example_inputs is a dict with keys {list(example)}: a dict means keyword arguments, whose keys are "
+                "names; wrap a dict that is itself an argument in a tuple"
+            )
+        return Call((), {**example, **(kwargs or {})})
+    if type(example) in (tuple, list):
+        assert isinstance(example, tuple | list)
+        return Call(tuple(example), dict(kwargs or {}))
+    if example is None:
+        return Call((), dict(kwargs or {}))
+    return Call((example,), dict(kwargs or {}))
+
+
+def check_finite(call: Call, what: str) -> None:
+    """Raise `CalibrationError` when a float tensor of `call` holds NaN or infinity."""
+    for name, tensor in call.tensors():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = torch.nonzero(~torch.isfinite(tensor.reshape(-1)))[0].item()
+            value = tensor.reshape(-1)[int(bad)].item()
+            raise CalibrationError(
+                f"{what}: {name} holds {value} at flat index {bad} (shape {list(tensor.shape)}); "
+                "remove or repair that sample"
+            )
+
+
+def calibration_calls(data: Iterable[Any] | Tensor, example: Call) -> Iterator[Call]:
+    """Calls from calibration data: batches like the example inputs, or (inputs..., labels) as DataLoaders yield.
+
+    A batch with more positional entries than the example has (labels and the like) is cut to the example's.
+    Raises `InputError` where a batch has fewer, or is of another kind.
+    """
+    if isinstance(data, Tensor):
+        raise InputError(
+            f"calibration_data is one tensor of shape {list(data.shape)}; give an iterable of batches: [tensor]"
+        )
+    arity = len(example.args)
+    for index, batch in enumerate(data):
+        call = as_call(batch)
+        if arity and not call.args and isinstance(batch, Mapping) and arity == 1:
+            # The model takes one dict: a DataLoader of such a model yields the dict itself.
+            call = Call((batch,)) if isinstance(example.args[0], Mapping) else call
+        if len(call.args) < arity or (not arity and call.args):
+            raise InputError(
+                f"calibration batch {index} has {len(call.args)} positional inputs, the examples have {arity}; "
+                "each batch must look like example_inputs (labels may follow)"
+            )
+        yield Call(call.args[:arity], call.kwargs or example.kwargs)

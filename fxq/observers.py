@@ -1,0 +1,212 @@
+"""Observers: modules that stand in the graph, pass their input on, and learn what range a tensor takes.
+
+`min_max`, `moving_average`, `percentile` and `histogram` (minimal squared error, the default; `make observers` prints
+the measurement behind that choice). Statistics live in buffers, so a `state_dict` carries them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fxq.errors import CalibrationError
+from fxq.numerics import activation_qparams, weight_scales
+from fxq.qtypes import ACT_QMAX, ACT_QMIN, Granularity, QParams
+
+BINS = 4096
+
+
+class Observer(nn.Module):
+    """Watches one activation; `where` names it in the user's terms."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float64))
+        self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Learn from `x` (float32, any shape) and return it; raises `CalibrationError` on NaN or infinity."""
+        if x.numel():
+            low, high = (bound.item() for bound in torch.aminmax(x.detach()))
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise CalibrationError(f"{self.where} holds NaN or infinity (min {low}, max {high})")
+            self._observe(x.detach(), low, high)
+        return x
+
+    @property
+    def seen(self) -> bool:
+        """Whether any data has passed."""
+        return bool(self.low <= self.high)
+
+    def range(self) -> tuple[float, float]:
+        """The range to quantize, low <= high, in real units."""
+        return self.low.item(), self.high.item()
+
+    def qparams(self) -> QParams:
+        """Scale and zero point of `range()`; raises `CalibrationError` where no data has passed."""
+        if not self.seen:
+            raise CalibrationError(
+                f"{self.where} was never computed while calibrating; give calibration data that reaches it, or keep "
+                "its module float in the recipe"
+            )
+        return activation_qparams(*self.range())
+
+    def _observe(self, x: Tensor, low: float, high: float) -> None:
+        self.low.fill_(min(self.low.item(), low))
+        self.high.fill_(max(self.high.item(), high))
+
+    def extra_repr(self) -> str:
+        return f"{self.where!r}, low={self.low.item():.6g}, high={self.high.item():.6g}"
+
+
+class MinMax(Observer):
+    """The smallest and the largest value seen."""
+
+
+class MovingAverage(Observer):
+    """Exponential moving averages of each batch's minimum and maximum: r += (batch - r) * 0.1."""
+
+    momentum = 0.1
+
+    def _observe(self, x: Tensor, low: float, high: float) -> None:
+        if not self.seen:
+            super()._observe(x, low, high)
+            return
+        self.low += (low - self.low) * self.momentum
+        self.high += (high - self.high) * self.momentum
+
+
+class Histogram(Observer):
+    """The range with the smallest mean squared quantization error over a histogram of all values seen.
+
+    4096 bins; when a batch leaves their range, the range doubles and bins merge in pairs, so counts stay exact. Zeros
+    are left out: they are exact in every affine quantization.
+    """
+
+    counts: Tensor
+    start: Tensor
+    width: Tensor
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("start", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("width", torch.zeros((), dtype=torch.float64))
+
+    def _observe(self, x: Tensor, low: float, high: float) -> None:
+        super()._observe(x, low, high)
+        values = x.reshape(-1)
+        values = values[values != 0]
+        if not len(values):
+            return
+        if self.width == 0:
+            # A little wider than the data, so that the largest value falls inside the last bin.
+            span = (max(high, 0.0) - min(low, 0.0)) * (1 + 1e-6)
+            self.start.fill_(min(low, 0.0))
+            self.width.fill_(span)
+        self._cover(low, high)
+        step = self.width.item() / BINS
+        index = ((values.to(torch.float64) - self.start) / step).to(torch.int64).clamp_(0, BINS - 1)
+        self.counts += torch.bincount(index, minlength=BINS)
+
+    def _cover(self, low: float, high: float) -> None:
+        """Double the range until it holds [low, high]."""
+        empty = torch.zeros(BINS // 2, dtype=torch.float64)
+        while low < self.start or high >= self.start + self.width:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            if low < self.start:
+                self.start -= self.width
+                self.counts.copy_(torch.cat([empty, merged]))
+            else:
+                self.counts.copy_(torch.cat([merged, empty]))
+            self.width *= 2
+
+    def _values(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Centres and counts of the bins that hold anything."""
+        counts = self.counts.numpy()
+        used = np.flatnonzero(counts)
+        centres = self.start.item() + (used.astype(np.float64) + 0.5) * (self.width.item() / BINS)
+        return centres, counts[used].astype(np.float64)
+
+    def range(self) -> tuple[float, float]:
+        """The best clipping of [low, high]: each end in turn over a geometric grid, twice, then refined."""
+        low, high = min(self.low.item(), 0.0), max(self.high.item(), 0.0)
+        values, counts = self._values()
+        if not len(values):
+            return low, high
+
+        def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
+            return min(candidates, key=lambda r: _squared_error(values, counts, *r))
+
+        kept = (1.0, 1.0)
+        for grid in (2.0 ** (-np.arange(48) / 8), 2.0 ** (-np.arange(48) / 8), 2.0 ** np.linspace(-0.12, 0.12, 25)):
+            for end in (0, 1):
+                base = kept[end] if len(grid) == 25 else 1.0
+                options = [min(1.0, float(base * g)) for g in grid]
+                ranges = [(low * (o if end == 0 else kept[0]), high * (o if end == 1 else kept[1])) for o in options]
+                chosen = options[ranges.index(best(ranges))]
+                kept = (chosen, kept[1]) if end == 0 else (kept[0], chosen)
+        return low * kept[0], high * kept[1]
+
+
+def _squared_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], low: float, high: float) -> float:
+    """The sum of counts * (value - dequantize(quantize(value)))^2 with the parameters of [low, high]."""
+    q = activation_qparams(low, high)
+    steps = np.clip(np.rint(values / q.scale) + q.zero_point, ACT_QMIN, ACT_QMAX) - q.zero_point
+    return float(np.dot(counts, (values - steps * q.scale) ** 2))
+
+
+class Percentile(Histogram):
+    """The central 99.99 % of all values seen, found in the histogram."""
+
+    tail = 0.5e-4
+
+    def range(self) -> tuple[float, float]:
+        """The range between the two tails, widened to whole bins and held inside [low, high]."""
+        values, counts = self._values()
+        if not len(values):
+            return super().range()
+        share = np.cumsum(counts) / counts.sum()
+        half = self.width.item() / BINS / 2
+        first, last = int(np.searchsorted(share, self.tail)), int(np.searchsorted(share, 1 - self.tail))
+        return max(values[first] - half, self.low.item()), min(
+            values[min(last, len(values) - 1)] + half, self.high.item()
+        )
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "min_max": MinMax,
+    "moving_average": MovingAverage,
+    "percentile": Percentile,
+    "histogram": Histogram,
+}
+
+
+class WeightObserver(nn.Module):
+    """Stands on a weight's edge; its scales follow from the weight alone."""
+
+    scales: Tensor
+
+    def __init__(self, where: str, granularity: Granularity) -> None:
+        super().__init__()
+        self.where = where
+        self.granularity = granularity
+        self.register_buffer("scales", torch.zeros(0))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Take the scales of `w` (float32 [N, ...]) and return it."""
+        magnitude = w.detach().abs().reshape(len(w), -1)
+        peak = magnitude.amax(1) if magnitude.numel() else magnitude.new_zeros(len(w))
+        if self.granularity == "per_tensor":
+            peak = peak.amax().reshape(1) if len(peak) else peak.new_zeros(1)
+        self.scales = torch.from_numpy(weight_scales(peak.numpy()))
+        return w
+
+    def extra_repr(self) -> str:
+        return f"{self.where!r}, {self.granularity}"

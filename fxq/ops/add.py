@@ -1,0 +1,111 @@
+"""add: y = a + b of two tensors, in integers (a residual connection).
+
+    q_y = clamp(rne(f32(f32((q_a - z_a) * m_a) + f32((q_b - z_b) * m_b))) + z_y, low, high)
+    m_a = f32(s_a / s_y), m_b = f32(s_b / s_y)
+
+q_a, q_b: uint8, broadcastable; three float roundings, no fused multiply-add. NumPy truth: `fxq.numerics.qadd`.
+A relu behind it is low = z_y. Both operands are brought to the scale of the result, so no range is shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq import kernels
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import is_float_tensor, is_tensor, replace
+from fxq.numerics import f32
+from fxq.pattern import Any, Match, Op
+from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
+from fxq.spelling import ADD, CLAMP, RELU, float_bounds
+
+
+def _qadd(
+    a: Tensor, b: Tensor, m_a: float, z_a: int, m_b: float, z_b: int, zero_point: int, low: int, high: int
+) -> Tensor:
+    expect_dtype("qadd", "a", a, torch.uint8)
+    expect_dtype("qadd", "b", b, torch.uint8)
+    return round_clamp(steps_from(a, z_a, m_a) + steps_from(b, z_b, m_b), zero_point, low, high).contiguous()
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
+    return shape
+
+
+qadd = kernels.define(
+    "qadd(Tensor a, Tensor b, float m_a, int z_a, float m_b, int z_b, int zero_point, int low, int high) -> Tensor",
+    _qadd,
+    lambda a, b, m_a, z_a, m_b, z_b, zero_point, low, high: a.new_empty(_broadcast(a.shape, b.shape)),
+)
+
+
+def add_clamp(a: Tensor, b: Tensor, low: float | None, high: float | None) -> Tensor:
+    """clamp(a + b, low, high) in float: an add that has swallowed the clamp behind it."""
+    y = torch.add(a, b)
+    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+
+
+_OPERANDS = (
+    Op({dequantize}, Any("a"), Any("s_a"), Any("z_a"), shared=True),
+    Op({dequantize}, Any("b"), Any("s_b"), Any("z_b"), shared=True),
+)
+_LOWERED = (
+    Op({quantize}, Op({ADD}, *_OPERANDS, name="add"), Any("s_y"), Any("z_y")),
+    Op({quantize}, Op({add_clamp}, *_OPERANDS, Any("low"), Any("high"), name="add"), Any("s_y"), Any("z_y")),
+)
+_CLAMPS = (
+    Op({RELU}, Op({ADD}, Any("a"), Any("b"), name="add")),
+    Op({CLAMP}, Op({ADD}, Any("a"), Any("b"), name="add"), Any("low"), Any("high")),
+)
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two float32 tensors."""
+
+    name: str = "add"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """An add of two tensors that the network computes; a scalar or constant operand has no integer form yet."""
+        if node.op != "call_function" or node.target is not ADD or not is_tensor(node):
+            return None
+        if len(node.args) != 2 or node.kwargs:
+            return Refusal(Reason.NO_INTEGER_OP, "add with alpha")
+        operands = [operand for operand in node.args if isinstance(operand, Node) and operand.op != "get_attr"]
+        if len(operands) != 2 or not all(is_tensor(operand) for operand in operands):
+            return Refusal(Reason.NO_INTEGER_OP, "add of a scalar or constant")
+        if not all(is_float_tensor(operand) for operand in operands):
+            return Refusal(Reason.NOT_FLOAT32, "an operand is not float32")
+        return Claim("pointwise", tuple(operands))
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """relu(add(a, b)) -> add_clamp(a, b, 0, None), and clamp likewise, where nobody else reads the sum."""
+        for pattern in _CLAMPS:
+            match = pattern.match(clamp)
+            bounds = float_bounds(clamp)
+            if isinstance(match, Match) and bounds is not None:
+                replace(gm, clamp, add_clamp, (match["a"], match["b"], *bounds), like=match.node("add"))
+                return True
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize(add[_clamp](dequantize(a), dequantize(b))) -> qadd."""
+        for pattern in _LOWERED:
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                s_y, z_y = match["s_y"], match["z_y"]
+                low, high = integer_bounds((match.bound.get("low"), match.bound.get("high")), s_y, z_y)
+                m_a, m_b = f32(match["s_a"] / s_y), f32(match["s_b"] / s_y)
+                args = (match["a"], match["b"], m_a, match["z_a"], m_b, match["z_b"], z_y, low, high)
+                replace(gm, node, qadd, args, (s_y, z_y))
+                return True
+        return False
+
+
+FAMILY = Add()

@@ -1,0 +1,142 @@
+"""The runner: takes a graph through passes in order, and between them verifies, dumps and times.
+
+A pass rewrites the graph it is given and returns how many rewrites it made. Everything else is done here, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from fxq import dump
+from fxq.decisions import Report
+from fxq.errors import VerifyError
+from fxq.family import Family
+from fxq.graph import NodeError, propagate, tensors
+from fxq.inputs import Call
+from fxq.qtypes import Spec
+from fxq.recipe import Recipe
+from fxq.stages import Stage, verify
+
+
+class Numbers(enum.Enum):
+    """What a pass promises about the numbers that the graph computes."""
+
+    SAME = "same bits"
+    ROUNDING = "float rounding"
+    APPROXIMATE = "approximates"
+    ONE_STEP = "at most one integer step per node on equal integer inputs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value that is wanted quantized: for `readers` (node names) only, or, where None, for everyone who reads it."""
+
+    value: str
+    readers: tuple[str, ...] | None = None
+
+
+@dataclass
+class Context:
+    """What travels with a graph from trace to result.
+
+    specs: what `annotate` decided, by place. dump: the folder that dumps go to. timings: (pass, rewrites, seconds).
+    """
+
+    recipe: Recipe
+    families: tuple[Family, ...]
+    examples: Call
+    report: Report = field(default_factory=Report)
+    stage: Stage = Stage.FLOAT
+    specs: dict[Place, Spec] = field(default_factory=dict)
+    dump: dump.Folder | None = None
+    check: bool = False
+    timings: list[tuple[str, int, float]] = field(default_factory=list)
+
+
+class Pass(Protocol):
+    """One move of the compiler. `takes` and `gives` are the stages before and after; `numbers` its contract."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def takes(self) -> Stage: ...
+    @property
+    def gives(self) -> Stage: ...
+    @property
+    def numbers(self) -> Numbers: ...
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Rewrite `gm` in place; return the number of rewrites. A second run returns 0."""
+        ...
+
+
+def begin(gm: GraphModule, ctx: Context) -> None:
+    """Check and dump the float graph as it was traced, before the first pass."""
+    verify_values(gm, ctx, "as traced")
+    if ctx.dump is not None:
+        ctx.dump.write(gm, "trace", ctx.stage.value)
+
+
+def run(passes: Sequence[Pass], gm: GraphModule, ctx: Context) -> GraphModule:
+    """Take `gm` through `passes`; it is modified and returned.
+
+    Raises `VerifyError` naming the pass when a graph leaves it illegal, or, under `ctx.check`, with other numbers than
+    it promises.
+    """
+    for step in passes:
+        assert ctx.stage is step.takes, f"{step.name} takes {step.takes.value}, the graph is {ctx.stage.value}"
+        before = copy.deepcopy(gm) if ctx.check else None
+        start = time.perf_counter()
+        rewrites = step.run(gm, ctx)
+        ctx.stage = step.gives
+        gm.graph.lint()
+        gm.recompile()
+        verify_values(gm, ctx, f"after pass {step.name!r} (stage {ctx.stage.value})")
+        ctx.timings.append((step.name, rewrites, time.perf_counter() - start))
+        if before is not None:
+            check_numbers(before, gm, step, ctx)
+        if ctx.dump is not None:
+            ctx.dump.write(gm, step.name, f"{ctx.stage.value}, {rewrites} rewrites, numbers: {step.numbers.value}")
+    return gm
+
+
+def verify_values(gm: GraphModule, ctx: Context, when: str) -> None:
+    """Run the graph on the examples, record every value, and check the laws of its stage."""
+    examples = ctx.examples.clone()
+    try:
+        propagate(gm, examples.args, examples.kwargs)
+    except NodeError as failure:
+        cause = failure.__cause__
+        text = dump.neighbourhood(gm, failure.node)
+        raise VerifyError(f"{when}: %{failure.node.name} raises {type(cause).__name__}: {cause}\n{text}") from cause
+    broken = verify(gm, ctx.stage)
+    if broken is not None:
+        node, reason = broken
+        raise VerifyError(f"{when}: %{node.name}: {reason}\n{dump.neighbourhood(gm, node)}")
+
+
+def check_numbers(before: GraphModule, after: GraphModule, step: Pass, ctx: Context) -> None:
+    """Raise `VerifyError` when the outputs on the examples differ by more than `step.numbers` allows."""
+    if step.numbers in (Numbers.APPROXIMATE, Numbers.ONE_STEP):
+        return
+    with torch.no_grad():
+        a, b = ctx.examples.clone(), ctx.examples.clone()
+        expected, actual = before(*a.args, **a.kwargs), after(*b.args, **b.kwargs)
+    pairs = list(zip(tensors(expected), tensors(actual), strict=True))
+    for path, (x, y) in enumerate(pairs):
+        same = torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())
+        close = step.numbers is Numbers.ROUNDING and torch.allclose(x, y, rtol=1e-4, atol=1e-5 * float(x.abs().max()))
+        if not (same or close):
+            worst = float((x.double() - y.double()).abs().max())
+            raise VerifyError(
+                f"pass {step.name!r} promises {step.numbers.value!r}, and output {path} of {len(pairs)} differs by "
+                f"{worst:.3g} on the examples"
+            )

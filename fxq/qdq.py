@@ -1,0 +1,107 @@
+"""quantize, dequantize, requantize as torch ops: where real numbers become integers, and back.
+
+    quantize     q = clamp(rne(f32(x * f32(1 / scale))) + zero_point, 0, 255)              float32 -> uint8, any shape
+    dequantize   x = f32(scale * (q - zero_point))                                         uint8 -> float32
+    requantize   q_y = clamp(rne(f32((q - z_x) * m)) + z_y, low, high), m = f32(s_x / s_y)  uint8 -> uint8
+    quantize_weight, dequantize_weight: symmetric int8, one scale per output channel or one in all.
+
+The NumPy truth of each is the function of the same name in `fxq.numerics`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxq import kernels, numerics
+from fxq.qtypes import ACT_QMAX, ACT_QMIN, WEIGHT_QMAX
+
+
+def expect_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise `TypeError` unless the argument `name` of `op` has `dtype`."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"fxq::{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
+
+
+def round_clamp(steps: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """clamp(rne(steps) + zero_point, low, high) as uint8; clamped in float so that no conversion overflows."""
+    clamped = torch.clamp(torch.round(steps), low - zero_point, high - zero_point)
+    return (clamped.to(torch.int32) + zero_point).to(torch.uint8)
+
+
+def steps_from(q: Tensor, zero_point: int, multiplier: float) -> Tensor:
+    """f32((q - zero_point) * f32(multiplier))."""
+    return (q.to(torch.int32) - zero_point).to(torch.float32) * torch.tensor(multiplier, dtype=torch.float32)
+
+
+def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    expect_dtype("quantize", "x", x, torch.float32)
+    inverse = torch.tensor(1.0, dtype=torch.float32) / torch.tensor(scale, dtype=torch.float32)
+    steps = torch.nan_to_num(x.contiguous() * inverse, ACT_QMIN - zero_point, torch.inf, -torch.inf)
+    return round_clamp(steps, zero_point, ACT_QMIN, ACT_QMAX)
+
+
+def _dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    expect_dtype("dequantize", "q", q, torch.uint8)
+    return steps_from(q.contiguous(), zero_point, scale)
+
+
+def _requantize(q: Tensor, z_x: int, multiplier: float, zero_point: int, low: int, high: int) -> Tensor:
+    expect_dtype("requantize", "q", q, torch.uint8)
+    return round_clamp(steps_from(q.contiguous(), z_x, multiplier), zero_point, low, high)
+
+
+def _column(scales: Tensor, ndim: int) -> Tensor:
+    return scales.reshape(-1, *[1] * (ndim - 1))
+
+
+def _quantize_weight(w: Tensor, scales: Tensor) -> Tensor:
+    expect_dtype("quantize_weight", "w", w, torch.float32)
+    steps = torch.round(w.to(torch.float64) / _column(scales, w.ndim).to(torch.float64))
+    return torch.clamp(steps, -WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8).contiguous()
+
+
+def _dequantize_weight(q: Tensor, scales: Tensor) -> Tensor:
+    expect_dtype("dequantize_weight", "q", q, torch.int8)
+    return q.to(torch.float32) * _column(scales, q.ndim)
+
+
+quantize = kernels.define(
+    "quantize(Tensor x, float scale, int zero_point) -> Tensor",
+    _quantize,
+    lambda x, scale, zero_point: x.new_empty(x.shape, dtype=torch.uint8),
+)
+dequantize = kernels.define(
+    "dequantize(Tensor q, float scale, int zero_point) -> Tensor",
+    _dequantize,
+    lambda q, scale, zero_point: q.new_empty(q.shape, dtype=torch.float32),
+)
+requantize = kernels.define(
+    "requantize(Tensor q, int z_x, float multiplier, int zero_point, int low, int high) -> Tensor",
+    _requantize,
+    lambda q, z_x, multiplier, zero_point, low, high: q.new_empty(q.shape),
+)
+quantize_weight = kernels.define(
+    "quantize_weight(Tensor w, Tensor scales) -> Tensor",
+    _quantize_weight,
+    lambda w, scales: w.new_empty(w.shape, dtype=torch.int8),
+)
+dequantize_weight = kernels.define(
+    "dequantize_weight(Tensor q, Tensor scales) -> Tensor",
+    _dequantize_weight,
+    lambda q, scales: q.new_empty(q.shape, dtype=torch.float32),
+)
+
+
+def integer_bounds(bounds: tuple[float | None, float | None], scale: float, zero_point: int) -> tuple[int, int]:
+    """Q(low), Q(high) in 0..255 for `bounds` (low, high), with Q = `numerics.quantize`; a missing bound is the end of the range.
+
+    Rounding is monotone, so clamp(Q(x), Q(low), Q(high)) = Q(clamp(x, low, high)) bit for bit.
+    """
+
+    def q(value: float) -> int:
+        return int(numerics.quantize(np.asarray(value, np.float32), scale, zero_point))
+
+    low, high = bounds
+    return (ACT_QMIN if low is None else q(low)), (ACT_QMAX if high is None else q(high))

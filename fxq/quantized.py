@@ -1,0 +1,274 @@
+"""The result: a GraphModule that keeps its report, its graph and its provenance through pickle, deepcopy and files.
+
+fx pickles a GraphModule by tracing its code again, which loses names and `meta`. Here the graph is written down as
+plain data instead, which also makes `save` and `load` safe: a file holds no code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import _get_qualified_name
+
+from fxq.decisions import Report
+from fxq.errors import FileError
+from fxq.graph import Value
+from fxq.tracing.graph_functions import Origin, SignatureCodeGen
+
+FORMAT, VERSION = "fxq", 1
+TRUSTED = ("torch.", "operator.", "_operator.", "math.", "builtins.", "fxq.")
+"""Where functions of a file may come from without `trust`."""
+
+
+class QuantizedModule(GraphModule):
+    """A GraphModule made by fxq; `report` says what became of every operation."""
+
+    report: Report
+
+    @classmethod
+    def of(cls, gm: GraphModule, report: Report) -> QuantizedModule:
+        """Take over a graph and its constants."""
+        module = cls(gm, gm.graph)
+        module.report = report
+        module.eval()
+        return module
+
+    def __reduce__(self) -> Any:
+        return _decode, (encode(self), dict(self.named_modules_called()), True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModule:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, QuantizedModule)
+        copied.report = Report.from_dict(self.report.to_dict())
+        return copied
+
+    def named_modules_called(self) -> list[tuple[str, nn.Module]]:
+        """The modules that the graph calls as they are, by path."""
+        paths = dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        return [(path, self.get_submodule(path)) for path in paths]
+
+
+def weight_bytes(gm: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared memory counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*gm.parameters(), *gm.buffers())}
+    return sum(storages.values())
+
+
+def encode(gm: QuantizedModule) -> dict[str, Any]:
+    """`gm` as plain containers and tensors; `_decode` is the inverse."""
+    parameters = {path for path, _ in gm.named_parameters(remove_duplicate=False)}
+    constants = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    codegen = gm.graph._codegen
+    kinds = (codegen.positional_only, codegen.keyword_only) if isinstance(codegen, SignatureCodeGen) else (0, 0)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "nodes": [_encode_node(node) for node in gm.graph.nodes],
+        "constants": {path: _constant(gm, path) for path in sorted(constants)},
+        "parameters": sorted(parameters & constants),
+        "signature": list(kinds),
+        "report": gm.report.to_dict(),
+    }
+
+
+def _constant(gm: GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    value = getattr(gm.get_submodule(owner), name)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _encode_node(node: Node) -> dict[str, Any]:
+    origin = node.meta.get("origin")
+    return {
+        "op": node.op,
+        "name": node.name,
+        "target": node.target if isinstance(node.target, str) else _name_of(node.target),
+        "args": _encode(node.args),
+        "kwargs": _encode(node.kwargs),
+        "origin": [origin.module, origin.line] if origin is not None else None,
+        "value": _encode(node.meta.get("value")),
+        "source": node.meta.get("source"),
+        "qparams": node.meta.get("qparams"),
+    }
+
+
+def _name_of(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return f"op:{target}"
+    name = _get_qualified_name(target)
+    if _function(name, trust=True) is not target:
+        raise FileError(
+            f"the graph calls {target!r}, which cannot be found again as {name}; define it at a module's top level"
+        )
+    return name
+
+
+def _function(name: str, *, trust: bool) -> Any:
+    if name.startswith("op:"):
+        namespace, packet, overload = name.removeprefix("op:").split(".")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    if not trust and not name.startswith(TRUSTED):
+        raise FileError(
+            f"the file calls the function {name}, which is not torch's; pass trust=True if you trust the file"
+        )
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise FileError(f"the graph calls the function {name}, which is not installed here")
+
+
+def _encode(value: Any) -> Any:
+    """fx arguments as plain data: nodes, slices and torch's constants become tagged dicts."""
+    if isinstance(value, Node):
+        return {"$node": value.name}
+    if isinstance(value, Value):
+        return {"$value": [str(value.dtype), list(value.shape)]}
+    if isinstance(value, torch.Size):
+        return {"$size": list(value)}
+    if type(value) is tuple or isinstance(value, tuple):
+        return tuple(_encode(item) for item in value)
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"$dict": [(_encode(key), _encode(item)) for key, item in value.items()]}
+    if isinstance(value, slice):
+        return {"$slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
+    if value is ...:
+        return {"$ellipsis": True}
+    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
+        return {"$torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if value is None or isinstance(value, bool | int | float | str | complex):
+        return value
+    if callable(value):
+        return {"$function": _name_of(value)}
+    raise FileError(f"the graph holds a {type(value).__name__} as an argument, which cannot be written down")
+
+
+def _decode_value(value: Any, nodes: dict[str, Node], trust: bool) -> Any:
+    def inner(item: Any) -> Any:
+        return _decode_value(item, nodes, trust)
+
+    if isinstance(value, tuple):
+        return tuple(inner(item) for item in value)
+    if isinstance(value, list):
+        return [inner(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    match tag:
+        case "$node":
+            return nodes[content]
+        case "$value":
+            return Value(getattr(torch, content[0].removeprefix("torch.")), tuple(content[1]))
+        case "$size":
+            return torch.Size(content)
+        case "$dict":
+            return {inner(key): inner(item) for key, item in content}
+        case "$slice":
+            return slice(*(inner(item) for item in content))
+        case "$ellipsis":
+            return ...
+        case "$torch":
+            return getattr(torch, content)
+        case "$device":
+            return torch.device(content)
+        case "$function":
+            return _function(content, trust=trust)
+    raise FileError(f"the file holds an unknown tag {tag!r}; it was written by another version of fxq")
+
+
+def _decode(data: dict[str, Any], modules: dict[str, nn.Module], trust: bool) -> QuantizedModule:
+    root = nn.Module()
+    for path, module in modules.items():
+        owner, name = _owner(root, path)
+        owner.add_module(name, module)
+    tied: dict[int, nn.Parameter] = {}
+    for path, value in data["constants"].items():
+        owner, name = _owner(root, path)
+        if path in data["parameters"]:
+            owner.register_parameter(name, tied.setdefault(id(value), nn.Parameter(value, requires_grad=False)))
+        elif isinstance(value, Tensor):
+            owner.register_buffer(name, value)
+        else:
+            setattr(owner, name, value)
+    graph = Graph()
+    nodes: dict[str, Node] = {}
+    for entry in data["nodes"]:
+        target = entry["target"]
+        if entry["op"] == "call_function":
+            target = _function(target, trust=trust)
+        args, kwargs = (_decode_value(entry[key], nodes, trust) for key in ("args", "kwargs"))
+        node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
+        node.meta = {key: entry[key] for key in ("source", "qparams") if entry[key] is not None}
+        node.meta["value"] = _decode_value(entry["value"], nodes, trust)
+        if entry["origin"] is not None:
+            node.meta["origin"] = Origin(*entry["origin"])
+        nodes[entry["name"]] = node
+    if any(data["signature"]):
+        graph.set_codegen(SignatureCodeGen(*data["signature"]))
+    graph.lint()
+    return QuantizedModule.of(GraphModule(root, graph), Report.from_dict(data["report"]))
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parts, name = path.split(".")
+    for part in parts:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    return root, name
+
+
+def save(qmodel: nn.Module, path: str | Path) -> None:
+    """Write a quantized model to a file that `load` reads without running code from it.
+
+    Raises `FileError` where the graph holds what cannot be written down.
+    """
+    if not isinstance(qmodel, QuantizedModule):
+        raise FileError(f"fxq.save writes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    torch.save({**encode(qmodel), "modules": dict(qmodel.named_modules_called())}, path)
+
+
+def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
+    """Read a model that `save` wrote. trust: also unpickle modules and call functions that are not torch's.
+
+    Raises `FileError` for a missing, damaged or foreign file, and for one that needs trust.
+    """
+    if not Path(path).is_file():
+        raise FileError(f"{path}: no such file")
+    classes = [c for c in vars(nn.modules).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+    try:
+        with torch.serialization.safe_globals([*classes, set]):
+            data = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "global" in str(error):
+            raise FileError(
+                f"{path} holds modules that are not torch's own; pass trust=True if you trust it: {error}"
+            ) from error
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    except (RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FileError(f"{path} is not an fxq file")
+    if data["version"] != VERSION:
+        raise FileError(
+            f"{path} has format version {data['version']}, this fxq reads {VERSION}; write it again with fxq.save"
+        )
+    return _decode(data, data["modules"], trust)

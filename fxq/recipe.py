@@ -1,0 +1,104 @@
+"""What the user wants: a scheme, an observer, and rules for parts of the model."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from fxq.errors import RecipeError
+from fxq.observers import OBSERVERS
+from fxq.qtypes import Granularity
+
+SCHEMES = ("w8a8",)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a part of the model departs from the rest; None leaves a setting as it is.
+
+    int8: False keeps the part float. observer: the activations that its operations produce, or read where a float
+    island produces them. weight: "per_channel" or "per_tensor" scales.
+    """
+
+    int8: bool | None = None
+    observer: str | None = None
+    weight: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        if self.observer is not None and self.observer not in OBSERVERS:
+            raise RecipeError(f"unknown observer {self.observer!r}; there are {', '.join(OBSERVERS)}")
+        if self.weight not in (None, "per_channel", "per_tensor"):
+            raise RecipeError(f"unknown weight granularity {self.weight!r}; there are 'per_channel' and 'per_tensor'")
+
+    def over(self, other: Rule) -> Rule:
+        """This rule, completed by `other` where it leaves a setting open."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(other, **given)
+
+
+FLOAT = Rule(int8=False)
+"""The rule that keeps a part of the model float."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    scheme: "w8a8" (static int8 weights and activations). observer, weight: the defaults of `Rule`.
+    modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
+    ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
+
+        Recipe(modules={"head": FLOAT, "blocks.*.fc1": Rule(weight="per_tensor")}, ops={"add": FLOAT})
+    """
+
+    scheme: str = "w8a8"
+    observer: str = "histogram"
+    weight: Granularity = "per_channel"
+    modules: Mapping[str, Rule] = field(default_factory=dict)
+    ops: Mapping[str, Rule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise RecipeError(f"unknown recipe {self.scheme!r}; there are {', '.join(SCHEMES)}")
+        Rule(observer=self.observer, weight=self.weight)
+        for name, rule in [*self.modules.items(), *self.ops.items()]:
+            if not isinstance(rule, Rule):
+                raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")
+
+    @classmethod
+    def of(cls, recipe: str | Recipe) -> Recipe:
+        """A recipe from its name, or the recipe itself."""
+        return recipe if isinstance(recipe, Recipe) else cls(recipe)
+
+    def rule_for(self, module: str, op: str) -> Rule:
+        """The settings of an operation of family `op` in the module at path `module`, all filled in."""
+        rule = Rule(True, self.observer, self.weight)
+        for name, given in self.ops.items():
+            if fnmatch.fnmatchcase(op, name):
+                rule = given.over(rule)
+        for pattern, given in self.modules.items():
+            if covers(pattern, module):
+                rule = given.over(rule)
+        return rule
+
+    def check_names(self, modules: Iterable[str], families: Iterable[str]) -> None:
+        """Raise `RecipeError` when a rule names a module or op family that is not there."""
+        paths, ops = sorted(set(modules)), sorted(set(families))
+        for pattern in self.modules:
+            if not any(covers(pattern, path) for path in paths):
+                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.5)
+                hint = f"did you mean {', '.join(near)}?" if near else f"its modules are {', '.join(paths[:12])}"
+                raise RecipeError(f"the recipe's module {pattern!r} matches nothing in the model; {hint}")
+        for name in self.ops:
+            if not any(fnmatch.fnmatchcase(op, name) for op in ops):
+                raise RecipeError(f"the recipe's op family {name!r} does not exist; there are {', '.join(ops)}")
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether `pattern` (a path or glob) names the module at `path` or one that contains it."""
+    if pattern == "":
+        return True
+    parts = path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))

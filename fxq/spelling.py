@@ -1,0 +1,79 @@
+"""The one spelling per operation that `normalize` leaves, so that every pattern is written once.
+
+Operands are positional; an operation that is not listed keeps the spelling that the user gave it.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+LINEAR = F.linear
+"""linear(x, weight, bias): weight [N, K], bias [N] or None."""
+
+RELU = torch.relu
+"""relu(x)."""
+
+CLAMP = torch.clamp
+"""clamp(x, low, high): also relu6 and hardtanh; a bound is a number or None."""
+
+ADD = torch.add
+"""add(a, b)."""
+
+BATCH_NORM = F.batch_norm
+"""batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)."""
+
+GETITEM = operator.getitem
+"""getitem(x, index): slicing and indexing."""
+
+SPLITS = frozenset({torch.chunk, torch.split, torch.unbind, torch.tensor_split})
+"""split(x, ...): a tuple of views of x."""
+
+
+def max_pool1d(x: torch.Tensor, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> torch.Tensor:
+    """Max-pooling over the last dimension of [N, C, L] or [C, L], for float32 and for uint8, which torch's lacks."""
+    pooled = torch.max_pool2d(x.unsqueeze(-2), (1, kernel), (1, stride), (0, padding), (1, dilation), ceil_mode)
+    return pooled.squeeze(-2)
+
+
+MAX_POOLS = frozenset({max_pool1d, torch.max_pool2d, torch.max_pool3d})
+"""max_pool(x, kernel, stride, padding, dilation, ceil_mode)."""
+
+MOVES = frozenset(
+    {
+        torch.reshape,
+        torch.flatten,
+        torch.unflatten,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.transpose,
+        torch.permute,
+        torch.movedim,
+        torch.narrow,
+        torch.select,
+        torch.flip,
+        torch.tile,
+        F.pixel_shuffle,
+        F.pixel_unshuffle,
+    }
+)
+"""move(x, ...): the same numbers in another order or shape."""
+
+CAT = frozenset({torch.cat, torch.stack})
+"""cat([x, ...], dim)."""
+
+
+def float_bounds(node: object) -> tuple[float | None, float | None] | None:
+    """The bounds of a relu or clamp in real units; None where `node` is neither, or its bounds are not numbers."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    if node.target is RELU:
+        return 0.0, None
+    if node.target is CLAMP:
+        low, high = node.args[1:3]
+        if isinstance(low, int | float | None) and isinstance(high, int | float | None):
+            return (None if low is None else float(low)), (None if high is None else float(high))
+    return None

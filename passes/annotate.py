@@ -1,0 +1,249 @@
+"""annotate: decide for every value whether it becomes an integer, and record for every operation why or why not.
+
+1. Each op family claims its operations: products (linear), pointwise (add), carries (reshape, cat, relu, max-pool).
+2. Carries tie values together: connected values form a group that shares one scale and zero point.
+3. A group is integer when some integer operation produces a value of it and only integer operations read it. Its values
+   get one range, observed wherever a producer writes it.
+4. In any other group the values stay float, and each product that reads one quantizes it at its own edge. A product
+   then writes float32 (its epilogue does), which is both cheaper and closer than writing and reading integers.
+5. A pointwise operation is worth it only between integers: in an integer group, with an operand from one. Otherwise it
+   stays float, and 2 to 4 are decided again without it.
+
+A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them.
+Nothing in the graph changes: the specs are in the context, the decisions in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from fxq.decisions import Decision, Form, Reason
+from fxq.errors import QuantizationError
+from fxq.family import Claim, Refusal
+from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place_of, target_name
+from fxq.pipeline import Context, Numbers, Place
+from fxq.qtypes import QuantSpec, SharedSpec, WeightSpec
+from fxq.spelling import float_bounds
+from fxq.stages import Stage
+
+
+@dataclass
+class Plan:
+    """What is known of a graph while it is decided: claims and refusals by node, swallowed clamps."""
+
+    claims: dict[Node, Claim] = field(default_factory=dict)
+    families: dict[Node, str] = field(default_factory=dict)
+    refusals: dict[Node, Refusal] = field(default_factory=dict)
+    swallowed: dict[Node, Node] = field(default_factory=dict)
+
+    def produces(self, node: Node) -> bool:
+        """Whether `node` is the result of an integer operation with a range of its own."""
+        source = self.swallowed.get(node, node)
+        return source in self.claims and self.claims[source].kind != "carry"
+
+    def carries(self, node: Node) -> bool:
+        """Whether `node` passes on the range of its inputs."""
+        return node in self.claims and self.claims[node].kind == "carry" and node not in self.swallowed
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """See the module's docstring."""
+
+    name: str = "annotate"
+    takes: Stage = Stage.FLOAT
+    gives: Stage = Stage.FLOAT
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Fill `ctx.specs` and `ctx.report`; returns the number of new specs.
+
+        Raises `QuantizationError` where a linear cannot be int8 by size and the recipe does not keep it float.
+        """
+        plan = _claim(gm, ctx)
+        groups = _settle(gm, plan)
+        known = len(ctx.specs)
+        for group in groups:
+            _specify_group(group, plan, ctx)
+        for node, claim in plan.claims.items():
+            if claim.weight is not None:
+                rule = ctx.recipe.rule_for(module_of(node), plan.families[node])
+                assert rule.weight is not None
+                ctx.specs[Place(claim.weight.name, (node.name,))] = WeightSpec(rule.weight)
+        integer = {node for group in groups if _is_integer(group, plan) for node in group}
+        for node in gm.graph.nodes:
+            node.meta["source"] = node.name
+        ctx.report.decisions = [_decide(gm, node, plan, integer) for node in gm.graph.nodes if is_call(node)]
+        return len(ctx.specs) - known
+
+
+def _claim(gm: GraphModule, ctx: Context) -> Plan:
+    """Ask the families, then the recipe; pair products with the clamps that only they feed."""
+    plan = Plan()
+    too_long = []
+    for node in gm.graph.nodes:
+        for family in ctx.families:
+            answer = family.claim(gm, node)
+            if answer is None:
+                continue
+            plan.families[node] = family.name
+            if ctx.recipe.rule_for(module_of(node), family.name).int8 is False:
+                plan.refusals[node] = Refusal(Reason.USER_EXCLUDED)
+            elif isinstance(answer, Refusal):
+                plan.refusals[node] = answer
+                if answer.reason is Reason.ACC_OVERFLOW:
+                    too_long.append(
+                        f"{place_of(node)}: {answer.detail}; keep it float with {_exclusion(node)}, or split it"
+                    )
+            elif "aliases" in node.meta and answer.kind != "product":
+                plan.refusals[node] = Refusal(Reason.ALIASED, f"%{node.meta['aliases']} modifies it in place")
+            else:
+                plan.claims[node] = answer
+            break
+    if too_long:
+        raise QuantizationError("an int32 accumulator cannot hold these dot products:\n" + "\n".join(too_long))
+    for node in plan.claims:
+        bounds = float_bounds(node)
+        source = node.args[0] if node.args else None
+        if bounds is None or not isinstance(source, Node) or len(source.users) != 1:
+            continue
+        if source in plan.claims and plan.claims[source].kind != "carry":
+            plan.swallowed[node] = source
+    return plan
+
+
+def _exclusion(node: Node) -> str:
+    return f"Recipe(modules={{{module_of(node)!r}: fxq.FLOAT}})"
+
+
+def _groups(gm: GraphModule, plan: Plan) -> list[set[Node]]:
+    """Values tied by carries: the connected components of the graph whose edges lead into carries."""
+    ties: nx.Graph[Node] = nx.Graph()
+    inner = set(plan.swallowed.values())
+    ties.add_nodes_from(node for node in gm.graph.nodes if node not in inner)
+    ties.add_edges_from(
+        (source, node) for node in gm.graph.nodes if plan.carries(node) for source in plan.claims[node].inputs
+    )
+    return list(nx.connected_components(ties))
+
+
+def _settle(gm: GraphModule, plan: Plan) -> list[set[Node]]:
+    """Give up pointwise operations that do not stand between integers, until none is left to give up."""
+    while True:
+        groups = _groups(gm, plan)
+        integer = {node for group in groups if _is_integer(group, plan) for node in group}
+        lost = [
+            node
+            for node, claim in plan.claims.items()
+            if claim.kind == "pointwise"
+            and not (_result(node, plan) in integer and any(operand in integer for operand in claim.inputs))
+        ]
+        if not lost:
+            return groups
+        for node in lost:
+            del plan.claims[node]
+            plan.refusals[node] = Refusal(Reason.FLOAT_READER)
+            for clamp in [clamp for clamp, source in plan.swallowed.items() if source is node]:
+                del plan.swallowed[clamp]
+
+
+def _result(node: Node, plan: Plan) -> Node:
+    """The value that an operation writes: its own, or that of the clamp that it swallows."""
+    return next((clamp for clamp, source in plan.swallowed.items() if source is node), node)
+
+
+def _readers(node: Node, plan: Plan) -> Iterator[tuple[Node, bool]]:
+    """Who reads the numbers of `node`, carries left out, and whether it reads integers."""
+    for user in node.users:
+        if user.op != "output" and not _has_numbers(user):
+            continue  # asks for the shape only
+        if plan.carries(user):
+            continue
+        claim = plan.claims.get(user)
+        yield user, claim is not None and node in claim.inputs and node is not claim.weight
+
+
+def _has_numbers(node: Node) -> bool:
+    value = node.meta.get("value")
+    return isinstance(value, Value) or (isinstance(value, tuple | list) and any(isinstance(v, Value) for v in value))
+
+
+def _is_integer(group: set[Node], plan: Plan) -> bool:
+    """Whether an integer operation writes a value of the group, and integer operations alone read it."""
+    if not any(plan.produces(node) for node in group) or any("aliases" in node.meta for node in group):
+        return False
+    reads = [integers for node in group for _, integers in _readers(node, plan)]
+    return bool(reads) and all(reads)
+
+
+def _specify_group(group: set[Node], plan: Plan, ctx: Context) -> None:
+    """Specs of one group: one range for all of an integer group, one per edge value in any other."""
+    ordered = sorted(group, key=lambda node: node._sort_key)
+    if _is_integer(group, plan):
+        tensors = [node for node in ordered if is_float_tensor(node)]
+        owner = tensors[0]
+        for node in tensors:
+            shared = SharedSpec(owner.name)
+            ctx.specs[Place(node.name)] = QuantSpec(_observer(owner, plan, ctx)) if node is owner else shared
+        return
+    for node in ordered:
+        readers = [reader for reader, reads in _readers(node, plan) if reads]
+        if not readers:
+            continue
+        batches = [[reader] for reader in readers] if "aliases" in node.meta else [readers]
+        for batch in batches:
+            name = _observer(batch[0], plan, ctx)
+            ctx.specs[Place(node.name, tuple(reader.name for reader in batch))] = QuantSpec(name)
+
+
+def _observer(node: Node, plan: Plan, ctx: Context) -> str:
+    source = plan.swallowed.get(node, node)
+    rule = ctx.recipe.rule_for(module_of(source), plan.families.get(source, ""))
+    assert rule.observer is not None
+    return rule.observer
+
+
+def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node]) -> Decision:
+    form: Form = "float"
+    reason: Reason | None = None
+    detail = ""
+    claim = plan.claims.get(node)
+    if claim is not None and claim.kind != "carry":
+        form = "int8"
+    elif node in plan.swallowed:
+        form, detail = "int8", f"in the epilogue of {target_name(plan.swallowed[node].target)}"
+        if node not in integer:
+            form, reason, detail = "float", Reason.FLOAT_READER, ""
+    elif claim is not None and node in integer:
+        form = "moved"
+    elif claim is not None:
+        reason = Reason.FLOAT_DATA
+    elif node in plan.refusals:
+        reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
+    elif not _has_numbers(node):
+        form, reason = "python", Reason.NON_FLOAT
+    elif not _is_float(node):
+        reason = Reason.NON_FLOAT
+    elif not is_float_tensor(node):
+        reason, detail = (
+            Reason.NOT_FLOAT32,
+            str(node.meta["value"].dtype) if isinstance(node.meta["value"], Value) else "",
+        )
+    else:
+        reason = Reason.NO_INTEGER_OP
+    macs = claim.macs if claim is not None and claim.macs else int(node.meta.get("macs", 0))
+    op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
+    return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs)
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta["value"]
+    values = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(v, Value) and v.dtype.is_floating_point for v in values)
+
+
+PASS = Annotate()

@@ -1,0 +1,63 @@
+"""calibrate: statistics become scales and zero points; each observer becomes a quantize/dequantize pair.
+
+The only pass that approximates. The data has run before it (`fxq.calibrate`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxq.graph import bypass, call, get_attr, is_size, set_constant, submodule
+from fxq.observers import Observer, WeightObserver
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.stages import Stage
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """See the module's docstring."""
+
+    name: str = "calibrate"
+    takes: Stage = Stage.OBSERVED
+    gives: Stage = Stage.QDQ
+    numbers: Numbers = Numbers.APPROXIMATE
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Raises `CalibrationError` naming the value that no data has reached."""
+        found = [
+            n
+            for n in gm.graph.nodes
+            if n.op == "call_module" and isinstance(submodule(gm, n), Observer | WeightObserver)
+        ]
+        for node in found:
+            observer = submodule(gm, node)
+            pair = _activation(gm, node, observer) if isinstance(observer, Observer) else _weight(gm, node)
+            # Who asks for a size only asks the integers, so that no float copy is made to be measured.
+            node.replace_all_uses_with(pair.args[0], delete_user_cb=is_size)
+            bypass(gm, node, pair)
+        if found:
+            gm.delete_submodule("observers")
+        return len(found)
+
+
+def _activation(gm: GraphModule, node: Node, observer: Observer) -> Node:
+    qparams = observer.qparams()
+    operands = (qparams.scale, qparams.zero_point)
+    with gm.graph.inserting_before(node):
+        q = call(gm, quantize, (node.args[0], *operands), node, operands)
+        return call(gm, dequantize, (q, *operands), node)
+
+
+def _weight(gm: GraphModule, node: Node) -> Node:
+    observer, w = submodule(gm, node), node.args[0]
+    assert isinstance(observer, WeightObserver) and isinstance(w, Node)
+    with gm.graph.inserting_before(node):
+        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales), node)
+        q = call(gm, quantize_weight, (w, scales), node)
+        return call(gm, dequantize_weight, (q, scales), node)
+
+
+PASS = Calibrate()

@@ -1,0 +1,121 @@
+"""fold_qdq: quantize/dequantize pairs cancel, integers flow through moves, constant weights become int8.
+
+quantize(dequantize(q, s, z), s, z)              ->  q
+quantize(move(dequantize(q, s, z)), s, z)        ->  move(q)                     reshape, cat, max-pool, ...
+split(dequantize(q, s, z))[i]                    ->  dequantize(split(q)[i], s, z)
+quantize_weight(constant, scales)                ->  an int8 constant, one for all calls that share the weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, map_arg
+
+from fxq.graph import bypass, call, constant, get_attr, is_float_tensor, set_constant
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, quantize, quantize_weight
+from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS
+from fxq.stages import Stage
+
+QParamArgs = tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class FoldQdq:
+    """See the module's docstring."""
+
+    name: str = "fold-qdq"
+    takes: Stage = Stage.QDQ
+    gives: Stage = Stage.QDQ
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """In graph order: what a fold turns into integers is there for the next one."""
+        count = 0
+        weights: dict[tuple[int, bytes], str] = {}
+        for node in list(gm.graph.nodes):
+            if node._erased:
+                continue
+            if node.target is quantize:
+                count += _cancel(gm, node) or _carry(gm, node)
+            elif node.target in SPLITS:
+                count += _carry_split(gm, node)
+            elif node.target is quantize_weight:
+                count += _bake(gm, node, weights)
+        return count
+
+
+def _dequantized(node: object) -> tuple[Node, QParamArgs] | None:
+    """The integers behind a dequantize, and its parameters."""
+    if isinstance(node, Node) and node.target is dequantize:
+        q = node.args[0]
+        assert isinstance(q, Node)
+        return q, node.args[1:]
+    return None
+
+
+def _cancel(gm: GraphModule, node: Node) -> int:
+    source = _dequantized(node.args[0])
+    if source is None or source[1] != node.args[1:]:
+        return 0
+    bypass(gm, node, source[0])
+    return 1
+
+
+def _carry(gm: GraphModule, node: Node) -> int:
+    """Move `quantize` from behind a move to nowhere, where all that the move reads is dequantized alike."""
+    move = node.args[0]
+    if not isinstance(move, Node) or len(move.users) != 1 or move.target not in MOVES | MAX_POOLS | CAT | {GETITEM}:
+        return 0
+    numbers = [n for n in move.all_input_nodes if is_float_tensor(n)]
+    sources = {n: _dequantized(n) for n in numbers}
+    if not numbers or any(source is None or source[1] != node.args[1:] for source in sources.values()):
+        return 0
+
+    def integers(n: Node) -> Node:
+        source = sources.get(n)
+        return n if source is None else source[0]
+
+    with gm.graph.inserting_before(node):
+        moved = call(gm, _function(move), map_arg(move.args, integers), node, node.meta["qparams"])
+    bypass(gm, node, moved)
+    return 1
+
+
+def _carry_split(gm: GraphModule, node: Node) -> int:
+    source = _dequantized(node.args[0])
+    if source is None or any(user.target is not GETITEM for user in node.users):
+        return 0
+    q, qparams = source
+    pieces: Iterable[Node] = list(node.users)
+    with gm.graph.inserting_before(node):
+        split = call(gm, _function(node), (q, *node.args[1:]), node)
+    for piece in pieces:
+        with gm.graph.inserting_before(piece):
+            part = call(gm, GETITEM, (split, piece.args[1]), piece, q.meta["qparams"])
+            bypass(gm, piece, call(gm, dequantize, (part, *qparams), piece))
+    return 1
+
+
+def _function(node: Node) -> Callable[..., Any]:
+    assert node.op == "call_function" and not node.kwargs and callable(node.target)
+    return node.target
+
+
+def _bake(gm: GraphModule, node: Node, weights: dict[tuple[int, bytes], str]) -> int:
+    w, scales = node.args
+    assert isinstance(w, Node) and isinstance(scales, Node)
+    tensor, s_w = constant(gm, w), constant(gm, scales)
+    key = tensor.data_ptr(), s_w.numpy().tobytes()
+    if key not in weights:
+        weights[key] = set_constant(gm, f"{w.target}_int8", quantize_weight(tensor.detach(), s_w))
+    with gm.graph.inserting_before(node):
+        bypass(gm, node, get_attr(gm, weights[key], node))
+    return 1
+
+
+PASS = FoldQdq()

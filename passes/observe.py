@@ -1,0 +1,82 @@
+"""observe: put an observer on every value that `annotate` wants quantized.
+
+Values that share a range feed one observer. An observer passes its input on, so the numbers stay the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxq.graph import call, module_of, place_of
+from fxq.observers import OBSERVERS, WeightObserver
+from fxq.pipeline import Context, Numbers, Place
+from fxq.qtypes import QuantSpec, SharedSpec, Spec, WeightSpec
+from fxq.stages import Stage
+
+HOLDER = "observers"
+"""The submodule that holds the observers."""
+
+
+@dataclass(frozen=True)
+class Observe:
+    """See the module's docstring."""
+
+    name: str = "observe"
+    takes: Stage = Stage.FLOAT
+    gives: Stage = Stage.OBSERVED
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Consumes `ctx.specs`, so a second run finds nothing to do."""
+        nodes = {node.name: node for node in gm.graph.nodes}
+        if ctx.specs and not hasattr(gm, HOLDER):
+            gm.add_module(HOLDER, nn.Module())
+        owners: dict[str, str] = {}
+        for place, spec in ctx.specs.items():
+            value = nodes[place.value]
+            readers = [nodes[name] for name in place.readers] if place.readers is not None else list(value.users)
+            path = owners[spec.owner] if isinstance(spec, SharedSpec) else _new(gm, place, value, readers, spec)
+            if place.readers is None:
+                owners[place.value] = path
+            _insert(gm, value, readers, path, at_edge=place.readers is not None)
+        count = len(ctx.specs)
+        ctx.specs = {}
+        return count
+
+
+def _insert(gm: GraphModule, value: Node, readers: list[Node], path: str, *, at_edge: bool) -> None:
+    """Let `readers` read `value` through the observer at `path`.
+
+    At an edge it stands right before its first reader: an in-place operation in between has then happened.
+    """
+    first = min(readers, key=lambda node: node._sort_key) if at_edge else None
+    with gm.graph.inserting_before(first) if first is not None else gm.graph.inserting_after(value):
+        observer = call(gm, path, (value,), value)
+    for reader in readers:
+        reader.replace_input_with(value, observer)
+
+
+def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: Spec) -> str:
+    """Create the observer of `place`; returns its path."""
+    holder = gm.get_submodule(HOLDER)
+    observer: nn.Module
+    if isinstance(spec, WeightSpec):
+        observer = WeightObserver(f"weight {value.target}", spec.granularity)
+    else:
+        assert isinstance(spec, QuantSpec)
+        if place.readers is None:
+            where = f"the output of {place_of(value)}"
+        elif value.op == "placeholder":
+            where = f"the input {value.target!r}"
+        else:
+            where = f"the input of {module_of(readers[0]) or place_of(readers[0])}"
+        observer = OBSERVERS[spec.observer](where)
+    name = f"{value.name}_{len(list(holder.children()))}"
+    holder.add_module(name, observer)
+    return f"{HOLDER}.{name}"
+
+
+PASS = Observe()

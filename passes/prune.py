@@ -1,0 +1,65 @@
+"""prune: dead nodes and orphan parameters, buffers and submodules go.
+
+What has a side effect stays: guards, and operations that modify memory in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxq.graph import is_call
+from fxq.pipeline import Context, Numbers
+from fxq.stages import Stage
+
+
+@dataclass(frozen=True)
+class Prune:
+    """See the module's docstring."""
+
+    name: str = "prune"
+    takes: Stage = Stage.INTEGER
+    gives: Stage = Stage.INTEGER
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Returns the number of nodes and constants removed."""
+        before = len(gm.graph.nodes) + _constants(gm)
+        gm.graph.eliminate_dead_code(is_impure_node=_stays)
+        gm.delete_all_unused_submodules()
+        _delete_unused_constants(gm)
+        return before - len(gm.graph.nodes) - _constants(gm)
+
+
+def _stays(node: Node) -> bool:
+    return "aliases" in node.meta or (not is_call(node) and node.op != "get_attr") or node.is_impure()
+
+
+def _constants(gm: GraphModule) -> int:
+    return len(list(gm.named_parameters(remove_duplicate=False))) + len(list(gm.named_buffers(remove_duplicate=False)))
+
+
+def _delete_unused_constants(gm: GraphModule) -> None:
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    for path, _ in named:
+        owner, _, name = path.rpartition(".")
+        inside = any(owner == module or owner.startswith(f"{module}.") for module in called)
+        if path not in used and not inside:
+            delattr(gm.get_submodule(owner), name)
+    _delete_empty_submodules(gm)
+
+
+def _delete_empty_submodules(gm: GraphModule) -> None:
+    """Modules that hold nothing any more and are not called."""
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for path, module in reversed(list(gm.named_modules())):
+        holds = bool(module._parameters or module._buffers or module._modules)
+        inside = any(path == name or path.startswith(f"{name}.") for name in called)
+        if path and not holds and not inside:
+            gm.delete_submodule(path)
+
+
+PASS = Prune()
