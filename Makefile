@@ -1,0 +1,46 @@
+# Two commands do everything, set-up included: `make demo` (the main job) and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := 2.13.0
+
+.PHONY: demo test lint check-types pytest sanitize bench observers clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/digits.py
+
+test: lint check-types pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check-types: $(VENV)/ready
+	$(BIN)/mypy
+
+pytest: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+sanitize: $(VENV)/ready
+	$(BIN)/python tests/kernels/sanitize.py
+
+observers: $(VENV)/ready
+	$(BIN)/python benchmarks/observers.py
+
+bench: $(VENV)/ready-bench
+	$(BIN)/python benchmarks/run.py
+
+# torch first and by exact version: a range would fetch the newest release, with gigabytes of CUDA libraries.
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready
+	$(BIN)/python -m pip install -q -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
