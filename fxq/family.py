@@ -18,13 +18,12 @@ class Claim:
 
     kind: "product" reads uint8 and may give uint8 or float32 (linear); "pointwise" reads uint8 and gives uint8 with a
     range of its own (add); "carry" passes integers on with the range that they have (reshape, max-pool, relu).
-    inputs: the operands that become uint8; weight: the constant operand that becomes int8; macs: on the examples.
+    inputs: the operands that become uint8; weight: the constant operand that becomes int8.
     """
 
     kind: Kind
     inputs: tuple[Node, ...]
     weight: Node | None = None
-    macs: int = 0
 
 
 @dataclass(frozen=True)

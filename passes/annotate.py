@@ -25,6 +25,7 @@ from fxq.decisions import Decision, Form, Reason
 from fxq.errors import QuantizationError
 from fxq.family import Claim, Refusal
 from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place_of, target_name
+from fxq.macs import count_macs
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, SharedSpec, WeightSpec
 from fxq.spelling import float_bounds
@@ -75,9 +76,12 @@ class Annotate:
                 assert rule.weight is not None
                 ctx.specs[Place(claim.weight.name, (node.name,))] = WeightSpec(rule.weight)
         integer = {node for group in groups if _is_integer(group, plan) for node in group}
+        macs = count_macs(gm, ctx.examples)
         for node in gm.graph.nodes:
             node.meta["source"] = node.name
-        ctx.report.decisions = [_decide(gm, node, plan, integer) for node in gm.graph.nodes if is_call(node)]
+        ctx.report.decisions = [
+            _decide(gm, node, plan, integer, macs.get(node, 0)) for node in gm.graph.nodes if is_call(node)
+        ]
         return len(ctx.specs) - known
 
 
@@ -207,7 +211,7 @@ def _observer(node: Node, plan: Plan, ctx: Context) -> str:
     return rule.observer
 
 
-def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node]) -> Decision:
+def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: int) -> Decision:
     form: Form = "float"
     reason: Reason | None = None
     detail = ""
@@ -235,7 +239,6 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node]) -> Deci
         )
     else:
         reason = Reason.NO_INTEGER_OP
-    macs = claim.macs if claim is not None and claim.macs else int(node.meta.get("macs", 0))
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
     return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs)
 

@@ -1,0 +1,53 @@
+"""Multiply-accumulates of every node of a graph, counted on the examples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from fxq.graph import bind
+from fxq.inputs import Call
+
+# What torch's own table of products lacks on CPUs; formulas take shapes and return operations, two per product.
+_MORE: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._trilinear: lambda a, b, c, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(b[-2:]),
+}
+
+
+class _Counter(Interpreter):
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.counts: dict[Node, int] = {}
+
+    def run_node(self, n: Node) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+            result = super().run_node(n)
+        operations = counter.get_total_flops()
+        if n.op == "call_module":
+            operations += 2 * self._recurrent(n, result)
+        if operations:
+            self.counts[n] = operations // 2
+        return result
+
+    def _recurrent(self, n: Node, result: Any) -> int:
+        """Recurrent layers run in one opaque call: each weight matrix is used once per step and sequence."""
+        module = self.fetch_attr(str(n.target))
+        if not isinstance(module, nn.RNNBase):
+            return 0
+        steps = math.prod(result[0].shape[:-1])
+        return steps * sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
+
+
+def count_macs(gm: GraphModule, call: Call) -> dict[Node, int]:
+    """Multiply-accumulates of the nodes that have any, from running `gm` once on `call`."""
+    own = call.clone()
+    counter = _Counter(gm)
+    with torch.no_grad():
+        counter.run(*bind(gm, own.args, own.kwargs))
+    return counter.counts
