@@ -71,7 +71,7 @@ static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, i
   const Rounding round(zero_point, 0, 255);
   int64_t i = 0;
   for (; i + W <= count; i += W) store(q + i, round(load<F>(x + i) * inverse));
-  store_some(q + i, round(load_some<F>(x + i, count - i) * inverse), count - i);
+  if (i < count) store_some(q + i, round(load_some<F>(x + i, count - i) * inverse), count - i);
 }
 
 static void dequantize(Term x, float* y, int64_t count) {

@@ -1,8 +1,6 @@
 // The kernels as torch operators: checks, outputs, threads. Built on torch's stable ABI, so that one binary serves
 // later torch releases; the operators' schemas are defined in Python (fxq.kernels.define).
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
@@ -11,11 +9,10 @@
 #include <string>
 
 #include "kernels.h"
+#include "tensor.h"
 
 namespace fxq {
 namespace {
-
-using torch::stable::Tensor;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -25,51 +22,8 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-struct Shape {
-  const int64_t* sizes;
-  int64_t dim;
-  explicit Shape(const Tensor& t) : sizes(t.sizes().data()), dim(t.dim()) {}
-};
-
-std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-  out << '[';
-  for (int64_t i = 0; i < shape.dim; ++i) out << (i ? ", " : "") << shape.sizes[i];
-  return out << ']';
-}
-
-int32_t dtype_of(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
 void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected) {
-  if (dtype_of(t) != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
-}
-
-constexpr int64_t kMaxDim = 64;
-
-Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
-  int64_t strides[kMaxDim], step = 1;
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    strides[i] = step;
-    if (sizes[i] > 1) step *= sizes[i];
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+  if (t.dtype() != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
 }
 
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
@@ -86,10 +40,10 @@ constexpr int64_t kProductGrain = 200'000;       // multiply-adds that are worth
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
   expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
-  const Tensor from = dense(x);
-  const Tensor y = empty(x.sizes().data(), x.dim(), aoti_torch_dtype_uint8());
-  const float* source = data<float>(from);
-  uint8_t* target = mutable_data<uint8_t>(y);
+  const Contiguous from(x);
+  Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
+  const float* source = from.data<float>();
+  uint8_t* target = y.data<uint8_t>();
   parallel(x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     active().quantize(source + begin, target + begin, end - begin, 1.0f / float(scale), int32_t(zero_point));
   });
@@ -98,10 +52,10 @@ Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
 
 Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
   expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
-  const Tensor from = dense(q);
-  const Tensor y = empty(q.sizes().data(), q.dim(), aoti_torch_dtype_float32());
-  const uint8_t* source = data<uint8_t>(from);
-  float* target = mutable_data<float>(y);
+  const Contiguous from(q);
+  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_float32());
+  const uint8_t* source = from.data<uint8_t>();
+  float* target = y.data<float>();
   parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     active().dequantize({source + begin, int32_t(zero_point), float(scale)}, target + begin, end - begin);
   });
@@ -110,10 +64,10 @@ Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
 
 Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_point, int64_t low, int64_t high) {
   expect_dtype("requantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
-  const Tensor from = dense(q);
-  const Tensor y = empty(q.sizes().data(), q.dim(), aoti_torch_dtype_uint8());
-  const uint8_t* source = data<uint8_t>(from);
-  uint8_t* target = mutable_data<uint8_t>(y);
+  const Contiguous from(q);
+  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
+  const uint8_t* source = from.data<uint8_t>();
+  uint8_t* target = y.data<uint8_t>();
   parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     active().requantize({source + begin, int32_t(z_x), float(multiplier)}, target + begin, end - begin,
                         int32_t(zero_point), int32_t(low), int32_t(high));
@@ -124,12 +78,13 @@ Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_
 // An operand of a broadcast: strides over the dimensions of the result, 0 where the operand repeats.
 struct Broadcast {
   const uint8_t* q;
-  int64_t strides[kMaxDim];
+  int64_t strides[Tensor::kMaxDim];
 
-  Broadcast(const Tensor& t, const int64_t* sizes, int64_t dim) : q(data<uint8_t>(t)) {
-    const auto own_sizes = t.sizes(), own_strides = t.strides();
-    for (int64_t i = 0, missing = dim - t.dim(); i < dim; ++i)
-      strides[i] = i < missing || (own_sizes[i - missing] == 1 && sizes[i] != 1) ? 0 : own_strides[i - missing];
+  Broadcast(const Tensor& t, Shape result) : q(t.data<uint8_t>()) {
+    const Shape own = t.shape();
+    const int64_t* own_strides = t.strides();
+    for (int64_t i = 0, missing = result.dim - own.dim; i < result.dim; ++i)
+      strides[i] = i < missing || own.sizes[i - missing] == 1 ? 0 : own_strides[i - missing];
   }
   // `count` elements from `index` on in the innermost dimension: where they lie, or gathered into `buffer`.
   const uint8_t* row(int64_t offset, int64_t index, int64_t count, int64_t stride, uint8_t* buffer) const {
@@ -140,20 +95,21 @@ struct Broadcast {
   }
 };
 
-void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term term_b, uint8_t* y, const int64_t* sizes,
-                   int64_t dim, int32_t zero_point, int32_t low, int32_t high) {
+void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term term_b, uint8_t* y, Shape shape,
+                   int32_t zero_point, int32_t low, int32_t high) {
   constexpr int64_t kChunk = 1024;
   uint8_t buffer_a[kChunk], buffer_b[kChunk];
+  const int64_t dim = shape.dim;
+  const int64_t* sizes = shape.sizes;
   const int64_t inner = sizes[dim - 1];
-  int64_t rows = 1, index[kMaxDim] = {}, offset_a = 0, offset_b = 0;
+  int64_t rows = 1, index[Tensor::kMaxDim] = {}, offset_a = 0, offset_b = 0;
   for (int64_t d = 0; d < dim - 1; ++d) rows *= sizes[d];
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < inner; i += kChunk, y += kChunk) {
-      const int64_t count = inner - i < kChunk ? inner - i : kChunk;
+    for (int64_t i = 0, count; i < inner; i += count, y += count) {
+      count = std::min(inner - i, kChunk);
       term_a.q = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
       term_b.q = b.row(offset_b, i, count, b.strides[dim - 1], buffer_b);
       active().add(term_a, term_b, y, count, zero_point, low, high);
-      if (count < kChunk) y -= kChunk - count;
     }
     for (int64_t d = dim - 2; d >= 0; --d) {  // an odometer over the outer dimensions
       offset_a += a.strides[d];
@@ -170,9 +126,9 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
             int64_t low, int64_t high) {
   expect_dtype("qadd", "a", a, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype("qadd", "b", b, aoti_torch_dtype_uint8(), "uint8");
-  const Shape shape_a(a), shape_b(b);
-  const int64_t dim = shape_a.dim > shape_b.dim ? shape_a.dim : shape_b.dim;
-  int64_t sizes[kMaxDim];
+  const Shape shape_a = a.shape(), shape_b = b.shape();
+  const int64_t dim = std::max(shape_a.dim, shape_b.dim);
+  int64_t sizes[Tensor::kMaxDim];
   bool same = shape_a.dim == shape_b.dim;
   for (int64_t i = 1; i <= dim; ++i) {
     const int64_t size_a = i <= shape_a.dim ? shape_a.sizes[shape_a.dim - i] : 1;
@@ -181,9 +137,10 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
     same = same && size_a == size_b;
     sizes[dim - i] = size_a == 1 ? size_b : size_a;
   }
-  const Tensor y = empty(sizes, dim, aoti_torch_dtype_uint8());
-  uint8_t* target = mutable_data<uint8_t>(y);
-  const Term term_a = {data<uint8_t>(a), int32_t(z_a), float(m_a)}, term_b = {data<uint8_t>(b), int32_t(z_b), float(m_b)};
+  const Shape shape = {sizes, dim};
+  Tensor y = Tensor::empty(shape, aoti_torch_dtype_uint8());
+  uint8_t* target = y.data<uint8_t>();
+  const Term term_a = {a.data<uint8_t>(), int32_t(z_a), float(m_a)}, term_b = {b.data<uint8_t>(), int32_t(z_b), float(m_b)};
   const int32_t zero = int32_t(zero_point), lo = int32_t(low), hi = int32_t(high);
   if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
     parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -192,7 +149,7 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
       active().add(part_a, part_b, target + begin, end - begin, zero, lo, hi);
     });
   } else if (y.numel() > 0) {
-    add_broadcast(Broadcast(a, sizes, dim), Broadcast(b, sizes, dim), term_a, term_b, target, sizes, dim, zero, lo, hi);
+    add_broadcast(Broadcast(a, shape), Broadcast(b, shape), term_a, term_b, target, shape, zero, lo, hi);
   }
   return y;
 }
@@ -215,9 +172,9 @@ void run_gemm(const Gemm& g, int64_t rows) {
     });
 }
 
-// x as rows of k values, one after the other at a fixed distance: itself where its strides allow, else a copy.
-Tensor as_rows(const Tensor& x, int64_t* stride) {
-  const auto sizes = x.sizes(), strides = x.strides();
+// Whether x lies in rows of adjacent values, each at the same distance `stride` from the one before.
+bool is_rows(const Tensor& x, int64_t* stride) {
+  const int64_t *sizes = x.shape().sizes, *strides = x.strides();
   const int64_t last = x.dim() - 1;
   bool regular = strides[last] == 1 || sizes[last] <= 1;
   int64_t expected = -1;  // distance that the next dimension outwards must have
@@ -230,9 +187,7 @@ Tensor as_rows(const Tensor& x, int64_t* stride) {
       regular = regular && strides[i] == expected;
     expected = strides[i] * sizes[i];
   }
-  if (regular) return x;
-  *stride = sizes[last];
-  return torch::stable::contiguous(x);
+  return regular;
 }
 
 // What the four linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
@@ -242,39 +197,43 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
   expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
   expect_dtype(op, "bias", bias, aoti_torch_dtype_int32(), "int32");
   expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_float32(), "float32");
-  const Shape shape(x);
+  const Shape shape = x.shape();
   if (shape.dim == 0) fail(op, ": x is a scalar, expected [..., K]");
   g.k = shape.sizes[shape.dim - 1];
   g.n = bias.numel();
   if (weight.numel() != packed_size(g.n, g.k) || weight.dim() != 1)
-    fail(op, ": weight", Shape(weight), ", expected [", packed_size(g.n, g.k), "], the packed size of N = ", g.n,
+    fail(op, ": weight", weight.shape(), ", expected [", packed_size(g.n, g.k), "], the packed size of N = ", g.n,
          " (bias) and K = ", g.k, " (x", shape, ")");
   if (bias.dim() != 1 || multiplier.dim() != 1 || multiplier.numel() != g.n)
-    fail(op, ": multiplier", Shape(multiplier), " and bias", Shape(bias), ", expected both of one size [N]");
+    fail(op, ": multiplier", multiplier.shape(), " and bias", bias.shape(), ", expected both of one size [N]");
 
-  const Tensor rows = as_rows(x, &g.x_stride), w = dense(weight), b = dense(bias), m = dense(multiplier);
-  g.x = data<uint8_t>(rows);
-  g.weight = data<int8_t>(w);
-  g.bias = data<int32_t>(b);
-  g.multiplier = data<float>(m);
+  const Contiguous w(weight), b(bias), m(multiplier);
+  std::optional<Tensor> copy;
+  if (!is_rows(x, &g.x_stride)) {
+    copy.emplace(x.contiguous());
+    g.x_stride = g.k;
+  }
+  g.x = (copy ? *copy : x).data<uint8_t>();
+  g.weight = w.data<int8_t>();
+  g.bias = b.data<int32_t>();
+  g.multiplier = m.data<float>();
 
-  int64_t sizes[kMaxDim], count = 1;
+  int64_t sizes[Tensor::kMaxDim], count = 1;
   for (int64_t i = 0; i < shape.dim - 1; ++i) count *= sizes[i] = shape.sizes[i];
   sizes[shape.dim - 1] = g.n;
   const bool is_float = g.output == Output::kFloat || g.output == Output::kActivation;
-  const Tensor y = empty(sizes, shape.dim, is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8());
-  g.y = y.mutable_data_ptr();
+  Tensor y = Tensor::empty({sizes, shape.dim}, is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8());
+  g.y = y.data<void>();
   g.y_stride = g.n;
 
-  std::optional<Tensor> added;
+  std::optional<Contiguous> added;
   if (addend) {
     expect_dtype(op, "addend", *addend, aoti_torch_dtype_float32(), "float32");
-    const Shape own(*addend);
+    const Shape own = addend->shape();
     const bool row = own.dim == 1 && own.sizes[0] == g.n;
     if (!row && !(own.dim == shape.dim && std::equal(sizes, sizes + shape.dim, own.sizes)))
       fail(op, ": addend", own, ", expected [", g.n, "] or the shape of the result");
-    added = dense(*addend);
-    g.addend = data<float>(*added);
+    g.addend = added.emplace(*addend).data<float>();
     g.addend_stride = row ? 0 : g.n;
   }
   run_gemm(g, count);
@@ -326,14 +285,14 @@ Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor&
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&fxq::quantize));
-  m.impl("dequantize", TORCH_BOX(&fxq::dequantize));
-  m.impl("requantize", TORCH_BOX(&fxq::requantize));
-  m.impl("qadd", TORCH_BOX(&fxq::qadd));
-  m.impl("qlinear", TORCH_BOX(&fxq::qlinear));
-  m.impl("qlinear_float", TORCH_BOX(&fxq::qlinear_float));
-  m.impl("qlinear_act", TORCH_BOX(&fxq::qlinear_act));
-  m.impl("qlinear_act_quantize", TORCH_BOX(&fxq::qlinear_act_quantize));
+  m.impl("quantize", fxq::boxed<fxq::quantize>);
+  m.impl("dequantize", fxq::boxed<fxq::dequantize>);
+  m.impl("requantize", fxq::boxed<fxq::requantize>);
+  m.impl("qadd", fxq::boxed<fxq::qadd>);
+  m.impl("qlinear", fxq::boxed<fxq::qlinear>);
+  m.impl("qlinear_float", fxq::boxed<fxq::qlinear_float>);
+  m.impl("qlinear_act", fxq::boxed<fxq::qlinear_act>);
+  m.impl("qlinear_act_quantize", fxq::boxed<fxq::qlinear_act_quantize>);
 }
 
 // For fxq.kernels, through ctypes.
