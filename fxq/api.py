@@ -208,7 +208,7 @@ def compare(
     kwargs: Mapping[str, Any] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
 ) -> Comparison:
-    """Each integer layer's SQNR in dB against the float model: given exact inputs (alone), and as it runs (accumulated).
+    """Each integer layer's SQNR in dB against the float model: with exact inputs (alone), and as it runs (accumulated).
 
     Raises `InputError` where `qmodel` was not made of `model`.
     """

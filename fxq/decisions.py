@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Form = Literal["int8", "moved", "float", "python"]
-"""int8: runs on integers; moved: passes integers through unchanged; float: a float island; python: not a tensor."""
+Form = Literal["int8", "moved", "float", "aside"]
+"""int8: runs on integers; moved: passes integers on unchanged; float: a float island; aside: sizes, ids, masks."""
 
 
 class Reason(enum.Enum):
@@ -116,7 +116,7 @@ class Report:
     def __str__(self) -> str:
         rows = [("form", "module", "op", "MACs", "why, and what to do")]
         for d in self.decisions:
-            if d.form == "python":
+            if d.form == "aside":
                 continue
             why = d.detail
             if d.reason is not None:
@@ -135,7 +135,7 @@ class Report:
             "",
             f"recipe {self.recipe}, captured by {self.frontend}",
             f"operations: {forms['int8']} int8, {forms['moved']} moved as integers, {forms['float']} float, "
-            f"{forms['python']} on shapes and Python values",
+            f"{forms['aside']} aside (sizes, ids, masks)",
             f"multiply-accumulates in int8: {int8:,} of {total:,} ({100 * self.int8_share:.1f} %)",
             f"parameters and buffers: {before:,} bytes before, {after:,} after"
             + (f" ({before / after:.2f}x smaller)" if after else ""),

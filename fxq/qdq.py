@@ -95,7 +95,7 @@ dequantize_weight = kernels.define(
 
 
 def integer_bounds(bounds: tuple[float | None, float | None], scale: float, zero_point: int) -> tuple[int, int]:
-    """Q(low), Q(high) in 0..255 for `bounds` (low, high), with Q = `numerics.quantize`; a missing bound is the end of the range.
+    """Q(low), Q(high) in 0..255 of `bounds`, with Q = `numerics.quantize`; a missing bound is the end of the range.
 
     Rounding is monotone, so clamp(Q(x), Q(low), Q(high)) = Q(clamp(x, low, high)) bit for bit.
     """

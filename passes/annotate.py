@@ -228,10 +228,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason = Reason.FLOAT_DATA
     elif node in plan.refusals:
         reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
-    elif not _has_numbers(node):
-        form, reason = "python", Reason.NON_FLOAT
-    elif not _is_float(node):
-        reason = Reason.NON_FLOAT
+    elif not _has_numbers(node) or not _is_float(node):
+        form, reason = "aside", Reason.NON_FLOAT
     elif not is_float_tensor(node):
         reason, detail = (
             Reason.NOT_FLOAT32,

@@ -78,6 +78,8 @@ class Add:
         if len(node.args) != 2 or node.kwargs:
             return Refusal(Reason.NO_INTEGER_OP, "add with alpha")
         operands = [operand for operand in node.args if isinstance(operand, Node) and operand.op != "get_attr"]
+        if not node.meta["value"].dtype.is_floating_point:
+            return None
         if len(operands) != 2 or not all(is_tensor(operand) for operand in operands):
             return Refusal(Reason.NO_INTEGER_OP, "add of a scalar or constant")
         if not all(is_float_tensor(operand) for operand in operands):
