@@ -1,0 +1,42 @@
+"""Where in the user's program a node comes from."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<eval_with_key", "<frozen")
+_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in the user's program a node comes from; `node.meta["origin"]`."""
+
+    module: str
+    """The user's module path, "" for the root."""
+    line: str
+    """"model.py:42", the innermost line of the user's code; "" if there is none."""
+
+
+def is_internal(filename: str) -> bool:
+    """Tell the code of torch, fxq and Python itself from the user's."""
+    return filename.startswith(_OWN) or (filename.startswith(_LIBRARY) and "site-packages" not in filename)
+
+
+def user_line(outermost: types.CodeType) -> str:
+    """Return file:line of the user's innermost line among those that `outermost` runs, "" if there is none."""
+    line = ""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is outermost:
+            return line
+        if not line and not is_internal(frame.f_code.co_filename):
+            line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,524 @@
+"""Runs a model on its example inputs and writes down, as an fx graph, every torch function that it calls.
+
+The tensors that the model's code sees are ordinary tensors, so whatever it asks of them has its usual answer. A
+`TorchFunctionMode` stands between the code and torch: each call is executed, and its result is remembered as the value
+of a new node. Sizes and number arguments are symbols (`fxq.tracing.symbols`). A `TorchDispatchMode` below it catches
+what reaches torch without passing through a torch function (scripted functions, C++ extensions).
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import partial
+from itertools import count
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxq.errors import TraceError
+from fxq.tracing.graph_functions import TracingWarning, UnpicklingTracer, guard, length, mutate
+from fxq.tracing.origin import Origin, user_line
+from fxq.tracing.spelling import (
+    COUNTED,
+    DTYPE,
+    LITERALS,
+    RANDOM,
+    RANK,
+    SILENT,
+    SIZES,
+    VALUES,
+    Spelling,
+    is_leaf,
+    opened,
+    spelling,
+)
+from fxq.tracing.symbols import Source, SymbolicFloat, SymbolicInt, is_symbol
+from fxq.tracing.values import ancestors, concrete, named_tensors, tensors, traced, version
+
+REMEDY = "write it with torch functions (torch.where, ...), or list the module in `leaves` to keep it as one float call"
+
+
+class Recorder:
+    """One trace: the graph so far, and which node each live tensor is the value of."""
+
+    def __init__(self, root: nn.Module, leaves: tuple[type[nn.Module] | str, ...], watch: bool = False) -> None:
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=UnpicklingTracer)
+        self.nodes: Any = WeakTensorKeyDictionary()
+        self.attributes = dict(named_tensors(root))
+        self.versions = {name: version(tensor) for name, tensor in self.attributes.items()}
+        self.names = {id(tensor): name for name, tensor in reversed(self.attributes.items())}
+        self.buffers = {module: dict(module._buffers) for module in root.modules()}
+        self.whole: dict[int, tuple[Any, fx.Node]] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.paths = [""]
+        self.texts: dict[fx.Node, str] = {}
+        self.varying: set[fx.Node] = set()
+        self.pure: set[fx.Node] = set()
+        self.mutating: set[fx.Node] = set()
+        self.impure: set[str] = set()
+        self.inputs: list[tuple[fx.Node, dict[str, Any]]] = []
+        self.asked: dict[str, str] = {}
+        self.read: set[str] = set()
+        self.symbols: dict[Any, Any] = {}
+        self.decided: set[fx.Node] = set()
+        self.refusal: TraceError | None = None
+        self.busy = False
+        self.thread = threading.get_ident()
+        self.watched: dict[str, torch.Tensor] | None = {} if watch else None
+        for path, module in root.named_modules():
+            module.__dict__["forward"] = partial(self.module, path, is_leaf(module, path, leaves), module.forward)
+
+    # Running the model.
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model under the recorder and return its output."""
+        with torch.no_grad(), _Escapes(self), _Functions(self):
+            return self.root(*args, **kwargs)
+
+    def line(self) -> str:
+        """Return file:line of the user's code that is running."""
+        return user_line(Recorder.run.__code__)
+
+    def module(self, path: str, leaf: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a module's forward: record a leaf as one call, follow the code of any other."""
+        if self.busy:
+            return forward(*args, **kwargs)
+        self.paths.append(path)
+        try:
+            if not leaf:
+                return forward(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                return self.record(forward, args, kwargs, lambda: ("call_module", path, args, kwargs), always=True)
+        finally:
+            self.paths.pop()
+
+    def wrapped(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a function that the user gave to `torch.fx.wrap`: one call, whatever is inside."""
+        if self.busy or self.thread != threading.get_ident() or not traced((args, kwargs)):
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            result = self.record(function, args, kwargs, lambda: ("call_function", function, args, kwargs), always=True)
+        next(node for node in reversed(self.graph.nodes) if node.target is function).meta["is_wrapped"] = True
+        return result
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for a torch function: answer what it asks, or execute and record it."""
+        name = function.__name__
+        if name == "__get__":
+            return self.get(function, args[0])
+        if name in SILENT:
+            return self.execute(function, args, kwargs)
+        if name == "requires_grad_":
+            return args[0]
+        if name == "__set__" and function.__self__.__name__ not in ("requires_grad", "grad"):  # type: ignore[attr-defined]
+            self.refuse(f"assigns to a tensor's `{function.__self__.__name__}`")  # type: ignore[attr-defined]
+        if name in ("__deepcopy__", "__copy__"):
+            return self.call(torch.Tensor.clone, args[:1], {})
+        if function is F.multi_head_attention_forward:
+            with _Functions(self):
+                return opened(function)(*args, **kwargs)
+        if args and isinstance(args[0], torch.Tensor) and self.varies(args[0]):
+            if name in RANK or name in DTYPE:
+                return self.ask(name, function, args)
+            if name == "size":
+                dims = self.sizes(args[0])
+                return (
+                    dims[operator.index(args[1] if len(args) > 1 else kwargs["dim"])]
+                    if len(args) > 1 or kwargs
+                    else dims
+                )
+            if name == "__len__":
+                return operator.index(self.sizes(args[0])[0])
+            if name in SIZES:
+                return self.number(name, self.execute(function, args, kwargs), args, kwargs, Source.SIZE)
+            if name == "item":
+                value = self.execute(function, args, kwargs)
+                return self.number(name, value, args, kwargs, Source.DATA)
+        if name in VALUES or name == "item":
+            for tensor in tensors((args, kwargs)):
+                if self.varies(tensor):
+                    of = self.text(self.node_of(tensor))
+                    self.refuse(f"needs the value of a tensor for Python (`{name.strip('_')}` of `{of}`)")
+                self.read |= {str(node.target) for node in ancestors(self.node_of(tensor)) if node.op == "get_attr"}
+            return self.execute(function, args, kwargs)
+        if name == "is_same_size":
+            node = self.create("call_function", function, self.arg(args), pure=True)
+            return self.decide(self.symbol(self.execute(function, args, kwargs), node, name, Source.SIZE))
+        return self.record(function, args, kwargs, lambda: spelling(function, name, args, kwargs))
+
+    def get(self, getter: Callable[..., Any], tensor: torch.Tensor) -> Any:
+        """Answer a tensor's property."""
+        descriptor = getter.__self__  # type: ignore[attr-defined]
+        name = getattr(getattr(descriptor, "fget", descriptor), "__name__", "")
+        if self.varies(tensor):
+            if name == "shape":
+                return self.sizes(tensor)
+            if name in RANK or name in DTYPE:
+                return self.ask(name, getter, (tensor,))
+            if name in SIZES:
+                return self.number(name, self.execute(getter, (tensor,), {}), (tensor,), {}, Source.SIZE, getattr)
+        return self.record(getter, (tensor,), {}, lambda: ("call_function", getattr, (tensor, name), {}))
+
+    def execute(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute on the values, with nothing recorded."""
+        outer, self.busy = self.busy, True
+        try:
+            return function(*concrete(args), **concrete(kwargs))
+        finally:
+            self.busy = outer
+
+    def record(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        spelling: Callable[[], Spelling],
+        always: bool = False,
+    ) -> Any:
+        """Execute a call; when it gives or changes a tensor, make it a node and know its results by that node."""
+        before = {id(tensor): version(tensor) for tensor in tensors((args, kwargs))}
+        result = self.execute(function, args, kwargs)
+        changed = any(version(tensor) != before[id(tensor)] for tensor in tensors((args, kwargs)))
+        name = getattr(function, "__name__", "")
+        if not (always or changed or name.startswith("_assert") or any(True for _ in tensors(result))):
+            return result
+        op, target, args, kwargs = spelling()
+        node = self.create(op, target, self.arg(args), self.arg(kwargs))
+        if name.startswith("rand") or name.rstrip("_") in RANDOM:
+            self.varying.add(node)
+        if changed:
+            self.mutating.add(node)
+        if name in COUNTED and isinstance(result, list | tuple):
+            count = self.create("call_function", length, (node,), pure=True)
+            self.decide(self.symbol(len(result), count, f"len({self.text(node)})", Source.SIZE))
+        return self.know(result, node, before)
+
+    def know(self, result: Any, node: fx.Node, before: dict[int, int]) -> Any:
+        """Remember each tensor of a result by a node."""
+        if isinstance(result, torch.Tensor):
+            if before.get(id(result)) == version(result):
+                # A call that hands back its argument as it was (`.contiguous()`, `.to()`) must not rename it.
+                with self.working():
+                    result = result.detach()
+            self.nodes[result] = node
+            if self.watched is not None:
+                with self.working():
+                    self.watched[node.name] = result.detach().clone()
+            return result
+        if is_dataclass(result) and not isinstance(result, type):
+            for field in fields(result):
+                item = self.know_part(getattr(result, field.name), getattr, node, field.name, before)
+                object.__setattr__(result, field.name, item)
+            return result
+        if isinstance(result, dict):
+            for key, item in result.items():
+                result[key] = self.know_part(item, operator.getitem, node, key, before)
+            return result
+        if isinstance(result, list | tuple):
+            items = [self.know_part(item, operator.getitem, node, i, before) for i, item in enumerate(result)]
+            known = type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+            if isinstance(known, tuple) and known:
+                self.whole[id(known)] = known, node
+            return known
+        if isinstance(result, int | float) and node in self.varying:
+            return self.symbol(result, node, self.text(node), Source.DATA)
+        return result
+
+    def know_part(self, item: Any, getter: Callable[..., Any], node: fx.Node, key: Any, before: dict[int, int]) -> Any:
+        """`know` one part of a result."""
+        if item is None or isinstance(item, str):
+            return item
+        return self.know(item, self.create("call_function", getter, (node, key), pure=True), before)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Use torch for the recorder's own sake, unrecorded."""
+        outer, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = outer
+
+    # Facts, sizes and numbers.
+
+    def varies(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor depends on the inputs."""
+        return self.node_of(tensor) in self.varying
+
+    def ask(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Answer a question about rank or dtype, and note that the answer was relied on."""
+        self.asked.setdefault("rank" if name in RANK else "dtype", self.line())
+        return self.execute(function, args, {})
+
+    def sizes(self, tensor: torch.Tensor) -> torch.Size:
+        """Return a tensor's shape, as symbols."""
+        self.asked.setdefault("rank", self.line())
+        node = self.node_of(tensor)
+        with self.working():
+            shape = tuple(tensor.shape)
+        return torch.Size([self.size(node, dim, extent) for dim, extent in enumerate(shape)])
+
+    def size(self, node: fx.Node, dim: int, extent: int) -> Any:
+        """Return one size, as a symbol."""
+        key = ("size", node, dim)
+        if key not in self.symbols:
+            size = self.create("call_method", "size", (node, dim), pure=True)
+            self.symbols[key] = self.symbol(extent, size, f"{self.text(node)}.shape[{dim}]", Source.SIZE)
+        return self.symbols[key]
+
+    def number(
+        self,
+        name: str,
+        value: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        source: Source,
+        getter: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Return what a method or property of a tensor gives, as symbols."""
+        text = f"{self.text(self.node_of(args[0]))}.{name}{'' if getter else '()'}"
+        if getter is None:
+            node = self.create("call_method", name, self.arg(args), self.arg(kwargs), pure=True)
+        else:
+            node = self.create("call_function", getter, (self.node_of(args[0]), name), pure=True)
+        if isinstance(value, tuple):
+            return tuple(
+                self.symbol(
+                    item, self.create("call_function", operator.getitem, (node, i), pure=True), f"{text}[{i}]", source
+                )
+                for i, item in enumerate(value)
+            )
+        if isinstance(value, bool | complex):
+            self.refuse(f"reads `{text}` into Python")
+        return self.symbol(value, node, text, source)
+
+    def symbol(self, value: Any, node: fx.Node, text: str, source: Source) -> Any:
+        """Return a number that knows its node."""
+        kind = SymbolicFloat if isinstance(value, float) else SymbolicInt
+        return kind(self, value, node, text, source)
+
+    def compute(self, operation: Callable[..., Any], operands: tuple[Any, ...], text: str) -> Any:
+        """Record an operation on numbers."""
+        args = self.arg(operands)
+        key = (operation, tuple((type(arg), arg) for arg in args))
+        if key not in self.symbols:
+            source = max(
+                (operand.source for operand in operands if is_symbol(operand)), key=lambda source: source.value
+            )
+            value = operation(*concrete(operands))
+            node = self.create("call_function", operation, args, pure=True)
+            self.symbols[key] = self.symbol(value, node, text, source)
+        return self.symbols[key]
+
+    def decide(self, symbol: Any) -> Any:
+        """Return a symbol's value to Python, which makes it part of what the graph takes for granted."""
+        if symbol.source is Source.DATA:
+            self.refuse(f"decides on `{symbol.text}`, which is computed from the values of tensors")
+        if symbol.fx_node not in self.decided:
+            self.decided.add(symbol.fx_node)
+            line = self.line() or "the model"
+            message = f"{line} decided that `{symbol.text}` is {symbol.value!r} on the example inputs"
+            self.create("call_function", guard, (symbol.fx_node, symbol.value, message))
+        return symbol.value
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise `TraceError` about the user's line; it stands even where the model's code catches it."""
+        module = f" (module '{self.paths[-1]}')" if self.paths[-1] else ""
+        error = TraceError(f"{self.line() or 'the model'}{module} {what}; {REMEDY}")
+        self.refusal = self.refusal or error
+        raise error
+
+    # Nodes.
+
+    def create(
+        self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, pure: bool = False, line: str | None = None
+    ) -> fx.Node:
+        """Append a node, with where it comes from; `pure` ones go again when nothing uses them."""
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        node.meta["origin"] = Origin(self.paths[-1], self.line() if line is None else line)
+        if any(source in self.varying for source in node.all_input_nodes):
+            self.varying.add(node)
+        if pure:
+            self.pure.add(node)
+        return node
+
+    def placeholder(self, name: str, default: tuple[Any, ...]) -> fx.Node:
+        """Append a placeholder."""
+        node = self.create("placeholder", name, default)
+        self.texts[node] = name
+        self.varying.add(node)
+        return node
+
+    def input(self, tensor: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        """Know an input tensor by its node."""
+        self.nodes[tensor] = node
+        self.inputs.append((node, {"rank": tensor.dim(), "dtype": tensor.dtype}))
+        return tensor
+
+    def text(self, node: fx.Node) -> str:
+        """Name a node as the user would, as far as known."""
+        return self.texts.get(node, str(node.target) if node.op in ("get_attr", "call_module") else node.name)
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node of a tensor; one that no node gave is the model's, or a constant from outside."""
+        node: fx.Node | None = self.nodes.get(tensor)
+        if node is None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                self.refuse("calls torch.func (vmap, grad), which a graph cannot hold")
+            name = self.names.get(id(tensor))
+            if name is None:
+                free = (f"_tensor_constant{i}" for i in count() if not hasattr(self.root, f"_tensor_constant{i}"))
+                name = next(name for name in free if name not in self.constants)
+                self.constants[name] = tensor
+            node = self.create("get_attr", name, pure=True)
+            self.nodes[tensor] = node
+        return node
+
+    def arg(self, value: Any) -> Any:  # noqa: RET503
+        """Return a value as fx wants it among a node's arguments."""
+        if is_symbol(value):
+            return value.fx_node
+        if isinstance(value, torch.Tensor):
+            return self.node_of(value)
+        if isinstance(value, LITERALS):
+            return value
+        if id(value) in self.whole:
+            return self.whole[id(value)][1]
+        if is_dataclass(value) and not isinstance(value, type):
+            items = {field.name: self.arg(getattr(value, field.name)) for field in fields(value) if field.init}
+            return self.construct(value, (), items)
+        if isinstance(value, dict):
+            items = {key: self.arg(item) for key, item in value.items()}
+            return items if type(value) is dict else self.construct(value, (items,), {})
+        if isinstance(value, slice):
+            return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
+        if isinstance(value, list | tuple | range):
+            parts = [self.arg(item) for item in value]
+            if hasattr(value, "_fields"):
+                return self.construct(value, tuple(parts), {})
+            if hasattr(value, "n_sequence_fields"):
+                return self.create("call_function", type(value), (tuple(parts),))
+            return tuple(parts) if isinstance(value, tuple) else parts
+        self.refuse(f"passes a {type(value).__name__}, which a graph cannot hold")
+
+    def construct(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Append the call that makes a value of the user's type."""
+        node = self.create("call_function", type(value), args, kwargs)
+        node.meta["is_wrapped"] = True  # Else unpickling calls the type, and keeps only what it holds.
+        return node
+
+    # The end of the trace.
+
+    def finish(self, output: Any) -> dict[str, torch.Tensor]:
+        """Complete the graph with its output; return the constants that it refers to by name."""
+        result = self.arg(output)
+        self._keep_rebound_buffers()
+        node = self.graph.output(result)
+        node.meta["origin"] = Origin("", "")
+        self._guard_inputs()
+        self._mark_effects()
+        for node in reversed(self.graph.nodes):
+            if node in self.pure and not node.users:
+                self.graph.erase_node(node)
+        changed = {name for name, tensor in self.attributes.items() if version(tensor) != self.versions[name]}
+        if lasting := sorted(changed & self.read):
+            raise TraceError(
+                f"the model reads the value of `{lasting[0]}` into Python and changes it, "
+                f"so each call may decide differently; {REMEDY}"
+            )
+        return self.constants
+
+    def _keep_rebound_buffers(self) -> None:
+        """`self.buffer = tensor` becomes a copy into the graph's own buffer; anything else left on a module is lost."""
+        for path, module in self.root.named_modules():
+            prefix = f"{path}." if path else ""
+            for name, buffer in module._buffers.items():
+                before = self.buffers[module].get(name)
+                if buffer is not before and buffer is not None:
+                    if before is None or (before.shape, before.dtype) != (buffer.shape, buffer.dtype):
+                        raise TraceError(
+                            f"the model replaces its buffer `{prefix}{name}` by one of another shape or dtype; {REMEDY}"
+                        )
+                    target = self.create("get_attr", prefix + name, line="")
+                    self.create("call_function", mutate, (target, "copy_", self.node_of(buffer)), line="")
+            for name, value in module.__dict__.items():
+                if name not in ("_parameters", "_buffers", "_modules", "forward") and self._holds_traced(value):
+                    warnings.warn(
+                        f"the model leaves a result of its forward in `{prefix}{name}`; the traced graph does not",
+                        TracingWarning,
+                        stacklevel=4,
+                    )
+
+    def _holds_traced(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            node = self.nodes.get(value)
+            return node is not None and node.op != "get_attr"
+        if isinstance(value, dict):
+            return any(self._holds_traced(item) for item in value.values())
+        return is_symbol(value) or (isinstance(value, list | tuple) and any(self._holds_traced(item) for item in value))
+
+    def _guard_inputs(self) -> None:
+        """Guard rank and dtype of the inputs where the model asked for any: they decide every rank and dtype inside."""
+        body = next(node for node in self.graph.nodes if node.op != "placeholder")
+        for node, facts in self.inputs:
+            with self.graph.inserting_before(body if node.op == "placeholder" else node.next):
+                for fact, line in self.asked.items():
+                    if fact == "rank":
+                        asked = self.create("call_method", "dim", (node,), line=line)
+                    else:
+                        asked = self.create("call_function", getattr, (node, "dtype"), line=line)
+                    relied = f"{line or 'the model'} relied on the {fact} of its tensors"
+                    message = f"{relied}, and `{self.text(node)}` had {fact} {facts[fact]}"
+                    self.create("call_function", guard, (asked, facts[fact], message), line=line)
+
+    def _mark_effects(self) -> None:
+        """A mutation whose result nothing uses must not look like dead code."""
+        for node in self.mutating:
+            if node.users:
+                continue
+            if node.op == "call_module":
+                self.impure.add(str(node.target))
+            elif node.op == "call_method" or (name := getattr(node.target, "__name__", "")).endswith("_"):
+                method = str(node.target) if node.op == "call_method" else name
+                node.op, node.target = "call_function", mutate
+                node.args = (node.args[0], method, *node.args[1:])
+
+
+class _Functions(TorchFunctionMode):
+    """Hands every torch function to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recorder.busy:
+            return function(*args, **(kwargs or {}))
+        return self.recorder.call(function, args, kwargs or {})
+
+
+class _Escapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands the recorder those operators on traced tensors that no torch function led to."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder = self.recorder
+        if recorder.busy or not any(
+            recorder.nodes.get(tensor) in recorder.varying for tensor in tensors((args, kwargs))
+        ):
+            return function(*args, **(kwargs or {}))
+        return recorder.call(function, args, kwargs or {})

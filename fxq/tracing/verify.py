@@ -1,0 +1,134 @@
+"""A trace is believed only after it has computed what the model computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxq.errors import GuardError, TraceError
+from fxq.tracing.origin import Origin
+from fxq.tracing.values import map_tensors, tensors
+
+REMEDY = "list the module in `leaves` to keep it as one float call"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Watch = Callable[[Call], dict[str, torch.Tensor]]
+"""Traces the model on other inputs and returns the value of each node by name."""
+
+NOISE = 16
+"""Allowed between the graph and the model: units in the last place of a tensor's largest element."""
+
+
+def run(model: nn.Module, call: Call) -> Any:
+    """Call a copy of a module on copies of the inputs, with the random numbers that every such run has."""
+    args, kwargs = _cloned(call)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return copy.deepcopy(model)(*args, **kwargs)
+
+
+def verify(gm: fx.GraphModule, model: nn.Module, call: Call, expected: Any, watch: Watch) -> None:
+    """Raise `TraceError` unless the graph gives the model's output on the examples, and on another batch size."""
+    _compare(gm, call, expected, watch, "the example inputs")
+    other = _another_batch(call)
+    if other is None:
+        return
+    try:
+        expected = run(model, other)
+    except Exception:
+        return  # The model itself takes the examples' batch size only.
+    try:
+        _compare(gm, other, expected, watch, "another batch size")
+    except GuardError:
+        return  # The model decides on the batch size, and the graph says so.
+
+
+def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where: str) -> None:
+    try:
+        actual = run(gm, call)
+    except GuardError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the traced graph fails on {where}, which the model takes: {error}; {_first_difference(gm, call, watch)}"
+        ) from error
+    if not _same(actual, expected):
+        difference = _first_difference(gm, call, watch)
+        raise TraceError(f"the traced graph does not compute what the model computes on {where}; {difference}")
+
+
+def _cloned(call: Call) -> Call:
+    args, kwargs = map_tensors(call, lambda tensor: tensor.detach().clone())
+    return args, kwargs
+
+
+def _another_batch(call: Call) -> Call | None:
+    """The examples with one more row, if all their tensors have as many rows."""
+    rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors(call)}
+    if len(rows) != 1 or rows == {0}:
+        return None
+    args, kwargs = map_tensors(call, lambda tensor: torch.cat([tensor.detach().flip(0), tensor.detach()[:1]]))
+    return args, kwargs
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(actual, torch.Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+            return False
+        if not expected.is_floating_point():
+            return torch.equal(actual, expected)
+        # The same operations on memory aligned otherwise may round otherwise in a matrix product.
+        finite = expected.detach().nan_to_num(0, 0, 0).abs()
+        noise = NOISE * torch.finfo(expected.dtype).eps * float(finite.max() if finite.numel() else 0)
+        return torch.allclose(actual, expected, rtol=0, atol=noise, equal_nan=True)
+    if type(actual) is not type(expected):
+        return False
+    parts = _parts(expected)
+    if parts is None:
+        return bool(actual == expected)
+    return len(parts) == len(others := _parts(actual) or []) and all(map(_same, others, parts))
+
+
+def _parts(value: Any) -> list[Any] | None:
+    if isinstance(value, dict):
+        return [part for item in value.items() for part in item]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+class _Comparing(fx.Interpreter):
+    """Runs a graph against the known values of its nodes, and keeps the first node that has another."""
+
+    def __init__(self, gm: fx.GraphModule, known: dict[str, torch.Tensor]) -> None:
+        super().__init__(gm)
+        self.known = known
+        self.first: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if self.first is None and n.name in self.known and not _same(result, self.known[n.name]):
+            self.first = n
+        return result
+
+
+def _first_difference(gm: fx.GraphModule, call: Call, watch: Watch) -> str:
+    args, kwargs = _cloned(call)
+    comparing = _Comparing(copy.deepcopy(gm), watch(call))
+    bound = inspect.signature(gm.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    torch.manual_seed(0)
+    with torch.no_grad(), suppress(Exception):
+        comparing.run(*bound.arguments.values())
+    if (node := comparing.first) is None:
+        return f"no single operation differs; {REMEDY}"
+    origin: Origin = node.meta["origin"]
+    first = f"%{node.name} = {node._pretty_print_target(node.target)} in module '{origin.module}' ({origin.line})"
+    return f"the first to differ is {first}; {REMEDY}"
