@@ -27,7 +27,7 @@ from fxq.kernels.build import cache, compiler, find
 _library = torch.library.Library("fxq", "DEF")
 _portable: dict[str, Callable[..., Any]] = {}
 _resolving = threading.RLock()
-_resolved = False
+_resolved = _called = False
 _native: _Native | None = None
 _why_portable = ""
 
@@ -49,9 +49,9 @@ def define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) 
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         """Where a call lands for which no native kernel is registered: the first one, or all of them."""
-        if _resolved:
+        if _called:
             return portable(*args, **kwargs)
-        _resolve()
+        _first_call()
         return overload(*args, **kwargs)
 
     # A kernel registered for the CPU, as the native ones are, goes before this one.
@@ -98,9 +98,7 @@ class Info:
 
 def info() -> Info:
     """What serves the integer ops here; compiles the kernels if that has not been done."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PortableKernelWarning)  # `state` says the same
-        _resolve()
+    _resolve()
     command = compiler()
     return Info(
         cpu=_cpu_name(),
@@ -139,7 +137,7 @@ class _Native:
 
 
 def _resolve() -> None:
-    """Decide once what serves the ops: load the native kernels, compiling them if need be, or warn and do without."""
+    """Decide once what serves the ops: load the native kernels, compiling them if need be, or find out why not."""
     global _resolved, _native, _why_portable
     with _resolving:
         if _resolved:
@@ -147,22 +145,28 @@ def _resolve() -> None:
         forced = os.environ.get("FXQ_ISA", "")
         if forced == "portable":
             _why_portable = "FXQ_ISA=portable"
-            _resolved = True
-            return
-        try:
-            native = _Native(find() or build(cache()))
-        except (KernelError, OSError) as error:
-            if forced:
-                raise KernelError(f"FXQ_ISA={forced}, but there are no native kernels: {error}") from error
-            _why_portable = str(error)
-            _resolved = True
-            message = f"fxq runs its portable kernels, exact but many times slower: {error}"
-            warnings.warn(message, PortableKernelWarning, stacklevel=3)
-            return
-        if forced:
-            native.use(forced)
-        _native = native
+        else:
+            try:
+                native = _Native(find() or build(cache()))
+            except (KernelError, OSError) as error:
+                if forced:
+                    raise KernelError(f"FXQ_ISA={forced}, but there are no native kernels: {error}") from error
+                _why_portable = str(error)
+            else:
+                if forced:
+                    native.use(forced)
+                _native = native
         _resolved = True
+
+
+def _first_call() -> None:
+    """Say so where the portable kernels serve without having been asked for."""
+    global _called
+    _resolve()
+    _called = True
+    if _native is None and os.environ.get("FXQ_ISA") != "portable":
+        message = f"fxq runs its portable kernels, exact but many times slower: {_why_portable}"
+        warnings.warn(message, PortableKernelWarning, stacklevel=3)
 
 
 def _cpu_name() -> str:

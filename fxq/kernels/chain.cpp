@@ -1,0 +1,92 @@
+#include "chain.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+namespace fxq {
+
+constexpr int64_t kScratch = 48 << 10;       // bytes on the stack for the rows between two layers
+constexpr int64_t kCachedWeights = 512 << 10;  // weights that stay in a second-level cache from block to block
+
+ChainLayer Chain::layer(int64_t i) const {
+  ChainLayer layer;
+  memcpy(&layer, program_ + sizeof(ChainHeader) + i * sizeof layer, sizeof layer);
+  return layer;
+}
+
+[[noreturn]] static void damaged(const std::string& how) { throw std::invalid_argument(how); }
+
+Chain::Chain(const uint8_t* program, uint64_t size) : program_(program) {
+  if (size < sizeof header_) damaged("it is shorter than a header");
+  memcpy(&header_, program, sizeof header_);
+  if (memcmp(header_.magic, "fxqchain", 8)) damaged("it does not begin with 'fxqchain'");
+  if (header_.version != 1) damaged("its version is " + std::to_string(header_.version) + ", expected 1");
+  if (header_.size < sizeof header_ || header_.size > size)
+    damaged("it is cut off: " + std::to_string(size) + " of " + std::to_string(header_.size) + " bytes");
+  size = header_.size;
+  if (header_.layers == 0 || header_.layers > (size - sizeof header_) / sizeof(ChainLayer))
+    damaged("it holds no table of " + std::to_string(header_.layers) + " layers");
+  for (uint32_t i = 0, k = 0; i < header_.layers; ++i) {
+    const ChainLayer own = layer(i);
+    const auto within = [&](uint64_t offset, uint64_t bytes) {
+      return offset % 64 == 0 && offset <= size && bytes <= size - offset;
+    };
+    constexpr uint32_t kMost = 1u << 30;  // so that no size below overflows
+    const bool whole = own.k > 0 && own.k <= kMost && own.n > 0 && own.n <= kMost && (i == 0 || own.k == k) &&
+                       within(own.weight, packed_size(own.n, own.k)) && within(own.bias, 4ull * own.n) &&
+                       within(own.multiplier, 4ull * own.n);
+    if (!whole) damaged("layer " + std::to_string(i) + " is damaged");
+    k = own.n;
+    widest_ = std::max<int64_t>({widest_, own.k, own.n});
+    weight_bytes_ += packed_size(own.n, own.k);
+  }
+}
+
+int64_t Chain::block_rows() const {
+  const int64_t rows = kScratch / (2 * widest_) / kMaxRows * kMaxRows;
+  return weight_bytes_ > kCachedWeights ? 96 : std::clamp<int64_t>(rows, kMaxRows, 96);
+}
+
+void Chain::run(const void* x, int64_t rows, void* y, int64_t block, RunGemm gemm) const {
+  block = std::min(block, rows);
+  alignas(64) uint8_t stack[kScratch];
+  std::unique_ptr<uint8_t[]> heap;
+  uint8_t* between[2] = {stack, stack + kScratch / 2};
+  if (2 * block * widest_ > kScratch) {
+    heap.reset(new uint8_t[2 * block * widest_]);
+    between[0] = heap.get();
+    between[1] = heap.get() + block * widest_;
+  }
+  for (int64_t row = 0; row < rows; row += block) {
+    const int64_t count = std::min(block, rows - row);
+    Gemm g;
+    if (header_.from_float) {
+      const float* source = static_cast<const float*>(x) + row * in_features();
+      active().quantize(source, between[0], count * in_features(), 1.0f / header_.scale, header_.zero_point);
+      g.x = between[0];
+    } else {
+      g.x = static_cast<const uint8_t*>(x) + row * in_features();
+    }
+    for (uint32_t i = 0; i < header_.layers; ++i) {
+      const ChainLayer own = layer(i);
+      const bool last = i + 1 == header_.layers;
+      g.k = g.x_stride = own.k;
+      g.n = g.y_stride = own.n;
+      g.weight = reinterpret_cast<const int8_t*>(program_ + own.weight);
+      g.bias = reinterpret_cast<const int32_t*>(program_ + own.bias);
+      g.multiplier = reinterpret_cast<const float*>(program_ + own.multiplier);
+      g.zero_point = own.zero_point;
+      g.low = own.low;
+      g.high = own.high;
+      g.output = last && header_.to_float ? Output::kFloat : Output::kUint8;
+      g.y = last ? static_cast<uint8_t*>(y) + row * own.n * (header_.to_float ? sizeof(float) : 1) : between[(i + 1) % 2];
+      gemm(g, count);
+      g.x = between[(i + 1) % 2];
+    }
+  }
+}
+
+}  // namespace fxq
