@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TraceError,
         VerifyError,
     )
+    from fxq.expansion import expand
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
 
@@ -68,6 +69,7 @@ _HOMES = {
         "TraceError",
         "VerifyError",
     ),
+    "fxq.expansion": ("expand",),
     "fxq.quantized": ("QuantizedModule", "load", "save"),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.decisions": ("Decision", "Reason", "Report"),
@@ -99,6 +101,7 @@ __all__ = [
     "compare",
     "convert",
     "draw",
+    "expand",
     "load",
     "prepare",
     "quantize",

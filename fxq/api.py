@@ -18,6 +18,7 @@ from fxq import drawing, dump, pipeline, tracing
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.decisions import Report
 from fxq.errors import CalibrationError, InputError, QuantizationError
+from fxq.expansion import expand
 from fxq.family import Family
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.ops import FAMILIES
@@ -222,7 +223,7 @@ def compare(
     ctx = Context(Recipe(), (), call.clone())
     pipeline.begin(gm, ctx)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-    return compare_graphs(pipeline.run(same_numbers, gm, ctx), qmodel, call)
+    return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(qmodel), call)
 
 
 def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
@@ -286,7 +287,7 @@ def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit
     result.report.sqnr = output_sqnr(expected, actual)
     if result.report.sqnr >= limit or action == "ignore":
         return
-    worst = compare_graphs(prepared, result, examples).worst(3)
+    worst = compare_graphs(prepared, expand(result), examples).worst(3)
     lines = "\n".join(f"  {layer}" for layer in worst)
     text = (
         f"the int8 output has {result.report.sqnr:.1f} dB SQNR against float on the examples, below {limit:.1f} dB; "

@@ -1,0 +1,93 @@
+"""Chains taken apart again: the layers that a `qchain` runs, as operations of their own, under their own names."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fxq.graph import Value, constant, get_attr, set_constant
+from fxq.ops.chain import decode, qchain, qchain_float
+from fxq.ops.linear import qlinear, qlinear_float
+from fxq.qdq import quantize
+from fxq.qtypes import ACT_QMAX, ACT_QMIN
+
+
+@dataclass(frozen=True)
+class Link:
+    """An operation that a chain has swallowed: its node's name and meta."""
+
+    name: str
+    origin: Any
+    source: str | None
+    value: Value
+    qparams: tuple[float, int] | None
+
+    @classmethod
+    def of(cls, node: Node) -> Link:
+        """The link that `node` becomes."""
+        meta = node.meta
+        return cls(node.name, meta.get("origin"), meta.get("source"), meta["value"], meta.get("qparams"))
+
+    def meta(self) -> dict[str, Any]:
+        """A node's meta again."""
+        return {key: value for key, value in vars(self).items() if key != "name" and value is not None}
+
+
+def summary(gm: GraphModule, node: Node) -> list[str]:
+    """What a chain runs, a line for each layer: `fc1_qlinear: uint8[784] -> uint8[256], scale, zero point`."""
+    _, program = node.args
+    assert isinstance(program, Node)
+    chain = decode(constant(gm, program))
+    links = list(node.meta["inside"])
+    lines = []
+    if chain.quantize is not None:
+        lines.append(f"{links.pop(0).name}: float32 -> uint8, {chain.quantize.scale:.6g}, {chain.quantize.zero_point}")
+    for layer, link in zip(chain.layers, links, strict=True):
+        shape = f"[{layer.in_features}] -> {str(link.value.dtype).removeprefix('torch.')}[{layer.out_features}]"
+        if link.qparams is None:
+            lines.append(f"{link.name}: uint8{shape}")
+        else:
+            bounds = f" in {layer.low}..{layer.high}" if (layer.low, layer.high) != (ACT_QMIN, ACT_QMAX) else ""
+            lines.append(f"{link.name}: uint8{shape}, {link.qparams[0]:.6g}, {layer.zero_point}{bounds}")
+    return lines
+
+
+def expand(gm: GraphModule) -> GraphModule:
+    """The same bits with every chain op by op; shares the constants of `gm`, which stays as it is."""
+    expanded = GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in list(expanded.graph.nodes):
+        if node.target in (qchain, qchain_float):
+            _expand(expanded, node)
+    expanded.recompile()
+    return expanded
+
+
+def _expand(gm: GraphModule, node: Node) -> None:
+    x, program = node.args
+    assert isinstance(program, Node)
+    chain = decode(constant(gm, program))
+    links = list(node.meta["inside"])
+    with gm.graph.inserting_before(node):
+        if chain.quantize is not None:
+            x = _node(gm, quantize, (x, chain.quantize.scale, chain.quantize.zero_point), links.pop(0))
+        for layer, link in zip(chain.layers, links, strict=True):
+            last_float = chain.to_float and layer is chain.layers[-1]
+            constants = []
+            for name, tensor in (("weight", layer.weight), ("bias", layer.bias), ("multiplier", layer.multiplier)):
+                constants.append(get_attr(gm, set_constant(gm, f"{program.target}_{link.name}_{name}", tensor), node))
+            if last_float:
+                x = _node(gm, qlinear_float, (x, *constants), link)
+            else:
+                x = _node(gm, qlinear, (x, *constants, layer.zero_point, layer.low, layer.high), link)
+    assert isinstance(x, Node)
+    node.replace_all_uses_with(x)
+    gm.graph.erase_node(node)
+
+
+def _node(gm: GraphModule, target: Any, args: tuple[Any, ...], link: Link) -> Node:
+    node = gm.graph.create_node("call_function", target, args, name=link.name)
+    node.meta = link.meta()
+    return node
