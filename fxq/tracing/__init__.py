@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -70,6 +70,7 @@ def trace(
     """
     prepared = prepare(model)
     call = (args, kwargs)
+    signature.bind(prepared, *call)
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _plain_attention():
         try:
             expected = verify.run(prepared, call)
@@ -86,12 +87,24 @@ def _record(
     prepared: nn.Module, call: verify.Call, leaves: Leaves, watch: bool = False
 ) -> tuple[Recorder, dict[str, torch.Tensor]]:
     """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
+    try:
+        return _record_once(prepared, call, leaves, watch)
+    except TraceError as error:
+        # Libraries leave out their shortcuts on tensor values (a mask of ones, ...) where they believe to be compiled.
+        with _seen_as_compiling(), suppress(TraceError):
+            return _record_once(prepared, call, leaves, watch)
+        raise error
+
+
+def _record_once(
+    prepared: nn.Module, call: verify.Call, leaves: Leaves, watch: bool
+) -> tuple[Recorder, dict[str, torch.Tensor]]:
     root = copy.deepcopy(prepared)
     recorder = Recorder(root, leaves, watch)
     args, kwargs = signature.place(recorder, signature.bind(prepared, *call))
     torch.manual_seed(0)
     try:
-        with _seen_as_compiling(), _wrapped_functions(recorder):
+        with _wrapped_functions(recorder):
             output = recorder.run(args, kwargs)
     except FxqError as error:
         raise recorder.refusal or error from None
@@ -132,7 +145,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _seen_as_compiling() -> Iterator[None]:
-    """Libraries that ask `torch.compiler.is_compiling()` then leave out their shortcuts on tensor values."""
+    """`torch.compiler.is_compiling()` says True."""
     flag = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:

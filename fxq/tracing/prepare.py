@@ -19,7 +19,7 @@ def prepare(model: nn.Module) -> nn.Module:
     """Copy the model, in eval mode, out of its wrappers, with the effective value of each reparametrized weight."""
     model = _unwrapped(model)
     if any(module.training for module in model.modules()):
-        warnings.warn("the model is in training mode; it is traced as in eval mode", TracingWarning, stacklevel=4)
+        warnings.warn("the model is in training mode; it is traced as in eval mode", TracingWarning, stacklevel=3)
     # deepcopy refuses tensors with a history, such as the weight that the old weight_norm leaves on its module.
     values = (value for module in model.modules() for value in module.__dict__.values())
     memo = {

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import count
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -117,7 +118,7 @@ class Recorder:
         name = function.__name__
         if name == "__get__":
             return self.get(function, args[0])
-        if name in SILENT:
+        if name in SILENT or (args and isinstance(args[0], np.ndarray)):
             return self.execute(function, args, kwargs)
         if name == "requires_grad_":
             return args[0]
@@ -380,7 +381,8 @@ class Recorder:
             if name is None:
                 free = (f"_tensor_constant{i}" for i in count() if not hasattr(self.root, f"_tensor_constant{i}"))
                 name = next(name for name in free if name not in self.constants)
-                self.constants[name] = tensor
+                self.constants[name] = self.attributes[name] = tensor
+                self.versions[name] = version(tensor)
             node = self.create("get_attr", name, pure=True)
             self.nodes[tensor] = node
         return node
@@ -393,6 +395,8 @@ class Recorder:
             return self.node_of(value)
         if isinstance(value, LITERALS):
             return value
+        if isinstance(value, np.generic):
+            return value.item()
         if id(value) in self.whole:
             return self.whole[id(value)][1]
         if is_dataclass(value) and not isinstance(value, type):
@@ -410,7 +414,7 @@ class Recorder:
             if hasattr(value, "n_sequence_fields"):
                 return self.create("call_function", type(value), (tuple(parts),))
             return tuple(parts) if isinstance(value, tuple) else parts
-        self.refuse(f"passes a {type(value).__name__}, which a graph cannot hold")
+        self.refuse(f"passes or returns a {type(value).__name__}, which a graph cannot hold")
 
     def construct(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """Append the call that makes a value of the user's type."""
@@ -432,6 +436,8 @@ class Recorder:
             if node in self.pure and not node.users:
                 self.graph.erase_node(node)
         changed = {name for name, tensor in self.attributes.items() if version(tensor) != self.versions[name]}
+        if changed & set(self.constants):
+            raise TraceError(f"the model changes a tensor that it did not make with torch functions; {REMEDY}")
         if lasting := sorted(changed & self.read):
             raise TraceError(
                 f"the model reads the value of `{lasting[0]}` into Python and changes it, "
