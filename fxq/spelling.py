@@ -67,7 +67,10 @@ CAT = frozenset({torch.cat, torch.stack})
 
 
 def float_bounds(node: object) -> tuple[float | None, float | None] | None:
-    """The bounds of a relu or clamp in real units; None where `node` is neither, or its bounds are not numbers."""
+    """The bounds of a relu or clamp in real units; None where `node` is neither, or its bounds are not numbers.
+
+    A lower bound above the upper one is the upper one, as torch has it: clamp(x, 1, -1) is -1 everywhere.
+    """
     if not isinstance(node, Node) or node.op != "call_function":
         return None
     if node.target is RELU:
@@ -75,5 +78,7 @@ def float_bounds(node: object) -> tuple[float | None, float | None] | None:
     if node.target is CLAMP:
         low, high = node.args[1:3]
         if isinstance(low, int | float | None) and isinstance(high, int | float | None):
+            if low is not None and high is not None:
+                low = min(low, high)
             return (None if low is None else float(low)), (None if high is None else float(high))
     return None

@@ -2,20 +2,20 @@
 
 quantize(dequantize(q, s, z), s, z)              ->  q
 quantize(move(dequantize(q, s, z)), s, z)        ->  move(q)                     reshape, cat, max-pool, ...
-split(dequantize(q, s, z))[i]                    ->  dequantize(split(q)[i], s, z)
+split(dequantize(q, s, z))[i]                    ->  dequantize(split(q)[i], s, z)         len(split) as it was
 quantize_weight(constant, scales)                ->  an int8 constant, one for all calls that share the weight
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
-from fxq.graph import bypass, call, constant, get_attr, is_float_tensor, set_constant
+from fxq.graph import bypass, call, constant, erase_unused, get_attr, is_float_tensor, is_size, set_constant
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize, quantize_weight
 from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS
@@ -88,12 +88,15 @@ def _carry(gm: GraphModule, node: Node) -> int:
 
 def _carry_split(gm: GraphModule, node: Node) -> int:
     source = _dequantized(node.args[0])
-    if source is None or any(user.target is not GETITEM for user in node.users):
+    pieces = [user for user in node.users if not is_size(user)]
+    if source is None or any(piece.target is not GETITEM for piece in pieces):
         return 0
     q, qparams = source
-    pieces: Iterable[Node] = list(node.users)
     with gm.graph.inserting_before(node):
         split = call(gm, _function(node), (q, *node.args[1:]), node)
+    node.replace_all_uses_with(split, delete_user_cb=is_size)
+    if not pieces:
+        erase_unused(gm, node)
     for piece in pieces:
         with gm.graph.inserting_before(piece):
             part = call(gm, GETITEM, (split, piece.args[1]), piece, q.meta["qparams"])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq.graph import Value, bypass, constant, get_attr, is_tensor, mutations, replace, set_constant, submodule
@@ -74,6 +74,12 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Rewrite | None:
     return ADD, (input, other)
 
 
+def _add_(input: Any, other: Any, *, alpha: Any = 1) -> Rewrite | None:
+    """In place the result keeps the dtype of `input`, whatever is added to it."""
+    same = not is_tensor(other) or other.meta["value"].dtype == input.meta["value"].dtype
+    return _add(input, other, alpha=alpha) if same else None
+
+
 def _reshape(input: Any, *shape: Any, **named: Any) -> Rewrite | None:
     sizes = named.get("shape", named.get("size", shape))
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list | torch.Size):
@@ -115,10 +121,7 @@ def _t(input: Any) -> Rewrite | None:
 
 
 def _permute(input: Any, *dims: Any, **named: Any) -> Rewrite:
-    order = named.get("dims", dims)
-    if len(order) == 1 and isinstance(order[0], tuple | list):
-        order = order[0]
-    return torch.permute, (input, tuple(order))
+    return torch.permute, (input, _spread(named.get("dims", dims)))
 
 
 def _getattr(input: Any, name: str) -> Rewrite | None:
@@ -155,6 +158,50 @@ def _select(input: Any, dim: int, index: Any) -> Rewrite:
 
 def _narrow(input: Any, dim: int, start: Any, length: Any) -> Rewrite:
     return torch.narrow, (input, dim, start, length)
+
+
+def _movedim(input: Any, source: Any, destination: Any) -> Rewrite:
+    return torch.movedim, (input, source, destination)
+
+
+def _flip(input: Any, *dims: Any, **named: Any) -> Rewrite:
+    return torch.flip, (input, _spread(named.get("dims", dims)))
+
+
+def _tile(input: Any, *dims: Any, **named: Any) -> Rewrite:
+    return torch.tile, (input, _spread(named.get("dims", dims)))
+
+
+def _spread(values: Any) -> tuple[Any, ...]:
+    """f(x, 0, 1) and f(x, (0, 1)) mean the same; so do f(x, dims=1) and f(x, dims=(1,))."""
+    if not isinstance(values, tuple | list):
+        return (values,)
+    return tuple(values[0]) if len(values) == 1 and isinstance(values[0], tuple | list) else tuple(values)
+
+
+def _tensor_split(input: Any, indices_or_sections: Any = None, dim: int = 0, **named: Any) -> Rewrite:
+    where = named.get("indices", named.get("sections", indices_or_sections))
+    return torch.tensor_split, (input, where, dim)
+
+
+def _pixel_shuffle(input: Any, upscale_factor: int) -> Rewrite:
+    return F.pixel_shuffle, (input, upscale_factor)
+
+
+def _pixel_unshuffle(input: Any, downscale_factor: int) -> Rewrite:
+    return F.pixel_unshuffle, (input, downscale_factor)
+
+
+def _matmul(input: Any, other: Any) -> tuple[Any, Any, Any]:
+    return None, input, other
+
+
+def _mm(input: Any, mat2: Any) -> tuple[Any, Any, Any]:
+    return None, input, mat2
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> tuple[Any, Any, Any] | None:
+    return (input, mat1, mat2) if (beta, alpha) == (1, 1) else None
 
 
 def _pool(rank: int) -> Rule:
@@ -216,7 +263,7 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
     torch.clamp_max_: _clamp_max,
     torch.add: _add,
     operator.add: _add,
-    operator.iadd: _add,
+    operator.iadd: _add_,
     torch.reshape: _reshape,
     torch.flatten: _flatten,
     torch.unflatten: _unflatten,
@@ -237,6 +284,13 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
     torch.unbind: _unbind,
     torch.select: _select,
     torch.narrow: _narrow,
+    torch.movedim: _movedim,
+    torch.moveaxis: _movedim,
+    torch.flip: _flip,
+    torch.tile: _tile,
+    torch.tensor_split: _tensor_split,
+    F.pixel_shuffle: _pixel_shuffle,
+    F.pixel_unshuffle: _pixel_unshuffle,
     F.max_pool1d: _pool(1),
     F.max_pool2d: _pool(2),
     F.max_pool3d: _pool(3),
@@ -258,10 +312,10 @@ METHODS: dict[str, Rule] = {
     "clamp_max": _clamp_max,
     "clamp_max_": _clamp_max,
     "add": _add,
-    "add_": _add,
+    "add_": _add_,
     "__add__": _add,
     "__radd__": _add,
-    "__iadd__": _add,
+    "__iadd__": _add_,
     "view": _reshape,
     "reshape": _reshape,
     "flatten": _flatten,
@@ -278,6 +332,11 @@ METHODS: dict[str, Rule] = {
     "unbind": _unbind,
     "select": _select,
     "narrow": _narrow,
+    "movedim": _movedim,
+    "moveaxis": _movedim,
+    "flip": _flip,
+    "tile": _tile,
+    "tensor_split": _tensor_split,
 }
 
 MODULES: dict[type[nn.Module], Callable[[Any, Any], Rewrite | None]] = {
@@ -286,8 +345,8 @@ MODULES: dict[type[nn.Module], Callable[[Any, Any], Rewrite | None]] = {
     nn.Hardtanh: lambda m, x: _hardtanh(x, m.min_val, m.max_val),
     nn.Flatten: lambda m, x: _flatten(x, m.start_dim, m.end_dim),
     nn.Unflatten: lambda m, x: _unflatten(x, m.dim, m.unflattened_size),
-    nn.PixelShuffle: lambda m, x: (F.pixel_shuffle, (x, m.upscale_factor)),
-    nn.PixelUnshuffle: lambda m, x: (F.pixel_unshuffle, (x, m.downscale_factor)),
+    nn.PixelShuffle: lambda m, x: _pixel_shuffle(x, m.upscale_factor),
+    nn.PixelUnshuffle: lambda m, x: _pixel_unshuffle(x, m.downscale_factor),
     nn.MaxPool1d: lambda m, x: _pool(1)(x, *_pool_of(m)),
     nn.MaxPool2d: lambda m, x: _pool(2)(x, *_pool_of(m)),
     nn.MaxPool3d: lambda m, x: _pool(3)(x, *_pool_of(m)),
@@ -305,7 +364,17 @@ IDENTITIES = (
 DROPOUTS = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 )
-PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"})
+PRODUCTS: dict[object, Callable[..., tuple[Any, Any, Any] | None]] = {
+    operator.matmul: _matmul,
+    torch.matmul: _matmul,
+    torch.mm: _mm,
+    torch.addmm: _addmm,
+    "matmul": _matmul,
+    "__matmul__": _matmul,
+    "mm": _mm,
+    "addmm": _addmm,
+}
+"""Products of matrices: each gives (bias, x, w)."""
 IN_PLACE_ONLY = frozenset({operator.iadd, *(name for name in METHODS if name.endswith("_") and name[0] != "_")})
 
 
@@ -334,9 +403,14 @@ class Normalize:
         mutated = mutations(gm, examples.args, examples.kwargs)
         changes = sum(_functionalize(gm, node, held) for node, held in mutated.items())
         for node in list(gm.graph.nodes):
-            if not node._erased and "aliases" not in node.meta:
+            if not node._erased and ("aliases" not in node.meta or _is_linear(gm, node)):
                 changes += _normalize(gm, node)
         return changes
+
+
+def _is_linear(gm: GraphModule, node: Node) -> bool:
+    """Whether `node` is a linear: its result is memory of its own, however it is spelled."""
+    return node.target is LINEAR or (node.op == "call_module" and type(submodule(gm, node)) is nn.Linear)
 
 
 def _normalize(gm: GraphModule, node: Node) -> int:
@@ -350,7 +424,7 @@ def _normalize(gm: GraphModule, node: Node) -> int:
         return _inline(gm, node)
     if node.op not in ("call_function", "call_method"):
         return 0
-    if node.target in PRODUCTS or node.target in (torch.addmm, "addmm"):
+    if node.target in PRODUCTS:
         return _linear_from_product(gm, node)
     rule = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))  # type: ignore[arg-type]
     if rule is None or not (is_tensor(node) or isinstance(node.meta.get("value"), tuple | list)):
@@ -362,7 +436,8 @@ def _normalize(gm: GraphModule, node: Node) -> int:
 def _write(gm: GraphModule, node: Node, rewrite: Rewrite | None) -> int:
     if rewrite is None or (node.op == "call_function" and (node.target, node.args) == rewrite and not node.kwargs):
         return 0
-    replace(gm, node, *rewrite)
+    aliases = {key: node.meta[key] for key in ("aliases",) if key in node.meta}
+    replace(gm, node, *rewrite).meta.update(aliases)
     return 1
 
 
@@ -411,38 +486,39 @@ def _linear_from_product(gm: GraphModule, node: Node) -> int:
 
     The transposed weight is a view, so the same BLAS call computes the same bits.
     """
-    if node.kwargs:
+    operands = PRODUCTS[node.target](*node.args, **node.kwargs)
+    if operands is None:
         return 0
-    bias: object = None
-    if node.target in (torch.addmm, "addmm"):
-        if len(node.args) != 3:
-            return 0
-        bias, x, w = node.args
-        if not (isinstance(bias, Node) and bias.op == "get_attr" and constant(gm, bias).dim() == 1):
-            return 0
-    else:
-        x, w = node.args
+    bias, x, w = operands
     path = _transposed(gm, w) if isinstance(w, Node) else None
-    if path is None:
+    if path is None or not (bias is None or _is_bias(gm, bias, columns=w)):
         return 0
     with gm.graph.inserting_before(node):
         weight = get_attr(gm, path, node)
-    replace(gm, node, LINEAR, (x, weight, bias))  # type: ignore[arg-type]
+    replace(gm, node, LINEAR, (x, weight, bias))
     return 1
+
+
+def _is_bias(gm: GraphModule, bias: object, columns: object) -> bool:
+    """Whether `bias` is a constant with one number for each column of the matrix `columns`."""
+    assert isinstance(columns, Node)
+    width = columns.meta["value"].shape[-1]
+    return isinstance(bias, Node) and bias.op == "get_attr" and constant(gm, bias).shape == (width,)
 
 
 def _transposed(gm: GraphModule, w: Node) -> str | None:
     """The path of a constant that is the transpose of `w`; None where `w` is not a constant matrix."""
     if w.target in (torch.transpose, torch.permute) and isinstance(w.args[0], Node) and w.args[0].op == "get_attr":
-        return str(w.args[0].target) if _rank(w.args[0]) == 2 and w.args[1:] in ((0, 1), (1, 0), ((1, 0),)) else None
+        swaps = w.args[1:] in ((0, 1), (1, 0), (-2, -1), (-1, -2), ((1, 0),), ((-1, -2),))
+        return str(w.args[0].target) if _rank(w.args[0]) == 2 and swaps else None
     if w.op != "get_attr" or constant(gm, w).dim() != 2:
         return None
-    path = f"{w.target}_t"
+    path, tensor = f"{w.target}_t", constant(gm, w).detach().t()
     owner, _, name = path.rpartition(".")
-    holder = gm.get_submodule(owner)
-    if not hasattr(holder, name):
-        set_constant(gm, path, constant(gm, w).detach().t())
-    return path
+    known = getattr(gm.get_submodule(owner), name, None)
+    if isinstance(known, Tensor) and known.data_ptr() == tensor.data_ptr() and known.stride() == tensor.stride():
+        return path
+    return set_constant(gm, path, tensor)
 
 
 def _functionalize(gm: GraphModule, node: Node, held: tuple[Node, ...]) -> int:

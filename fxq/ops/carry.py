@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.family import Claim, Refusal
-from fxq.graph import is_float_tensor
+from fxq.graph import is_float_tensor, is_size
 from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS
 
 
 def _holds_slices(index: object) -> bool:
     """Whether `index` is basic indexing (integers, slices, None, ...), which moves numbers and copies none twice."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is ... or isinstance(part, int | slice) for part in parts)
+    return all(
+        part is None or part is ... or isinstance(part, int | slice) or (isinstance(part, Node) and is_size(part))
+        for part in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,9 @@ class Carry:
 
     def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
         """A move, split, slice, max-pool or cat of float32 tensors."""
-        if node.op != "call_function":
+        if node.op != "call_function" or node.kwargs or not node.args:
             return None
-        if node.target in MOVES | MAX_POOLS:
-            return Claim("carry", (node.args[0],)) if is_float_tensor(node.args[0]) else None  # type: ignore[arg-type]
-        if node.target in SPLITS:
+        if node.target in MOVES | MAX_POOLS | SPLITS:
             return Claim("carry", (node.args[0],)) if is_float_tensor(node.args[0]) else None  # type: ignore[arg-type]
         if node.target in CAT and isinstance(node.args[0], list | tuple):
             pieces = tuple(piece for piece in node.args[0] if isinstance(piece, Node))

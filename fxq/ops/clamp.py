@@ -33,11 +33,10 @@ class Clamp:
 
     def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
         """Any clamp with constant bounds of a float32 tensor."""
-        if float_bounds(node) is None or not is_float_tensor(node):
+        if float_bounds(node) is None:
             return None
         source = node.args[0]
-        assert isinstance(source, Node)
-        return Claim("carry", (source,))
+        return Claim("carry", (source,)) if isinstance(source, Node) and is_float_tensor(source) else None
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """Nothing to fuse: two clamps in a row stay two."""

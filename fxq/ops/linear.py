@@ -123,6 +123,8 @@ class Linear:
             return Refusal(Reason.DYNAMIC_WEIGHT, f"weight is {w}")
         if isinstance(b, Node) and b.op != "get_attr":
             return Refusal(Reason.DYNAMIC_WEIGHT, f"bias is {b}")
+        if x is w:
+            return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
         weight = constant(gm, w)
         if not is_float_tensor(x) or weight.dtype != torch.float32:
             return Refusal(Reason.NOT_FLOAT32, f"weight is {weight.dtype}")
@@ -178,7 +180,7 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     multiplier = numerics.requantize_multiplier(s_x, s_w, match["s_y"] if to_uint8 else 1.0)
 
     stem = str(match.node("w").target).removesuffix("_int8")
-    with gm.graph.inserting_before(root):
+    with gm.graph.inserting_before(root if to_uint8 else linear):
         constants = (
             _packed(gm, f"{stem}_packed", w),
             set_constant(gm, _sibling(stem, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
@@ -207,9 +209,11 @@ def _sibling(stem: str, name: str) -> str:
 def _packed(gm: GraphModule, path: str, w: numerics.I8) -> str:
     """The path of the packed weight, made once for all calls that share the weight."""
     owner, _, name = path.rpartition(".")
-    if not hasattr(gm.get_submodule(owner), name):
-        set_constant(gm, path, torch.from_numpy(numerics.pack(w)))
-    return path
+    packed = torch.from_numpy(numerics.pack(w))
+    known = getattr(gm.get_submodule(owner), name, None)
+    if isinstance(known, Tensor) and known.dtype == torch.int8 and torch.equal(known, packed):
+        return path
+    return set_constant(gm, path, packed)
 
 
 FAMILY = Linear()

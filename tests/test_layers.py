@@ -1,0 +1,124 @@
+"""The layers of the architecture: each module imports lower ones only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"fxq.errors", "fxq.qtypes"},
+    {"fxq.numerics"},
+    {"fxq.kernels"},
+    {"fxq.decisions", "fxq.observers", "fxq.inputs", "fxq.graph", "fxq.tracing"},
+    {"fxq.recipe", "fxq.qdq", "fxq.spelling", "fxq.pattern", "fxq.macs"},
+    {"fxq.family", "fxq.stages"},
+    {"fxq.ops"},
+    {"fxq.expansion", "fxq.golden_model", "fxq.golden", "fxq.dump", "fxq.drawing", "fxq.comparison", "fxq.quantized"},
+    {"fxq.pipeline"},
+    {"passes"},
+    {"fxq.api"},
+    {"fxq.cli"},
+    {"fxq.__main__"},
+]
+"""From the lowest; a package counts as one module, and modules of one layer may import each other in one direction."""
+SIBLINGS = {"fxq.ops", "passes"}
+"""Packages whose modules do not import one another."""
+
+
+def modules():
+    for folder in ("fxq", "passes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if name != "fxq":  # loads names of all layers, on demand
+                yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Names of the project's modules that a module imports, with whether it does so at its top level."""
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in ("fxq", "passes"):
+                yield name, id(node) in top
+
+
+def module_of(name, known):
+    """`fxq.graph.call` -> `fxq.graph`."""
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def package_of(module):
+    return (
+        module
+        if module.startswith("fxq.") and module.count(".") == 1
+        else ".".join(module.split(".")[: 2 if module.startswith("fxq") else 1])
+    )
+
+
+def level(module):
+    return next((i for i, layer in enumerate(LAYERS) if package_of(module) in layer), None)
+
+
+TREES = dict(modules())
+EDGES = [
+    (module, module_of(name, TREES), at_top)
+    for module, tree in TREES.items()
+    for name, at_top in imports(tree)
+    if module_of(name, TREES) != "fxq"
+]
+
+
+def test_each_module_has_a_layer():
+    assert [module for module in TREES if level(module) is None] == []
+
+
+def test_imports_go_down():
+    upward = [(a, b) for a, b, _ in EDGES if level(a) < level(b)]
+    assert upward == []
+
+
+def test_the_only_imports_inside_functions_are_those_of_the_passes_in_the_api():
+    late = {(a, package_of(b)) for a, b, at_top in EDGES if not at_top}
+    assert late <= {("fxq.api", "passes")}
+
+
+def test_no_cycles():
+    edges = {(package_of(a), package_of(b)) for a, b, at_top in EDGES if at_top} - {
+        (m, m) for m in map(package_of, TREES)
+    }
+    remaining = {module for edge in edges for module in edge}
+    while free := {m for m in remaining if not any(a == m and b in remaining for a, b in edges)}:
+        remaining -= free
+    assert remaining == set()
+
+
+@pytest.mark.parametrize("package", sorted(SIBLINGS))
+def test_siblings_do_not_import_one_another(package):
+    siblings = {module for module in TREES if module.startswith(f"{package}.")}
+    assert [(a, b) for a, b, _ in EDGES if a in siblings and b in siblings] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import passes",
+        "import passes.lower, fxq",
+        "import fxq, sys; assert 'torch' not in sys.modules",
+        "import fxq.numerics, sys; assert 'torch' not in sys.modules",
+    ],
+)
+def test_imports_in_a_fresh_process(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
