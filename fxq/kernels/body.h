@@ -2,8 +2,9 @@
 // after defining
 //   W                          float lanes in a vector
 //   kRows, kColumns            the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
-//   Input, input(uint32_t)     four uint8 of one row, for all lanes
 //   Weights, weights(p)        4 * W int8: four k of W channels
+//   Rows<R>(x, stride, count)  R rows of 4 * count uint8, count <= kChunk; rows.input(r, i): the i-th four, for all lanes
+//   Input, input(uint32_t)     the same from four bytes
 //   dot(acc, Input, Weights)   acc[lane] += the four products, exact
 //   narrow(I)                  the low byte of each lane (values 0..255)
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
@@ -193,12 +194,16 @@ static void tile(const Gemm& g, const Place& at) {
   const uint8_t* x = at.x;
   const int8_t* w = at.weight;
   const int64_t stride = g.x_stride, step = at.step;
-  for (int64_t groups = g.k / 4; groups > 0; --groups, x += 4, w += step) {
-    Weights b[C];
-    UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
-    UNROLL for (int r = 0; r < R; ++r) {
-      const Input a = input(load<uint32_t>(x + r * stride));
-      UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+  for (int64_t groups = g.k / 4, count; groups > 0; groups -= count, x += 4 * count) {
+    count = groups < kChunk ? groups : kChunk;
+    const Rows<R> rows(x, stride, count);
+    for (int64_t i = 0; i < count; ++i, w += step) {
+      Weights b[C];
+      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Input a = rows.input(r, i);
+        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+      }
     }
   }
   if (g.k % 4) {  // the packed weights end in zeros, but x ends

@@ -30,6 +30,28 @@ static inline Acc dot(Acc acc, Input a, Weights b) {
   acc += (Acc)_mm512_madd_epi16(a.even, b.even);
   return acc + (Acc)_mm512_madd_epi16(a.odd, b.odd);
 }
+constexpr int64_t kChunk = 256;
+template <int R>
+struct Rows {  // widened once for all the channels of a tile, which would do it again otherwise
+  struct Pairs {
+    uint32_t even, odd;
+  };
+  Pairs pairs[R][kChunk];
+
+  Rows(const uint8_t* x, int64_t stride, int64_t count) {
+    for (int r = 0; r < R; ++r, x += stride) {
+      for (int64_t i = 0; i < count; ++i) {
+        uint32_t group;
+        memcpy(&group, x + 4 * i, sizeof group);
+        pairs[r][i] = {group & 0x00FF00FF, group >> 8 & 0x00FF00FF};
+      }
+    }
+  }
+  Input input(int r, int64_t i) const {
+    return {_mm512_set1_epi32(int32_t(pairs[r][i].even)), _mm512_set1_epi32(int32_t(pairs[r][i].odd))};
+  }
+};
+
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 static inline Bytes narrow(Acc v) { return __builtin_convertvector(v, Bytes); }
 

@@ -26,6 +26,19 @@ static inline Input dot(Input acc, Input a, Weights b) {
   acc += (a >> 16 & 255) * (w << 8 >> 24);
   return acc + (a >> 24 & 255) * (w >> 24);
 }
+
+constexpr int64_t kChunk = INT64_MAX;
+template <int R>
+struct Rows {  // read in place
+  const uint8_t* x;
+  int64_t stride;
+  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
+  Input input(int r, int64_t i) const {
+    uint32_t group;
+    memcpy(&group, x + r * stride + 4 * i, sizeof group);
+    return generic::input(group);
+  }
+};
 typedef uint8_t Bytes __attribute__((vector_size(4)));
 static inline Bytes narrow(Input v) { return __builtin_convertvector(v, Bytes); }
 
