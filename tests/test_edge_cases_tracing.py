@@ -826,6 +826,44 @@ def test_case_90_modes_around_a_call():
         assert torch.equal(trace(model, (X,), {})(X), model(X))
 
 
+def test_numpy_numbers_and_constants():
+    def forward(self, x):
+        constant = torch.from_numpy(np.ones((1, 8), dtype=np.float32)) + torch.as_tensor(np.ones(8, dtype=np.float32))
+        return x * np.float32(2) + np.sqrt(x.shape[1]) + constant
+
+    check(model_of(forward), X, others=[(X5,)])
+
+
+def test_constant_made_elsewhere_may_not_be_changed():
+    def forward(self, x):
+        total = torch.from_numpy(np.zeros((3, 8), dtype=np.float32))
+        total += x
+        return total
+
+    with pytest.raises(TraceError, match="changes a tensor that it did not make with torch functions"):
+        trace(model_of(forward).eval(), (X,), {})
+
+
+def test_shape_in_many_places():
+    def forward(self, x):
+        b = x.shape[0]
+        y = F.pad(x, (0, b, 1, 1))[: max(b, 2), : math.ceil(b / 2)].sum() + x[: round(b / 2)].sum() + divmod(b, 2)[1]
+        z = x[None].expand(b, -1, -1).sum(0) + torch.tensor([b, x.shape[1]]).sum() + x.repeat(b, 1)[:1]
+        return F.interpolate(z[:, None], size=x.shape[1] * 2) + y + F.adaptive_avg_pool1d(x[:, None], b).sum()
+
+    check(model_of(forward), X, others=[(X5,), (torch.randn(2, 6),)])
+
+
+def test_autocast_and_inference_mode_inside():
+    def forward(self, x):
+        with torch.inference_mode():
+            y = self.l(x)
+            y.add_(1)
+        return y
+
+    check(model_of(forward, l=linear()), X, others=[(X5,)])
+
+
 def test_vmap_is_refused():
     with pytest.raises(TraceError, match=r"vmap.*leaves"):
         trace(model_of(lambda self, x: torch.vmap(lambda row: row * 2)(x)).eval(), (X,), {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -91,9 +91,13 @@ def _record(
         return _record_once(prepared, call, leaves, watch)
     except TraceError as error:
         # Libraries leave out their shortcuts on tensor values (a mask of ones, ...) where they believe to be compiled.
-        with _seen_as_compiling(), suppress(TraceError):
-            return _record_once(prepared, call, leaves, watch)
-        raise error
+        try:
+            with _seen_as_compiling():
+                return _record_once(prepared, call, leaves, watch)
+        except TraceError as second:
+            if str(second) == str(error):
+                raise error from None
+            raise TraceError(f"{error}. Where it is told that it is being compiled: {second}") from error
 
 
 def _record_once(

@@ -393,10 +393,10 @@ class Recorder:
             return value.fx_node
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
+        if isinstance(value, np.generic):  # Before the literals: np.float64 is a float, but does not print as one.
+            return value.item()
         if isinstance(value, LITERALS):
             return value
-        if isinstance(value, np.generic):
-            return value.item()
         if id(value) in self.whole:
             return self.whole[id(value)][1]
         if is_dataclass(value) and not isinstance(value, type):
@@ -526,5 +526,6 @@ class _Escapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if recorder.busy or not any(
             recorder.nodes.get(tensor) in recorder.varying for tensor in tensors((args, kwargs))
         ):
-            return function(*args, **(kwargs or {}))
+            with recorder.working():
+                return function(*args, **(kwargs or {}))
         return recorder.call(function, args, kwargs or {})

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -62,6 +63,9 @@ class Symbol:
 
     def __float__(self) -> float:
         return float(self.recording.decide(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.array(self.recording.decide(self), dtype)
 
     def __bool__(self) -> bool:
         return bool(operator.ne(self, 0))
