@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         calibrate,
         compare,
         convert,
+        golden,
         prepare,
         quantize,
         report,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from fxq.expansion import expand
+    from fxq.golden_model import GoldenModel
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
 
@@ -50,6 +52,7 @@ _HOMES = {
         "calibrate",
         "compare",
         "convert",
+        "golden",
         "prepare",
         "quantize",
         "report",
@@ -70,6 +73,7 @@ _HOMES = {
         "VerifyError",
     ),
     "fxq.expansion": ("expand",),
+    "fxq.golden_model": ("GoldenModel",),
     "fxq.quantized": ("QuantizedModule", "load", "save"),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.decisions": ("Decision", "Reason", "Report"),
@@ -84,6 +88,7 @@ __all__ = [
     "FileError",
     "FxqError",
     "GoldenError",
+    "GoldenModel",
     "GuardError",
     "InputError",
     "KeptFloatWarning",
@@ -102,6 +107,7 @@ __all__ = [
     "convert",
     "draw",
     "expand",
+    "golden",
     "load",
     "prepare",
     "quantize",

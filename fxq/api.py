@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxq import drawing, dump, pipeline, tracing
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.decisions import Report
-from fxq.errors import CalibrationError, InputError, QuantizationError
+from fxq.errors import CalibrationError, FileError, GoldenError, InputError, QuantizationError
 from fxq.expansion import expand
 from fxq.family import Family
+from fxq.golden_model import GoldenModel, build
+from fxq.graph import bind
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
-from fxq.quantized import QuantizedModule, weight_bytes
+from fxq.quantized import QuantizedModule, encode, weight_bytes
 from fxq.recipe import Recipe
 from fxq.stages import Stage
 
@@ -224,6 +227,42 @@ def compare(
     pipeline.begin(gm, ctx)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
     return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(qmodel), call)
+
+
+def golden(
+    qmodel: nn.Module,
+    *,
+    islands: Literal["refuse", "torch"] = "refuse",
+    ops: Mapping[str, Callable[..., Any]] | None = None,
+) -> GoldenModel:
+    """A NumPy program of a quantized model, with the same bits and every intermediate integer: `GoldenModel`.
+
+    islands: what to do about float operations whose bits NumPy cannot promise (softmax, layer norm, a linear kept
+    float): "refuse" raises `GoldenError`, which lists them; "torch" takes their values from `qmodel`, run on the same
+    call, and computes all the rest. ops: NumPy functions for ops of the user's own families, by name (`mylib.myop`).
+    """
+    if not isinstance(qmodel, QuantizedModule):
+        raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    flat = QuantizedModule.of(expand(qmodel), qmodel.report)
+    try:
+        plain = encode(flat)
+    except FileError as error:
+        raise GoldenError(f"the model cannot be written down as a program: {error}") from error
+    constants = {name: value.numpy() for name, value in plain["constants"].items() if isinstance(value, Tensor)}
+    named = zip(flat.graph.nodes, plain["nodes"], strict=True)
+    types = {entry["target"]: node.target for node, entry in named if isinstance(node.target, type)}
+    program = build(plain, constants, types, ops or ())
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
+        interpreter = Interpreter(flat, garbage_collect_values=False)
+        with torch.no_grad():
+            interpreter.run(*bind(flat, *call))
+        names = {step.name for step in program.steps if not step.op}
+        found = {node.name: value for node, value in interpreter.env.items() if node.name in names}
+        return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
+
+    return GoldenModel(program, ops=ops, types=types, record=record if islands == "torch" else None)
 
 
 def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
