@@ -52,7 +52,8 @@ def quantize(x: F32, scale: float, zero_point: int) -> U8:
     infinite x is defined; NaN becomes 0.
     """
     inverse = np.float32(1) / np.float32(scale)
-    steps = np.rint(np.asarray(x, np.float32) * inverse)
+    with np.errstate(over="ignore"):
+        steps = np.rint(np.asarray(x, np.float32) * inverse)
     steps = np.where(np.isnan(steps), np.float32(ACT_QMIN - zero_point), steps)
     return (np.clip(steps, ACT_QMIN - zero_point, ACT_QMAX - zero_point).astype(np.int32) + zero_point).astype(np.uint8)
 
