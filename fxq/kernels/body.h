@@ -1,18 +1,16 @@
 // The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its own,
 // after defining
-//   W                          float lanes in a vector
-//   kRows, kColumns            the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
-//   Weights, weights(p)        4 * W int8: four k of W channels
-//   Rows<R>(x, stride, count)  R rows of 4 * count uint8, count <= kChunk; rows.input(r, i): the i-th four, for all lanes
-//   Input, input(uint32_t)     the same from four bytes
-//   dot(acc, Input, Weights)   acc[lane] += the four products, exact
-//   narrow(I)                  the low byte of each lane (values 0..255)
+//   W, I, B                  lanes in a vector; vectors of int32 and uint8 (`Vectors<W>`)
+//   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
+//   Weights, weights(p)      4 * W int8: four k of W channels
+//   Input, input(uint32_t)   four uint8 of one row, for all lanes
+//   dot(acc, Input, Weights) acc[lane] += the four products, exact
+//   narrow(I)                the low byte of each lane (values 0..255)
+//   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
 // to fused multiply-add (-ffp-contract=off), which would change bits.
 
-typedef float F __attribute__((vector_size(4 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint8_t B __attribute__((vector_size(W)));
+using F = Vectors<W>::F;
 
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -184,6 +182,33 @@ static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to f
   return group;
 }
 
+// R rows of 4 * count bytes, read four at a time.
+template <int R>
+struct Rows {
+#ifdef WIDEN_ROWS
+  static constexpr int64_t kMost = 256;
+  uint32_t pairs[R][kMost][2];  // widened here once, and not again for every vector of channels
+
+  Rows(const uint8_t* x, int64_t stride, int64_t count) {
+    for (int r = 0; r < R; ++r, x += stride) {
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t group = load<uint32_t>(x + 4 * i);
+        pairs[r][i][0] = group & 0x00FF00FF;
+        pairs[r][i][1] = group >> 8 & 0x00FF00FF;
+      }
+    }
+  }
+  Input operator()(int r, int64_t i) const { return input(pairs[r][i][0], pairs[r][i][1]); }
+#else
+  static constexpr int64_t kMost = INT64_MAX;
+  const uint8_t* x;
+  int64_t stride;
+
+  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
+  Input operator()(int r, int64_t i) const { return input(load<uint32_t>(x + r * stride + 4 * i)); }
+#endif
+};
+
 // R rows x C vectors of channels: summed up in registers from the bias on, and the epilogue in registers as well.
 template <int R, int C, bool kFloatOutput>
 static void tile(const Gemm& g, const Place& at) {
@@ -195,13 +220,13 @@ static void tile(const Gemm& g, const Place& at) {
   const int8_t* w = at.weight;
   const int64_t stride = g.x_stride, step = at.step;
   for (int64_t groups = g.k / 4, count; groups > 0; groups -= count, x += 4 * count) {
-    count = groups < kChunk ? groups : kChunk;
+    count = groups < Rows<R>::kMost ? groups : Rows<R>::kMost;
     const Rows<R> rows(x, stride, count);
     for (int64_t i = 0; i < count; ++i, w += step) {
       Weights b[C];
       UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
       UNROLL for (int r = 0; r < R; ++r) {
-        const Input a = rows.input(r, i);
+        const Input a = rows(r, i);
         UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
       }
     }

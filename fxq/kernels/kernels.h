@@ -58,6 +58,13 @@ const Kernels& active();               // those in use
 bool use_isa(const char* isa);         // false where this processor or compiler lacks it
 const char* available_isas();          // names with commas between, best first
 
+template <int lanes>
+struct Vectors {
+  typedef float F __attribute__((vector_size(4 * lanes)));
+  typedef int32_t I __attribute__((vector_size(4 * lanes)));
+  typedef uint8_t B __attribute__((vector_size(lanes)));
+};
+
 }  // namespace fxq
 
 // Functions and templates between FXQ_TARGET and FXQ_TARGET_END are compiled for the named extensions. Include the

@@ -11,38 +11,27 @@ namespace fxq::avx_vnni {
 
 constexpr int W = 8;
 constexpr int kRows = 6, kColumns = 2;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
-
-typedef int32_t Acc __attribute__((vector_size(32)));
+using I = Vectors<W>::I;
+using B = Vectors<W>::B;
 using Input = __m256i;
 using Weights = __m256i;
 
 static inline Input input(uint32_t group) { return _mm256_set1_epi32(int32_t(group)); }
+
 static inline Weights weights(const int8_t* p) {
   Weights w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   asm("" : "+x"(w));  // keeps it in its register, where g++ would rather load it again for every row
   return w;
 }
-static inline Acc dot(Acc acc, Input a, Weights b) {
+
+static inline I dot(I acc, Input a, Weights b) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
   return acc;
 }
-constexpr int64_t kChunk = INT64_MAX;
-template <int R>
-struct Rows {  // read in place
-  const uint8_t* x;
-  int64_t stride;
-  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
-  Input input(int r, int64_t i) const {
-    uint32_t group;
-    memcpy(&group, x + r * stride + 4 * i, sizeof group);
-    return avx_vnni::input(group);
-  }
-};
 
-typedef uint8_t Bytes __attribute__((vector_size(8)));
-static inline Bytes narrow(Acc v) {
+static inline B narrow(I v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+  return (B)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
 }
 
 #include "body.h"

@@ -7,40 +7,35 @@ namespace fxq::generic {
 
 constexpr int W = 4;
 constexpr int kRows = 4, kColumns = 1;
+using I = Vectors<W>::I;
+using B = Vectors<W>::B;
+typedef int16_t H __attribute__((vector_size(4 * W)));
 
-typedef int8_t Weights __attribute__((vector_size(16)));
-typedef int32_t Input __attribute__((vector_size(16)));
-
-// On Arm with the dot product extension this is the place for vusdotq_s32 (i8mm), or vdotq_s32 on x - 128 with
-// 128 * sum(w) added to the accumulator: Input, input, Weights, weights and dot are all that changes.
-static inline Input input(uint32_t group) { return int32_t(group) - Input{}; }
-static inline Weights weights(const int8_t* p) {
-  Weights w;
-  memcpy(&w, p, sizeof w);
-  return w;
-}
-static inline Input dot(Input acc, Input a, Weights b) {
-  const Input w = (Input)b;
-  acc += (a & 255) * (w << 24 >> 24);
-  acc += (a >> 8 & 255) * (w << 16 >> 24);
-  acc += (a >> 16 & 255) * (w << 8 >> 24);
-  return acc + (a >> 24 & 255) * (w >> 24);
-}
-
-constexpr int64_t kChunk = INT64_MAX;
-template <int R>
-struct Rows {  // read in place
-  const uint8_t* x;
-  int64_t stride;
-  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
-  Input input(int r, int64_t i) const {
-    uint32_t group;
-    memcpy(&group, x + r * stride + 4 * i, sizeof group);
-    return generic::input(group);
-  }
+// Four bytes as two pairs of int16, (k0, k2) and (k1, k3): a product of uint8 and int8 fits int16.
+struct Pairs {
+  H even, odd;
 };
-typedef uint8_t Bytes __attribute__((vector_size(4)));
-static inline Bytes narrow(Input v) { return __builtin_convertvector(v, Bytes); }
+using Input = Pairs;
+using Weights = Pairs;
+
+// On Arm with the dot product extension this is the place for vusdotq_s32 (i8mm), or for vdotq_s32 on x - 128 with
+// 128 * sum(w) added to the accumulator: Input, Weights and dot are all that changes, and WIDEN_ROWS goes.
+#define WIDEN_ROWS
+static inline Input input(uint32_t even, uint32_t odd) { return {(H)(int32_t(even) - I{}), (H)(int32_t(odd) - I{})}; }
+
+static inline Input input(uint32_t group) { return input(group & 0x00FF00FF, group >> 8 & 0x00FF00FF); }
+
+static inline Weights weights(const int8_t* p) {
+  H w;
+  memcpy(&w, p, sizeof w);
+  return {w << 8 >> 8, w >> 8};
+}
+
+static inline I sum(H products) { return ((I)products << 16 >> 16) + ((I)products >> 16); }
+
+static inline I dot(I acc, Input a, Weights b) { return acc + sum(a.even * b.even) + sum(a.odd * b.odd); }
+
+static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"
 
