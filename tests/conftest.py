@@ -34,16 +34,22 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["portable", "generic", "avx2", "avx_vnni", "avx512", "avx512_vnni"])
-def on_isa(request):
+def pytest_generate_tests(metafunc):
+    """Tests of ops run on every instruction set of this processor, and on the portable kernels."""
+    if "isa" in metafunc.fixturenames:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", kernels.PortableKernelWarning)
+            metafunc.parametrize("isa", ["portable", *kernels.info().available])
+
+
+@pytest.fixture
+def on_isa(isa):
     """A function that runs an op of fxq on one instruction set: `on_isa(qlinear, x, ...)`."""
-    if request.param == "portable":
-        return lambda op, *args: kernels.portable(op.__name__.partition(".")[0])(*args)
-    if request.param not in kernels.info().available:
-        pytest.skip(f"this processor has no {request.param}, or there is no compiler")
 
     def call(op, *args):
-        with kernels.use_isa(request.param):
+        if isa == "portable":
+            return kernels.portable(op.name().partition("::")[2])(*args)
+        with kernels.use_isa(isa):
             return op(*args)
 
     return call

@@ -134,6 +134,8 @@ class Linear:
                     f"{place_of(node)}: the parameter {operand.target} holds NaN or infinity; repair the checkpoint"
                 )
         assert isinstance(x, Node)
+        if isinstance(b, Node) and constant(gm, b).shape != weight.shape[:1]:
+            return Refusal(Reason.NO_INTEGER_OP, f"its bias has shape {list(constant(gm, b).shape)}")
         k = weight.shape[1]
         if k > MAX_K:
             return Refusal(Reason.ACC_OVERFLOW, f"K = {k} exceeds {MAX_K} (255 * 127 * K < 2**31)")
