@@ -22,7 +22,7 @@ from fxq.errors import CalibrationError, FileError, GoldenError, InputError, Qua
 from fxq.expansion import expand
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind
+from fxq.graph import bind, mutations, place_of, target_name
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
@@ -255,6 +255,11 @@ def golden(
 
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
+        changed = [f"{place_of(node)}: {target_name(node.target)}" for node in mutations(flat, *call)]
+        if changed:
+            raise GoldenError(
+                f"{', '.join(changed)} works in place, which a golden model cannot; write it out of place"
+            )
         interpreter = Interpreter(flat, garbage_collect_values=False)
         with torch.no_grad():
             interpreter.run(*bind(flat, *call))
@@ -273,7 +278,7 @@ def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
 
 
 def _folder(path: str | Path | None) -> dump.Folder | None:
-    return None if path is None else dump.Folder(path, drawing.draw)
+    return None if path is None else dump.Folder(path, drawing.draw_step)
 
 
 def _check_model(model: nn.Module, call: Call) -> None:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.expansion import Link
-from fxq.graph import constant, get_attr, module_of, replace, set_constant
+from fxq.graph import constant, get_attr, line_of, module_of, replace, set_constant
 from fxq.ops import chain
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import quantize
 from fxq.qtypes import QParams
 from fxq.stages import Stage
+from fxq.tracing.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def _fuse(gm: GraphModule, links: list[Node]) -> None:
     program = chain.encode(chain.Chain(layers, front, to_float))
     inside = tuple(Link.of(node) for node in links)
     with gm.graph.inserting_before(last):
-        stored = get_attr(gm, set_constant(gm, _beside(links), program), last)
+        stored = get_attr(gm, set_constant(gm, f"{_common_module(links)}.chain".lstrip("."), program), last)
     target = chain.qchain_float if to_float else chain.qchain
     fused = replace(gm, last, target, (first.args[0], stored), last.meta.get("qparams"))
     fused.meta["inside"] = inside
+    fused.meta["origin"] = Origin(_common_module(links), line_of(last))
 
 
 def _layer(gm: GraphModule, node: Node) -> chain.Layer:
@@ -89,15 +91,15 @@ def _layer(gm: GraphModule, node: Node) -> chain.Layer:
     return chain.Layer(*operands, *rest)  # type: ignore[arg-type]
 
 
-def _beside(links: list[Node]) -> str:
-    """`chain` in the innermost module that holds all the layers."""
-    paths = [module_of(node).split(".")[:-1] for node in links if node.target is not quantize]
+def _common_module(links: list[Node]) -> str:
+    """The innermost module that holds all the layers."""
+    paths = [module_of(node).split(".") for node in links if node.target is not quantize]
     common = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
-    return ".".join([*common, "chain"])
+    return ".".join(common)
 
 
 PASS = FuseChains()

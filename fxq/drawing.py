@@ -1,0 +1,213 @@
+"""A graph as a picture, and as a networkx graph.
+
+Colours say what runs: green on integers, blue in float32, amber where one becomes the other. Edges carry dtype, shape,
+scale and zero point; boxes are the user's modules. Sizes, masks and constants are left out unless asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import graphviz
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from fxq import qdq
+from fxq.errors import FileError, InputError
+from fxq.expansion import summary
+from fxq.graph import Value, constant, is_float_tensor, line_of, module_of, submodule, target_name
+from fxq.observers import Observer, WeightObserver
+from fxq.ops.linear import qlinear, qlinear_float
+from fxq.stages import quantized_nodes
+
+SUFFIXES = ("svg", "png", "pdf", "dot")
+BORDERS = frozenset({qdq.quantize, qdq.dequantize, qdq.quantize_weight, qdq.dequantize_weight})
+COLOURS = {  # fill, line
+    "int8": ("#d3f0d9", "#1e7a34"),
+    "float": ("#d9e6fb", "#2b5fb0"),
+    "border": ("#fdebc8", "#a86a00"),
+    "observer": ("#f3d9f5", "#86348c"),
+    "constant": ("#eeeeee", "#777777"),
+    "aside": ("#ffffff", "#999999"),
+    "io": ("#ffffff", "#222222"),
+}
+TALL = 40
+"""Operations in a picture from which on it is drawn from top to bottom."""
+
+
+def to_networkx(gm: GraphModule) -> nx.DiGraph[str]:
+    """The graph by node name. Of a node: op, target, module, line, form, dtype, shape, scale, zero_point, label.
+
+    form: "int8", "float", "border" (quantize, dequantize), "observer", "constant", "aside" (sizes, ids, masks), "io".
+    An edge has the dtype, shape, scale and zero_point of what flows along it.
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    quantized = quantized_nodes(gm)
+    for node in gm.graph.nodes:
+        graph.add_node(
+            node.name,
+            op=node.op,
+            target=target_name(node.target),
+            module=module_of(node),
+            line=line_of(node),
+            form=_form(gm, node, quantized),
+            label=_label(gm, node),
+            **_value(node),
+        )
+        for operand in node.all_input_nodes:
+            graph.add_edge(operand.name, node.name, **_value(operand))
+    return graph
+
+
+def islands(gm: GraphModule) -> list[set[str]]:
+    """The connected regions of a graph that run on integers, by node name, in graph order."""
+    graph = to_networkx(gm)
+    integers = graph.subgraph(name for name, data in graph.nodes(data=True) if data["form"] == "int8")
+    order = {name: i for i, name in enumerate(graph)}
+    return sorted(nx.weakly_connected_components(integers), key=lambda names: min(map(order.__getitem__, names)))
+
+
+def _value(node: Node) -> dict[str, Any]:
+    value = node.meta.get("value")
+    scale, zero_point = node.meta.get("qparams", (None, None))
+    if not isinstance(value, Value):
+        return {"dtype": None, "shape": None, "scale": scale, "zero_point": zero_point}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": value.shape, "scale": scale, "zero_point": zero_point}
+
+
+def _form(gm: GraphModule, node: Node, quantized: set[Node]) -> str:
+    if node.op in ("placeholder", "output"):
+        return "io"
+    if node.op == "get_attr":
+        return "constant"
+    if node.op == "call_module" and isinstance(submodule(gm, node), Observer | WeightObserver):
+        return "observer"
+    if node.target in BORDERS:
+        return "border"
+    reads_integers = "inside" in node.meta or any(operand in quantized for operand in node.all_input_nodes)
+    if node in quantized or (reads_integers and is_float_tensor(node)):
+        return "int8"
+    return "float" if is_float_tensor(node) else "aside"
+
+
+def _label(gm: GraphModule, node: Node) -> str:
+    if node.op == "placeholder":
+        return str(node.target)
+    if node.op == "output":
+        return "output"
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op == "call_module":
+        module = submodule(gm, node)
+        return f"observer\n{module.where}" if isinstance(module, Observer | WeightObserver) else type(module).__name__
+    lines = [target_name(node.target).removeprefix("fxq.")]
+    if "inside" in node.meta:
+        lines += summary(gm, node)
+    elif node.target in (qlinear, qlinear_float):
+        x = node.args[0]
+        assert isinstance(x, Node)
+        lines.append(f"{x.meta['value'].shape[-1]} -> {node.meta['value'].shape[-1]}")
+    else:
+        weights = [constant(gm, n) for n in node.all_input_nodes if n.op == "get_attr"]
+        lines += [" x ".join(map(str, weight.shape)) for weight in weights if weight.dim() > 1]
+    return "\n".join(lines)
+
+
+def draw(
+    gm: GraphModule, path: str | Path, *, direction: Literal["LR", "TB"] | None = None, constants: bool = False
+) -> Path:
+    """Draw `gm` into an svg, png, pdf or dot file, by the suffix of `path`; returns the path.
+
+    direction: left to right, or top to bottom (by size if not given). constants: also weights and scales.
+    Raises `InputError` for another suffix, and `FileError` where the `dot` program is missing: the dot text is written
+    all the same.
+    """
+    path = Path(path)
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in SUFFIXES:
+        raise InputError(f"cannot draw {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+    source = _dot(gm, direction, constants)
+    text = path.with_suffix(".dot")
+    text.write_text(source.source)
+    if suffix == "dot":
+        return text
+    if shutil.which("dot") is None:
+        raise FileError(
+            f"{path} cannot be drawn: the program `dot` is missing; the graph is written to {text}. Install Graphviz "
+            "(apt install graphviz, brew install graphviz, winget install graphviz)"
+        )
+    path.write_bytes(source.pipe(format=suffix))
+    text.unlink()
+    return path
+
+
+def draw_step(gm: GraphModule, stem: Path) -> None:
+    """The pictures of a dump: always the dot text, and an svg where the `dot` program is there."""
+    draw(gm, stem.with_suffix(".dot"))
+    if shutil.which("dot") is not None:
+        stem.with_suffix(".svg").write_bytes(_dot(gm, None, False).pipe(format="svg"))
+
+
+def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Digraph:
+    graph = to_networkx(gm)
+    hidden = {"aside"} if constants else {"aside", "constant"}
+    shown = [name for name, data in graph.nodes(data=True) if data["form"] not in hidden]
+    tall = len(shown) > TALL
+    dot = graphviz.Digraph(
+        graph_attr={
+            "rankdir": direction or ("TB" if tall else "LR"),
+            "fontname": "Helvetica",
+            "fontsize": "11",
+            "nodesep": "0.25",
+            "ranksep": "0.35",
+            "compound": "true",
+        },
+        node_attr={
+            "shape": "box",
+            "style": "filled,rounded",
+            "fontname": "Helvetica",
+            "fontsize": "11",
+            "height": "0.3",
+        },
+        edge_attr={"fontname": "Helvetica", "fontsize": "9", "arrowsize": "0.6"},
+    )
+    _cluster(dot, graph, shown, "")
+    visible = set(shown)
+    for source, target, data in graph.edges(data=True):
+        if source in visible and target in visible:
+            integer = data["scale"] is not None
+            colour = COLOURS["int8" if integer else "float"][1] if data["dtype"] else COLOURS["aside"][1]
+            dot.edge(source, target, label=_edge_label(data), color=colour, fontcolor=colour)
+    return dot
+
+
+def _edge_label(data: dict[str, Any]) -> str:
+    if data["dtype"] is None:
+        return ""
+    lines = [f"{data['dtype']}{list(data['shape'])}"]
+    if data["scale"] is not None:
+        lines.append(f"{data['scale']:.3g}, {data['zero_point']}")
+    return "\n".join(lines)
+
+
+def _cluster(dot: graphviz.Digraph, graph: nx.DiGraph[str], names: Iterable[str], prefix: str) -> None:
+    """Draw the nodes of the module at `prefix`, with a box for each module below it."""
+    children: dict[str, list[str]] = {}
+    for name in names:
+        data = graph.nodes[name]
+        module = "" if data["form"] == "io" else data["module"]
+        rest = module.removeprefix(f"{prefix}." if prefix and module != prefix else prefix)
+        if rest:
+            children.setdefault(rest.partition(".")[0], []).append(name)
+        else:
+            fill, line = COLOURS[data["form"]]
+            dot.node(name, label=data["label"], fillcolor=fill, color=line)
+    for child, inside in children.items():
+        path = f"{prefix}.{child}" if prefix else child
+        with dot.subgraph(name=f"cluster_{path}") as box:
+            box.attr(label=path, style="rounded", color="#bbbbbb", fontcolor="#555555", labeljust="l")
+            _cluster(box, graph, inside, path)
