@@ -48,7 +48,10 @@ def check(model, *args, others=(), leaves=(), pickles=True, **kwargs):
     assert _same((args, kwargs), inputs)
     assert all("origin" in node.meta for node in gm.graph.nodes)
     gm.graph.lint()
-    for version in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)) if pickles else gm):
+    smaller = copy.deepcopy(gm)
+    smaller.graph.eliminate_dead_code()
+    smaller.recompile()
+    for version in (gm, smaller, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)) if pickles else gm):
         assert same(version, model, *args, **kwargs)
         for other in others:
             assert same(version, model, *other)
@@ -862,6 +865,51 @@ def test_autocast_and_inference_mode_inside():
         return y
 
     check(model_of(forward, l=linear()), X, others=[(X5,)])
+
+
+def test_mutations_through_views_survive_dead_code_elimination():
+    def view(self, x):
+        y = x * 1
+        y[0].add_(5)
+        return y
+
+    def base(self, x):
+        y = x * 1
+        z = y.t()
+        y.mul_(2)
+        return z + 1
+
+    def functional(self, x):
+        y = x * 1
+        F.relu(y[0], inplace=True)
+        return y
+
+    def out(self, x):
+        y = torch.empty(x.shape[0], 8)
+        torch.add(x, 1, out=y[:, :])
+        return y
+
+    def dead_user(self, x):
+        y = x * 1
+        y.view(-1).add_(1) * 2
+        return y
+
+    def module(self, x):
+        y = x * 1
+        self.r(y[1])
+        return y
+
+    for forward in (view, base, functional, out, dead_user, module):
+        check(model_of(forward, r=nn.ReLU(inplace=True)), X, others=[(X5,)])
+
+
+def test_packed_sequences():
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.r(packed)[0], batch_first=True)[0]
+
+    model = model_of(forward, r=nn.LSTM(8, 4, batch_first=True))
+    check(model, SEQ, torch.tensor([4, 2, 3]), others=[(SEQ[:2], torch.tensor([4, 1]))], pickles=False)
 
 
 def test_vmap_is_refused():

@@ -1,8 +1,9 @@
 """From a model and example inputs to a float graph that computes the same: run the model, write down what it does.
 
 `trace` copies the model (`prepare`) and runs it under a recorder (`recorder`, `spelling`, `values`) on the example
-inputs (`signature`), whose sizes and numbers are symbols (`symbols`); then it runs the graph against the model
-(`verify`). What a graph is made of besides torch is in `graph_functions`, where its nodes come from in `origin`.
+inputs (`signature`), whose sizes and numbers are symbols (`symbols`), to build a graph (`builder`); then it runs the
+graph against the model (`verify`). What a graph is made of besides torch is in `graph_functions`, where its nodes come
+from in `origin`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from fxq.errors import FxqError, InputError, TraceError
 from fxq.tracing import signature, verify
+from fxq.tracing.builder import REMEDY
 from fxq.tracing.graph_functions import (
     GLOBAL_STATE,
     SignatureCodeGen,
@@ -35,7 +37,7 @@ from fxq.tracing.graph_functions import (
 )
 from fxq.tracing.origin import Origin, is_internal
 from fxq.tracing.prepare import prepare
-from fxq.tracing.recorder import REMEDY, Recorder
+from fxq.tracing.recorder import Recorder
 
 __all__ = [
     "Origin",

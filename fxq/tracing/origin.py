@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,12 +31,17 @@ def is_internal(filename: str) -> bool:
     return filename.startswith(_OWN) or (filename.startswith(_LIBRARY) and "site-packages" not in filename)
 
 
-def user_line(outermost: types.CodeType) -> str:
-    """Return file:line of the user's innermost line among those that `outermost` runs, "" if there is none."""
+def enter(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, outside of which there is none of the user's code that `user_line` speaks of."""
+    return function(*args, **kwargs)
+
+
+def user_line() -> str:
+    """Return file:line of the user's innermost line since `enter`, "" if there is none."""
     line = ""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is outermost:
+        if frame.f_code is enter.__code__:
             return line
         if not line and not is_internal(frame.f_code.co_filename):
             line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

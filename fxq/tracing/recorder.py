@@ -11,12 +11,10 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import partial
-from itertools import count
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +22,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxq.errors import TraceError
-from fxq.tracing.graph_functions import TracingWarning, UnpicklingTracer, guard, length, mutate
-from fxq.tracing.origin import Origin, user_line
+from fxq.tracing.builder import REMEDY, Builder
+from fxq.tracing.graph_functions import TracingWarning, guard, length, mutate
+from fxq.tracing.origin import Origin, enter
 from fxq.tracing.spelling import (
     COUNTED,
     DTYPE,
-    LITERALS,
     RANDOM,
     RANK,
     SILENT,
@@ -44,37 +41,20 @@ from fxq.tracing.spelling import (
     spelling,
 )
 from fxq.tracing.symbols import Source, SymbolicFloat, SymbolicInt, is_symbol
-from fxq.tracing.values import ancestors, concrete, named_tensors, tensors, traced, version
-
-REMEDY = "write it with torch functions (torch.where, ...), or list the module in `leaves` to keep it as one float call"
+from fxq.tracing.values import ancestors, concrete, tensors, traced, version
 
 
-class Recorder:
+class Recorder(Builder):
     """One trace: the graph so far, and which node each live tensor is the value of."""
 
     def __init__(self, root: nn.Module, leaves: tuple[type[nn.Module] | str, ...], watch: bool = False) -> None:
-        self.root = root
-        self.graph = fx.Graph(tracer_cls=UnpicklingTracer)
-        self.nodes: Any = WeakTensorKeyDictionary()
-        self.attributes = dict(named_tensors(root))
-        self.versions = {name: version(tensor) for name, tensor in self.attributes.items()}
-        self.names = {id(tensor): name for name, tensor in reversed(self.attributes.items())}
+        super().__init__(root)
         self.buffers = {module: dict(module._buffers) for module in root.modules()}
-        self.whole: dict[int, tuple[Any, fx.Node]] = {}
-        self.constants: dict[str, torch.Tensor] = {}
-        self.paths = [""]
-        self.texts: dict[fx.Node, str] = {}
-        self.varying: set[fx.Node] = set()
-        self.pure: set[fx.Node] = set()
-        self.mutating: set[fx.Node] = set()
-        self.impure: set[str] = set()
-        self.inputs: list[tuple[fx.Node, dict[str, Any]]] = []
         self.asked: dict[str, str] = {}
         self.read: set[str] = set()
         self.symbols: dict[Any, Any] = {}
         self.decided: set[fx.Node] = set()
-        self.refusal: TraceError | None = None
-        self.busy = False
+        self.impure: set[str] = set()
         self.thread = threading.get_ident()
         self.watched: dict[str, torch.Tensor] | None = {} if watch else None
         for path, module in root.named_modules():
@@ -85,11 +65,7 @@ class Recorder:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model under the recorder and return its output."""
         with torch.no_grad(), _Escapes(self), _Functions(self):
-            return self.root(*args, **kwargs)
-
-    def line(self) -> str:
-        """Return file:line of the user's code that is running."""
-        return user_line(Recorder.run.__code__)
+            return enter(self.root, *args, **kwargs)
 
     def module(self, path: str, leaf: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a module's forward: record a leaf as one call, follow the code of any other."""
@@ -171,14 +147,6 @@ class Recorder:
                 return self.number(name, self.execute(getter, (tensor,), {}), (tensor,), {}, Source.SIZE, getattr)
         return self.record(getter, (tensor,), {}, lambda: ("call_function", getattr, (tensor, name), {}))
 
-    def execute(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute on the values, with nothing recorded."""
-        outer, self.busy = self.busy, True
-        try:
-            return function(*concrete(args), **concrete(kwargs))
-        finally:
-            self.busy = outer
-
     def record(
         self,
         function: Callable[..., Any],
@@ -189,17 +157,29 @@ class Recorder:
     ) -> Any:
         """Execute a call; when it gives or changes a tensor, make it a node and know its results by that node."""
         before = {id(tensor): version(tensor) for tensor in tensors((args, kwargs))}
-        result = self.execute(function, args, kwargs)
-        changed = any(version(tensor) != before[id(tensor)] for tensor in tensors((args, kwargs)))
         name = getattr(function, "__name__", "")
+        result = self.execute(function, args, kwargs)
+        changed = [tensor for tensor in tensors((args, kwargs)) if version(tensor) != before[id(tensor)]]
+        in_place = bool(args) and name.endswith("_") and not name.endswith("__")
+        if in_place and not changed and args[0].is_inference():
+            changed = [args[0]]  # Inference tensors do not count their changes.
         if not (always or changed or name.startswith("_assert") or any(True for _ in tensors(result))):
             return result
         op, target, args, kwargs = spelling()
+        if changed and self.is_shared(changed[0]):
+            if op == "call_module":
+                self.impure.add(target)
+            elif kwargs.get("inplace") or "out" in kwargs:
+                plain = {key: False if key == "inplace" else value for key, value in kwargs.items() if key != "out"}
+                node = self.create(op, target, self.arg(args), self.arg(plain))
+                self.create("call_function", mutate, (self.node_of(changed[0]), "copy_", node))
+                return result
+            elif in_place:
+                self.create("call_function", mutate, self.arg((args[0], name, *args[1:])), self.arg(kwargs))
+                return result
         node = self.create(op, target, self.arg(args), self.arg(kwargs))
         if name.startswith("rand") or name.rstrip("_") in RANDOM:
             self.varying.add(node)
-        if changed:
-            self.mutating.add(node)
         if name in COUNTED and isinstance(result, list | tuple):
             count = self.create("call_function", length, (node,), pure=True)
             self.decide(self.symbol(len(result), count, f"len({self.text(node)})", Source.SIZE))
@@ -208,11 +188,11 @@ class Recorder:
     def know(self, result: Any, node: fx.Node, before: dict[int, int]) -> Any:
         """Remember each tensor of a result by a node."""
         if isinstance(result, torch.Tensor):
-            if before.get(id(result)) == version(result):
+            if before.get(id(result)) == version(result) and not result.is_inference():
                 # A call that hands back its argument as it was (`.contiguous()`, `.to()`) must not rename it.
                 with self.working():
                     result = result.detach()
-            self.nodes[result] = node
+            self.remember(result, node)
             if self.watched is not None:
                 with self.working():
                     self.watched[node.name] = result.detach().clone()
@@ -241,15 +221,6 @@ class Recorder:
         if item is None or isinstance(item, str):
             return item
         return self.know(item, self.create("call_function", getter, (node, key), pure=True), before)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Use torch for the recorder's own sake, unrecorded."""
-        outer, self.busy = self.busy, True
-        try:
-            yield
-        finally:
-            self.busy = outer
 
     # Facts, sizes and numbers.
 
@@ -333,95 +304,6 @@ class Recorder:
             self.create("call_function", guard, (symbol.fx_node, symbol.value, message))
         return symbol.value
 
-    def refuse(self, what: str) -> NoReturn:
-        """Raise `TraceError` about the user's line; it stands even where the model's code catches it."""
-        module = f" (module '{self.paths[-1]}')" if self.paths[-1] else ""
-        error = TraceError(f"{self.line() or 'the model'}{module} {what}; {REMEDY}")
-        self.refusal = self.refusal or error
-        raise error
-
-    # Nodes.
-
-    def create(
-        self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, pure: bool = False, line: str | None = None
-    ) -> fx.Node:
-        """Append a node, with where it comes from; `pure` ones go again when nothing uses them."""
-        node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta["origin"] = Origin(self.paths[-1], self.line() if line is None else line)
-        if any(source in self.varying for source in node.all_input_nodes):
-            self.varying.add(node)
-        if pure:
-            self.pure.add(node)
-        return node
-
-    def placeholder(self, name: str, default: tuple[Any, ...]) -> fx.Node:
-        """Append a placeholder."""
-        node = self.create("placeholder", name, default)
-        self.texts[node] = name
-        self.varying.add(node)
-        return node
-
-    def input(self, tensor: torch.Tensor, node: fx.Node) -> torch.Tensor:
-        """Know an input tensor by its node."""
-        self.nodes[tensor] = node
-        self.inputs.append((node, {"rank": tensor.dim(), "dtype": tensor.dtype}))
-        return tensor
-
-    def text(self, node: fx.Node) -> str:
-        """Name a node as the user would, as far as known."""
-        return self.texts.get(node, str(node.target) if node.op in ("get_attr", "call_module") else node.name)
-
-    def node_of(self, tensor: torch.Tensor) -> fx.Node:
-        """Return the node of a tensor; one that no node gave is the model's, or a constant from outside."""
-        node: fx.Node | None = self.nodes.get(tensor)
-        if node is None:
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                self.refuse("calls torch.func (vmap, grad), which a graph cannot hold")
-            name = self.names.get(id(tensor))
-            if name is None:
-                free = (f"_tensor_constant{i}" for i in count() if not hasattr(self.root, f"_tensor_constant{i}"))
-                name = next(name for name in free if name not in self.constants)
-                self.constants[name] = self.attributes[name] = tensor
-                self.versions[name] = version(tensor)
-            node = self.create("get_attr", name, pure=True)
-            self.nodes[tensor] = node
-        return node
-
-    def arg(self, value: Any) -> Any:  # noqa: RET503
-        """Return a value as fx wants it among a node's arguments."""
-        if is_symbol(value):
-            return value.fx_node
-        if isinstance(value, torch.Tensor):
-            return self.node_of(value)
-        if isinstance(value, np.generic):  # Before the literals: np.float64 is a float, but does not print as one.
-            return value.item()
-        if isinstance(value, LITERALS):
-            return value
-        if id(value) in self.whole:
-            return self.whole[id(value)][1]
-        if is_dataclass(value) and not isinstance(value, type):
-            items = {field.name: self.arg(getattr(value, field.name)) for field in fields(value) if field.init}
-            return self.construct(value, (), items)
-        if isinstance(value, dict):
-            items = {key: self.arg(item) for key, item in value.items()}
-            return items if type(value) is dict else self.construct(value, (items,), {})
-        if isinstance(value, slice):
-            return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
-        if isinstance(value, list | tuple | range):
-            parts = [self.arg(item) for item in value]
-            if hasattr(value, "_fields"):
-                return self.construct(value, tuple(parts), {})
-            if hasattr(value, "n_sequence_fields"):
-                return self.create("call_function", type(value), (tuple(parts),))
-            return tuple(parts) if isinstance(value, tuple) else parts
-        self.refuse(f"passes or returns a {type(value).__name__}, which a graph cannot hold")
-
-    def construct(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """Append the call that makes a value of the user's type."""
-        node = self.create("call_function", type(value), args, kwargs)
-        node.meta["is_wrapped"] = True  # Else unpickling calls the type, and keeps only what it holds.
-        return node
-
     # The end of the trace.
 
     def finish(self, output: Any) -> dict[str, torch.Tensor]:
@@ -431,7 +313,6 @@ class Recorder:
         node = self.graph.output(result)
         node.meta["origin"] = Origin("", "")
         self._guard_inputs()
-        self._mark_effects()
         for node in reversed(self.graph.nodes):
             if node in self.pure and not node.users:
                 self.graph.erase_node(node)
@@ -487,18 +368,6 @@ class Recorder:
                     relied = f"{line or 'the model'} relied on the {fact} of its tensors"
                     message = f"{relied}, and `{self.text(node)}` had {fact} {facts[fact]}"
                     self.create("call_function", guard, (asked, facts[fact], message), line=line)
-
-    def _mark_effects(self) -> None:
-        """A mutation whose result nothing uses must not look like dead code."""
-        for node in self.mutating:
-            if node.users:
-                continue
-            if node.op == "call_module":
-                self.impure.add(str(node.target))
-            elif node.op == "call_method" or (name := getattr(node.target, "__name__", "")).endswith("_"):
-                method = str(node.target) if node.op == "call_method" else name
-                node.op, node.target = "call_function", mutate
-                node.args = (node.args[0], method, *node.args[1:])
 
 
 class _Functions(TorchFunctionMode):

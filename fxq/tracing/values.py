@@ -28,6 +28,11 @@ def version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def storage(tensor: torch.Tensor) -> int:
+    """Identify the memory of a tensor, the same for its views; sparse tensors have none of their own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a value."""
     if isinstance(value, torch.Tensor):
