@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench observers clean
+.PHONY: demo test lint check-types pytest sanitize bench observers pictures clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -44,3 +44,6 @@ $(VENV)/ready-bench: $(VENV)/ready
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+pictures: $(VENV)/ready
+	$(BIN)/python docs/pictures.py

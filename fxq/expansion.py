@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fxq.graph import Value, constant, get_attr, set_constant
+from fxq.graph import Value, bypass, constant, get_attr, set_constant
 from fxq.ops.chain import decode, qchain, qchain_float
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.qdq import quantize
@@ -75,16 +75,21 @@ def _expand(gm: GraphModule, node: Node) -> None:
             x = _node(gm, quantize, (x, chain.quantize.scale, chain.quantize.zero_point), links.pop(0))
         for layer, link in zip(chain.layers, links, strict=True):
             last_float = chain.to_float and layer is chain.layers[-1]
-            constants = []
-            for name, tensor in (("weight", layer.weight), ("bias", layer.bias), ("multiplier", layer.multiplier)):
-                constants.append(get_attr(gm, set_constant(gm, f"{program.target}_{link.name}_{name}", tensor), node))
+            owner = link.origin.module if link.origin is not None else ""
+            constants = [
+                get_attr(gm, set_constant(gm, f"{owner}.{name}".lstrip("."), tensor), node)
+                for name, tensor in (
+                    ("weight_packed", layer.weight),
+                    ("bias_i32", layer.bias),
+                    ("multiplier", layer.multiplier),
+                )
+            ]
             if last_float:
                 x = _node(gm, qlinear_float, (x, *constants), link)
             else:
                 x = _node(gm, qlinear, (x, *constants, layer.zero_point, layer.low, layer.high), link)
     assert isinstance(x, Node)
-    node.replace_all_uses_with(x)
-    gm.graph.erase_node(node)
+    bypass(gm, node, x)
 
 
 def _node(gm: GraphModule, target: Any, args: tuple[Any, ...], link: Link) -> Node:
