@@ -112,12 +112,13 @@ def decode(program: Tensor) -> Chain:
         raise ValueError(f"fxq: a chain program begins {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
     if size > flat.numel() or _HEADER.size + count * _LAYER.size > size:
         raise ValueError(f"fxq: a chain program of {count} layers and {size} bytes is cut off at {flat.numel()}")
-    layers = []
+    layers: list[Layer] = []
     for i in range(count):
         start = _HEADER.size + i * _LAYER.size
         weight, bias, multiplier, k, n, zero, low, high = _LAYER.unpack(_bytes(flat[start : start + _LAYER.size]))
-        if max(weight + numerics.packed_size(n, k), bias + 4 * n, multiplier + 4 * n) > size:
-            raise ValueError(f"fxq: layer {i} of a chain program is damaged: [{n}, {k}] does not fit {size} bytes")
+        follows = n > 0 and k > 0 and (i == 0 or k == layers[-1].out_features) and ACT_QMIN <= low <= high <= ACT_QMAX
+        if not follows or max(weight + numerics.packed_size(n, k), bias + 4 * n, multiplier + 4 * n) > size:
+            raise ValueError(f"fxq: layer {i} of a chain program of {size} bytes is damaged: [{n}, {k}], {low}..{high}")
         layers.append(
             Layer(
                 flat[weight : weight + numerics.packed_size(n, k)].view(torch.int8),
