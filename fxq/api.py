@@ -22,7 +22,7 @@ from fxq.errors import CalibrationError, FileError, GoldenError, InputError, Qua
 from fxq.expansion import expand
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind, mutations, place_of, target_name
+from fxq.graph import bind, mutations, place_of, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
@@ -114,7 +114,7 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
         leave=False,
     )
     count = 0
-    with torch.no_grad(), bar:
+    with torch.no_grad(), unchanged(prepared), bar:
         for count, call in enumerate(bar, 1):
             check_finite(call, f"calibration batch {count - 1}")
             own = call.clone()
@@ -323,7 +323,7 @@ def _refuse(report: Report, strict: bool) -> None:
 
 def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit: float, action: str) -> None:
     """Compare on the examples; the prepared graph computes what the float model does."""
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(prepared), unchanged(result):
         a, b = examples.clone(), examples.clone()
         expected, actual = prepared(*a.args, **a.kwargs), result(*b.args, **b.kwargs)
     if pytree.tree_structure(expected) != pytree.tree_structure(actual):

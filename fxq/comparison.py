@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors
+from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors, unchanged
 from fxq.inputs import Call
 from fxq.qdq import dequantize, quantize
 from fxq.stages import is_integer_op
@@ -92,7 +92,7 @@ class _Values(Interpreter):
 
     def all(self, call: Call) -> dict[Node, Any]:
         own = call.clone()
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(self.module):  # type: ignore[arg-type]
             self.run(*bind(self.module, own.args, own.kwargs))  # type: ignore[arg-type]
         return self.env
 

@@ -7,6 +7,8 @@ quantized uint8, `qparams` (scale, zero point).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -200,6 +202,35 @@ def _describe(result: Any) -> Any:
     return f"<{type(result).__name__}>"
 
 
+STATE = "state"
+"""In a graph module's `meta`: the paths of the parameters and buffers that it modifies when it is run."""
+
+
+def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run a copy of `gm` and note in `meta[STATE]` which of its constants that modifies."""
+    probe = copy.deepcopy(gm)
+    versions = {path: tensor._version for path, tensor in _constants(probe)}
+    propagate(probe, args, kwargs)
+    gm.meta[STATE] = tuple(path for path, tensor in _constants(probe) if tensor._version != versions[path])
+
+
+@contextlib.contextmanager
+def unchanged(gm: GraphModule) -> Iterator[None]:
+    """Give the constants that `gm` modifies (`find_state`) the values back that they have now."""
+    state = gm.meta.get(STATE, ())
+    saved = [(tensor, tensor.detach().clone()) for path, tensor in _constants(gm) if path in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in saved:
+                tensor.copy_(before)
+
+
+def _constants(gm: GraphModule) -> list[tuple[str, Tensor]]:
+    return [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+
+
 class _Mutations(Interpreter):
     """Runs a graph and finds, by tensors' version counters, which nodes modify memory that earlier nodes hold."""
 
@@ -227,7 +258,7 @@ class _Mutations(Interpreter):
 def mutations(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, tuple[Node, ...]]:
     """For each node that works in place: the earlier nodes whose memory it modified. Runs `gm` once."""
     finder = _Mutations(gm)
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(gm):
         finder.run(*bind(gm, args, kwargs))
     return finder.found
 
@@ -244,7 +275,7 @@ def propagate(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Run `gm` and record the value of every node; returns the output. Raises `NodeError` from what a node raised."""
     recorder = _Recorder(gm)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(gm):
             return recorder.run(*bind(gm, args, kwargs))
     except Exception as error:
         if recorder.failed is None:

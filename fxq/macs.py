@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fxq.graph import bind
+from fxq.graph import bind, unchanged
 from fxq.inputs import Call
 
 # What torch's own table of products lacks on CPUs; formulas take shapes and return operations, two per product.
@@ -48,6 +48,6 @@ def count_macs(gm: GraphModule, call: Call) -> dict[Node, int]:
     """Multiply-accumulates of the nodes that have any, from running `gm` once on `call`."""
     own = call.clone()
     counter = _Counter(gm)
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(gm):
         counter.run(*bind(gm, own.args, own.kwargs))
     return counter.counts

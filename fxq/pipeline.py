@@ -19,7 +19,7 @@ from fxq import dump
 from fxq.decisions import Report
 from fxq.errors import VerifyError
 from fxq.family import Family
-from fxq.graph import NodeError, propagate, tensors
+from fxq.graph import NodeError, find_state, propagate, tensors, unchanged
 from fxq.inputs import Call
 from fxq.qtypes import Spec
 from fxq.recipe import Recipe
@@ -80,6 +80,8 @@ class Pass(Protocol):
 
 def begin(gm: GraphModule, ctx: Context) -> None:
     """Check and dump the float graph as it was traced, before the first pass."""
+    examples = ctx.examples.clone()
+    find_state(gm, examples.args, examples.kwargs)
     verify_values(gm, ctx, "as traced")
     if ctx.dump is not None:
         ctx.dump.write(gm, "trace", ctx.stage.value)
@@ -127,7 +129,7 @@ def check_numbers(before: GraphModule, after: GraphModule, step: Pass, ctx: Cont
     """Raise `VerifyError` when the outputs on the examples differ by more than `step.numbers` allows."""
     if step.numbers in (Numbers.APPROXIMATE, Numbers.ONE_STEP):
         return
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(before), unchanged(after):
         a, b = ctx.examples.clone(), ctx.examples.clone()
         expected, actual = before(*a.args, **a.kwargs), after(*b.args, **b.kwargs)
     pairs = list(zip(tensors(expected), tensors(actual), strict=True))

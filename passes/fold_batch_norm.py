@@ -51,7 +51,7 @@ def _fold(gm: GraphModule, norm: Node) -> int:
     match = PATTERN.match(norm)
     if not isinstance(match, Match) or len(norm.meta["value"].shape) != 2 or _shared(gm, match.node("mean")):
         return 0
-    if not all(arg is None or (isinstance(arg, Node) and arg.op == "get_attr") for arg in (match["b"], match["gamma"])):
+    if not all(_is_fixed(match[name]) for name in ("w", "b", "mean", "var", "gamma", "beta")):
         return 0
 
     def value(name: str, default: float) -> Tensor:
@@ -74,6 +74,11 @@ def _fold(gm: GraphModule, norm: Node) -> int:
         ]
     replace(gm, norm, LINEAR, (match["x"], *folded)).meta["origin"] = linear.meta.get("origin")
     return 1
+
+
+def _is_fixed(operand: object) -> bool:
+    """Whether an operand is None, or a constant that nothing modifies."""
+    return operand is None or (isinstance(operand, Node) and operand.op == "get_attr" and "aliases" not in operand.meta)
 
 
 def _bias_beside(weight: str) -> str:

@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq.graph import Value, bypass, constant, get_attr, is_tensor, mutations, replace, set_constant, submodule
+from fxq.graph import (
+    Value,
+    bypass,
+    constant,
+    get_attr,
+    is_float_tensor,
+    is_tensor,
+    mutations,
+    replace,
+    set_constant,
+    submodule,
+)
 from fxq.pipeline import Context, Numbers
 from fxq.spelling import (
     ADD,
@@ -55,7 +66,7 @@ def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: 
 
 
 def _clamp(input: Any, min: Any = None, max: Any = None) -> Rewrite:
-    if isinstance(min, int | float) and min == 0 and max is None:
+    if isinstance(min, int | float) and min == 0 and max is None and is_float_tensor(input):
         return RELU, (input,)
     return CLAMP, (input, min, max)
 
@@ -508,11 +519,13 @@ def _is_bias(gm: GraphModule, bias: object, columns: object) -> bool:
 
 def _transposed(gm: GraphModule, w: Node) -> str | None:
     """The path of a constant that is the transpose of `w`; None where `w` is not a constant matrix."""
-    if w.target in (torch.transpose, torch.permute) and isinstance(w.args[0], Node) and w.args[0].op == "get_attr":
-        swaps = w.args[1:] in ((0, 1), (1, 0), (-2, -1), (-1, -2), ((1, 0),), ((-1, -2),))
-        return str(w.args[0].target) if _rank(w.args[0]) == 2 and swaps else None
-    if w.op != "get_attr" or constant(gm, w).dim() != 2:
+    swapped = w.target in (torch.transpose, torch.permute)
+    source = w.args[0] if swapped else w
+    if not isinstance(source, Node) or source.op != "get_attr" or _rank(source) != 2 or "aliases" in source.meta:
         return None
+    if swapped:
+        swaps = w.args[1:] in ((0, 1), (1, 0), (-2, -1), (-1, -2), ((1, 0),), ((-1, -2),))
+        return str(source.target) if swaps else None
     path, tensor = f"{w.target}_t", constant(gm, w).detach().t()
     owner, _, name = path.rpartition(".")
     known = getattr(gm.get_submodule(owner), name, None)
@@ -532,8 +545,7 @@ def _functionalize(gm: GraphModule, node: Node, held: tuple[Node, ...]) -> int:
     later = [user for n in others for user in n.users if order[user] > order[node]]
     in_place = node.target in IN_PLACE_ONLY or _has_rule(gm, node)
     if in_place and isinstance(target, Node) and not later and all(_computed(n) for n in held):
-        target.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
-        return 1
+        return len(target.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node]))
     for n in (*held, node):
         n.meta["aliases"] = node.name
     return 0

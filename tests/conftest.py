@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxq import kernels
-from fxq.graph import target_name
+from fxq.graph import target_name, unchanged
 from fxq.inputs import Call
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, begin, run
@@ -87,37 +87,36 @@ def fingerprint():
     return _fingerprint
 
 
-def _spell(value):
+def _spell(value, names):
     if isinstance(value, torch.fx.Node):
-        return f"%{value.name}"
+        return names[value]
     if isinstance(value, list | tuple):
-        inside = ", ".join(map(_spell, value))
+        inside = ", ".join(_spell(item, names) for item in value)
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
     if isinstance(value, slice):
-        return f"slice({_spell(value.start)}, {_spell(value.stop)}, {_spell(value.step)})"
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+        return ":".join("" if part is None else _spell(part, names) for part in (value.start, value.stop))
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def _text(gm):
-    """One line per node, constants in their place: `%relu = relu(%linear)`."""
-    lines = []
+    names, lines = {}, []
     for node in gm.graph.nodes:
-        operands = ", ".join([*map(_spell, node.args), *(f"{k}={_spell(v)}" for k, v in node.kwargs.items())])
-        if node.op == "get_attr":
-            lines.append(f"%{node.name} = {node.target}")
-        elif node.op == "placeholder":
-            lines.append(f"%{node.name} = input")
+        operands = [_spell(arg, names) for arg in node.args]
+        operands += [f"{key}={_spell(value, names)}" for key, value in node.kwargs.items()]
+        if node.op in ("get_attr", "placeholder"):
+            names[node] = str(node.target)
         elif node.op == "output":
-            lines.append(f"return {_spell(node.args[0])}")
+            lines.append(f"return {operands[0]}")
         else:
+            names[node] = f"%{len(lines)}"
             dot = "." if node.op == "call_method" else ""
-            lines.append(f"%{node.name} = {dot}{target_name(node.target)}({operands})")
+            lines.append(f"%{len(lines)} = {dot}{target_name(node.target)}({', '.join(operands)})")
     return "\n".join(lines)
 
 
 @pytest.fixture
 def text():
-    """A graph as text that is the same on every machine."""
+    """A graph as text, one line per call, inputs and constants by name: `%1 = relu(%0)`."""
     return _text
 
 
@@ -138,7 +137,7 @@ def staged():
         begin(gm, ctx)
         for step in (*PREPARE, *CONVERT):
             if step.name == "calibrate":
-                with torch.no_grad():
+                with torch.no_grad(), unchanged(gm):
                     gm(*call.clone().args)
             if step.name == until:
                 return gm, ctx

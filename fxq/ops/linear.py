@@ -119,10 +119,10 @@ class Linear:
         if node.op != "call_function" or node.target is not LINEAR:
             return None
         x, w, b = node.args
-        if not (isinstance(w, Node) and w.op == "get_attr"):
-            return Refusal(Reason.DYNAMIC_WEIGHT, f"weight is {w}")
-        if isinstance(b, Node) and b.op != "get_attr":
-            return Refusal(Reason.DYNAMIC_WEIGHT, f"bias is {b}")
+        for name, operand in (("weight", w), ("bias", b)):
+            if isinstance(operand, Node) and (operand.op != "get_attr" or "aliases" in operand.meta):
+                return Refusal(Reason.DYNAMIC_WEIGHT, f"{name} is {operand}")
+        assert isinstance(w, Node)
         if x is w:
             return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
         weight = constant(gm, w)
