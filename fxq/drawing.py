@@ -106,7 +106,7 @@ def _label(gm: GraphModule, node: Node) -> str:
         return f"observer\n{module.where}" if isinstance(module, Observer | WeightObserver) else type(module).__name__
     lines = [target_name(node.target).removeprefix("fxq.")]
     if "inside" in node.meta:
-        lines += summary(gm, node)
+        lines += [f"{op} {text}" for _, op, text in summary(gm, node)]
     elif node.target in (qlinear, qlinear_float):
         x = node.args[0]
         assert isinstance(x, Node)
@@ -154,8 +154,13 @@ def draw_step(gm: GraphModule, stem: Path) -> None:
 
 def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Digraph:
     graph = to_networkx(gm)
+    _join_output(graph)
     hidden = {"aside"} if constants else {"aside", "constant"}
-    shown = [name for name, data in graph.nodes(data=True) if data["form"] not in hidden]
+    graph = nx.DiGraph(graph.subgraph(name for name, data in graph.nodes(data=True) if data["form"] not in hidden))
+    graph.remove_nodes_from(
+        [name for name, data in graph.nodes(data=True) if data["form"] == "io" and not graph.degree(name)]
+    )
+    shown = list(graph)
     tall = len(shown) > TALL
     dot = graphviz.Digraph(
         graph_attr={
@@ -176,13 +181,24 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
         edge_attr={"fontname": "Helvetica", "fontsize": "9", "arrowsize": "0.6"},
     )
     _cluster(dot, graph, shown, "")
-    visible = set(shown)
     for source, target, data in graph.edges(data=True):
-        if source in visible and target in visible:
-            integer = data["scale"] is not None
-            colour = COLOURS["int8" if integer else "float"][1] if data["dtype"] else COLOURS["aside"][1]
-            dot.edge(source, target, label=_edge_label(data), color=colour, fontcolor=colour)
+        form = "aside" if data["dtype"] is None else "float" if data["scale"] is None else "int8"
+        colour = COLOURS[form][1]
+        dot.edge(source, target, label=_edge_label(data), color=colour, fontcolor=colour)
     return dot
+
+
+def _join_output(graph: nx.DiGraph[str]) -> None:
+    """Lead the tensors that a container of the output holds past the container, which is not drawn."""
+    output = next(name for name, data in graph.nodes(data=True) if data["op"] == "output")
+    inside = [name for name in graph.predecessors(output) if graph.nodes[name]["form"] == "aside"]
+    while inside:
+        container = inside.pop()
+        for source, _, data in list(graph.in_edges(container, data=True)):
+            if graph.nodes[source]["form"] == "aside":
+                inside.append(source)
+            else:
+                graph.add_edge(source, output, **data)
 
 
 def _edge_label(data: dict[str, Any]) -> str:
@@ -199,15 +215,27 @@ def _cluster(dot: graphviz.Digraph, graph: nx.DiGraph[str], names: Iterable[str]
     children: dict[str, list[str]] = {}
     for name in names:
         data = graph.nodes[name]
-        module = "" if data["form"] == "io" else data["module"]
-        rest = module.removeprefix(f"{prefix}." if prefix and module != prefix else prefix)
+        rest = _below(data, prefix)
         if rest:
-            children.setdefault(rest.partition(".")[0], []).append(name)
+            children.setdefault(rest[0], []).append(name)
         else:
             fill, line = COLOURS[data["form"]]
             dot.node(name, label=data["label"], fillcolor=fill, color=line)
     for child, inside in children.items():
         path = f"{prefix}.{child}" if prefix else child
+        label = child
+        while len({_below(graph.nodes[name], path)[:1] for name in inside}) == 1 and (
+            rest := _below(graph.nodes[inside[0]], path)
+        ):
+            path, label = f"{path}.{rest[0]}", f"{label}.{rest[0]}"  # one box for modules that hold one module
         with dot.subgraph(name=f"cluster_{path}") as box:
-            box.attr(label=path, style="rounded", color="#bbbbbb", fontcolor="#555555", labeljust="l")
+            box.attr(label=label, style="rounded", color="#bbbbbb", fontcolor="#555555", labeljust="l")
             _cluster(box, graph, inside, path)
+
+
+def _below(data: dict[str, Any], prefix: str) -> tuple[str, ...]:
+    """The parts of a node's module path below the module at `prefix`."""
+    if data["form"] == "io" or not data["module"]:
+        return ()
+    parts = tuple(data["module"].split("."))
+    return parts[len(prefix.split(".")) :] if prefix else parts

@@ -49,7 +49,7 @@ def _lines(gm: GraphModule, nodes: list[Node]) -> list[str]:
     for node, (call, comment) in zip(nodes, rows, strict=True):
         lines.append(f"{call.ljust(width)}  # {comment}".rstrip() if comment else call)
         if "inside" in node.meta:
-            lines += [f"    # {inner}" for inner in summary(gm, node)]
+            lines += [f"    # {name}: {op} {text}" for name, op, text in summary(gm, node)]
     return lines
 
 

@@ -36,22 +36,22 @@ class Link:
         return {key: value for key, value in vars(self).items() if key != "name" and value is not None}
 
 
-def summary(gm: GraphModule, node: Node) -> list[str]:
-    """What a chain runs, a line for each layer: `fc1_qlinear: uint8[784] -> uint8[256], scale, zero point`."""
+def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
+    """What a chain runs, for each operation: its node's name, the op, and `16 -> 64, scale, zero point`."""
     _, program = node.args
     assert isinstance(program, Node)
     chain = decode(constant(gm, program))
     links = list(node.meta["inside"])
     lines = []
     if chain.quantize is not None:
-        lines.append(f"{links.pop(0).name}: float32 -> uint8, {chain.quantize.scale:.6g}, {chain.quantize.zero_point}")
+        lines.append((links.pop(0).name, "quantize", f"{chain.quantize.scale:.3g}, {chain.quantize.zero_point}"))
     for layer, link in zip(chain.layers, links, strict=True):
-        shape = f"[{layer.in_features}] -> {str(link.value.dtype).removeprefix('torch.')}[{layer.out_features}]"
+        text = f"{layer.in_features} -> {layer.out_features}"
         if link.qparams is None:
-            lines.append(f"{link.name}: uint8{shape}")
+            lines.append((link.name, "qlinear_float", text))
         else:
-            bounds = f" in {layer.low}..{layer.high}" if (layer.low, layer.high) != (ACT_QMIN, ACT_QMAX) else ""
-            lines.append(f"{link.name}: uint8{shape}, {link.qparams[0]:.6g}, {layer.zero_point}{bounds}")
+            bounds = f", {layer.low}..{layer.high}" if (layer.low, layer.high) != (ACT_QMIN, ACT_QMAX) else ""
+            lines.append((link.name, "qlinear", f"{text}, {link.qparams[0]:.3g}, {layer.zero_point}{bounds}"))
     return lines
 
 

@@ -53,7 +53,7 @@ class QuantizedModule(GraphModule):
             node = chains.get(line.partition("=")[0].strip())
             if node is not None:
                 indent = line[: len(line) - len(line.lstrip())]
-                lines += [f"{indent}# {text}" for text in summary(self, node)]
+                lines += [f"{indent}# {name}: {op} {text}" for name, op, text in summary(self, node)]
             lines.append(line)
         return "\n".join(lines)
 
