@@ -228,7 +228,7 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason = Reason.FLOAT_DATA
     elif node in plan.refusals:
         reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
-    elif "aliases" in node.meta and not _has_numbers(node):
+    elif "aliases" in node.meta:
         reason = Reason.ALIASED
     elif not _has_numbers(node) or not _is_float(node):
         form, reason = "aside", Reason.NON_FLOAT
