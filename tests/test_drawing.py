@@ -1,0 +1,104 @@
+"""Pictures and the networkx graph."""
+
+import shutil
+
+import networkx as nx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxq
+from fxq.drawing import draw, islands, to_networkx
+from fxq.quantized import QuantizedModule
+
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
+
+
+class TwoIslands(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.softmax(self.a(x), -1))
+
+
+@pytest.fixture(scope="module")
+def qmodel() -> QuantizedModule:
+    torch.manual_seed(0)
+    return fxq.quantize(TwoIslands().eval(), torch.randn(16, 4), on_low_sqnr="ignore")
+
+
+def test_networkx_has_the_attributes(qmodel):
+    graph = to_networkx(fxq.expand(qmodel))
+    assert nx.is_directed_acyclic_graph(graph)
+    node = graph.nodes["a_0_qlinear"]
+    assert node["target"] == "fxq.qlinear"
+    assert node["form"] == "int8"
+    assert node["module"] == "a.0"
+    assert (node["dtype"], node["shape"]) == ("uint8", (16, 8))
+    assert node["scale"] > 0
+    assert node["zero_point"] == 0, "a relu's range begins at 0"
+    edge = graph.edges["a_0_qlinear", "a_2_qlinear_float"]
+    assert (edge["dtype"], edge["scale"]) == ("uint8", node["scale"])
+    assert graph.nodes["softmax"]["form"] == "float"
+    assert {data["form"] for _, data in graph.nodes(data=True)} == {"io", "int8", "float", "border", "constant"}
+
+
+def test_islands_are_the_integer_regions(qmodel):
+    found = islands(fxq.expand(qmodel))
+    assert found == [{"a_0_qlinear", "a_2_qlinear_float"}, {"b_qlinear_float"}]
+
+
+def test_dot_text_is_deterministic_and_shows_what_flows(qmodel, tmp_path):
+    first = draw(fxq.expand(qmodel), tmp_path / "a.dot").read_text()
+    assert draw(fxq.expand(qmodel), tmp_path / "b.dot").read_text() == first
+    assert "uint8[16, 8]" in first
+    assert "cluster_a" in first
+    assert "weight_packed" not in first
+    assert "weight_packed" in draw(fxq.expand(qmodel), tmp_path / "c.dot", constants=True).read_text()
+
+
+def test_a_chain_shows_its_layers(qmodel, tmp_path):
+    text = draw(qmodel, tmp_path / "a.dot").read_text()
+    assert "qlinear 4 -> 8" in text
+    assert "qlinear_float 8 -> 8" in text
+
+
+def test_inputs_that_lead_nowhere_are_left_out(tmp_path):
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+            y = self.fc(x)
+            return {"y": y if mask is None else y * mask}
+
+    text = draw(fxq.trace(Optional().eval(), torch.randn(2, 4)), tmp_path / "a.dot").read_text()
+    assert "label=mask" not in text
+    assert "-> output" in text, "through the dict that holds it"
+
+
+@needs_dot
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_pictures_are_written(qmodel, tmp_path, suffix):
+    path = draw(qmodel, tmp_path / f"a.{suffix}")
+    start = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF"}[suffix]
+    assert path.read_bytes().startswith(start)
+    assert [file.name for file in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
+def test_unknown_suffix(qmodel, tmp_path):
+    with pytest.raises(fxq.InputError, match=r"a\.gif.*svg, png, pdf, dot"):
+        draw(qmodel, tmp_path / "a.gif")
+
+
+def test_without_the_dot_program_the_text_is_written_all_the_same(qmodel, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(fxq.FileError, match="apt install graphviz"):
+        draw(qmodel, tmp_path / "a.svg")
+    assert (tmp_path / "a.dot").read_text().startswith("digraph")
+    fxq.quantize(nn.Linear(2, 2).eval(), torch.randn(2, 2), dump=tmp_path / "d", on_low_sqnr="ignore")
+    assert (tmp_path / "d" / "00-trace.dot").exists()

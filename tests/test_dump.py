@@ -1,0 +1,105 @@
+"""The text of a graph: exact, deterministic, without memory addresses; and the folder that dumps go to."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxq
+from fxq import dump
+from fxq.quantized import QuantizedModule
+
+
+@pytest.fixture
+def qmodel() -> QuantizedModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    return fxq.quantize(model, torch.linspace(-1, 1, 32).reshape(8, 4), recipe=fxq.Recipe(observer="min_max"))
+
+
+def test_a_chain_shows_its_layers(qmodel):
+    text = dump.text(qmodel, "after prune")
+    lines = text.splitlines()
+    assert lines[0] == "# after prune"
+    assert lines[1] == "%input_1 : float32[8, 4] = input input"
+    (call,) = [i for i, line in enumerate(lines) if "fxq.qchain_float(" in line]
+    assert (
+        "%_2_qchain_float : float32[8, 2] = fxq.qchain_float(%input, %chain)" in lines[call] or "input_1" in lines[call]
+    )
+    inner = lines[call + 1 : call + 4]
+    assert inner[0] == "    # quantize: quantize 0.00784, 127"
+    assert inner[1].startswith("    # _0_qlinear: qlinear 4 -> 8, ")
+    assert inner[2] == "    # _2_qlinear_float: qlinear_float 8 -> 2"
+    assert lines[-1].startswith("return ")
+
+
+def test_scale_zero_point_shape_and_origin_stand_on_each_line(qmodel):
+    expanded = fxq.expand(qmodel)
+    (line,) = [line for line in dump.text(expanded).splitlines() if "fxq.quantize(" in line]
+    assert line.startswith("%quantize : uint8[8, 4] = fxq.quantize(%input")
+    assert "0.00784314, 127" in line.partition("#")[2]
+    (line,) = [line for line in dump.text(expanded).splitlines() if "fxq.qlinear(" in line]
+    assert line.startswith("%_0_qlinear : uint8[8, 8] = fxq.qlinear(%quantize, %_0_weight_packed, ")
+    assert "  0" in line.partition("#")[2], "the user's module path"
+
+
+def test_no_memory_addresses_and_the_same_in_another_process(qmodel):
+    program = (
+        "import torch, fxq, fxq.dump\n"
+        "torch.manual_seed(0)\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()\n"
+        "q = fxq.quantize(m, torch.linspace(-1, 1, 32).reshape(8, 4), recipe=fxq.Recipe(observer='min_max'))\n"
+        "print(fxq.dump.text(q), end='')\n"
+    )
+    other = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert other.stdout == dump.text(qmodel)
+    assert "0x" not in other.stdout
+
+
+def test_observers_show_what_they_have_seen():
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    prepared = fxq.prepare(model, torch.tensor([[-1.0, 2.0]]))
+    assert "no data yet" not in dump.text(prepared)  # the examples have passed through it while it was verified
+    fxq.calibrate(prepared, [torch.tensor([[-3.0, 5.0]])])
+    assert "-3..5" in dump.text(prepared)
+
+
+def test_neighbourhood_marks_the_node(qmodel):
+    expanded = fxq.expand(qmodel)
+    node = next(n for n in expanded.graph.nodes if n.name == "_0_qlinear")
+    lines = dump.neighbourhood(expanded, node).splitlines()
+    assert [line for line in lines if line.startswith("> ")] == [line for line in lines if "%_0_qlinear :" in line]
+    assert any("%quantize :" in line for line in lines)
+    assert any("%_2_qlinear_float :" in line for line in lines)
+
+
+def test_folder_writes_numbered_texts_diffs_and_dots(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    (tmp_path / "99-old.txt").write_text("stale")
+    (tmp_path / "mine.txt").write_text("the user's")
+    fxq.quantize(model, torch.randn(4, 4), dump=tmp_path, on_low_sqnr="ignore")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "99-old.txt" not in names, "a dump of an earlier run misleads"
+    assert (tmp_path / "mine.txt").read_text() == "the user's"
+    texts = [name for name in names if name.endswith(".txt") and name[0].isdigit()]
+    assert texts[:3] == ["00-trace.txt", "01-normalize.txt", "02-fold-batch-norm.txt"]
+    assert texts[-1].endswith("-prune.txt")
+    assert {name.removesuffix(".txt") for name in texts[1:]} == {n.removesuffix(".diff") for n in names if ".diff" in n}
+    assert {name.removesuffix(".txt") for name in texts} == {n.removesuffix(".dot") for n in names if ".dot" in n}
+    assert "-" in (tmp_path / "01-normalize.diff").read_text()
+    assert "int8" in (tmp_path / "report.txt").read_text()
+
+
+def test_folder_that_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(fxq.FileError, match=r"cannot be made.*give a folder"):
+        fxq.quantize(nn.Linear(2, 2).eval(), torch.randn(2, 2), dump=path)
+
+
+def test_folder_can_be_copied_with_its_context(tmp_path):
+    folder = dump.Folder(tmp_path, lambda gm, stem: None)
+    assert copy.deepcopy(folder).path == folder.path
