@@ -2,7 +2,7 @@
 
 `define` is the only door: an op family hands in its schema with a portable and a fake implementation. Where the C++
 library (library.cpp) has a kernel of that name, it serves the CPU from the first call on, with no Python in between;
-it is compiled then, unless a binary lies ready (build.py). Both return the same bits.
+it is compiled then, unless a binary lies ready (binary.py). Both return the same bits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from fxq.errors import KernelError
-from fxq.kernels.build import build as build
-from fxq.kernels.build import cache, compiler, find
+from fxq.kernels.binary import build as build
+from fxq.kernels.binary import cache, compiler, find
 
-_library = torch.library.Library("fxq", "DEF")
+_library = torch.library.Library("fxq", "DEF")  # type: ignore[no-untyped-call]
 _portable: dict[str, Callable[..., Any]] = {}
 _resolving = threading.RLock()
 _resolved = _called = False
@@ -43,7 +43,7 @@ def define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) 
     """
     name = schema.partition("(")[0]
     _portable[name] = portable
-    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])  # type: ignore[no-untyped-call]
     overload = getattr(torch.ops.fxq, name).default
     assert isinstance(overload, torch._ops.OpOverload)
 
@@ -55,7 +55,7 @@ def define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) 
         return overload(*args, **kwargs)
 
     # A kernel registered for the CPU, as the native ones are, goes before this one.
-    _library.impl(name, serve, "CompositeExplicitAutograd")
+    _library.impl(name, serve, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fxq::{name}", fake, lib=_library)
     return overload
 
@@ -117,7 +117,7 @@ class _Native:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         self._library = ctypes.CDLL(str(path))
         self._library.fxq_isa.restype = self._library.fxq_isas.restype = ctypes.c_char_p
         self.available = tuple(self._library.fxq_isas().decode().split(","))

@@ -29,13 +29,17 @@ Chain::Chain(const uint8_t* program, uint64_t size) : program_(program) {
   size = header_.size;
   if (header_.layers == 0 || header_.layers > (size - sizeof header_) / sizeof(ChainLayer))
     damaged("it holds no table of " + std::to_string(header_.layers) + " layers");
+  if (header_.zero_point < 0 || header_.zero_point > 255)
+    damaged("it quantizes with zero point " + std::to_string(header_.zero_point));
   for (uint32_t i = 0, k = 0; i < header_.layers; ++i) {
     const ChainLayer own = layer(i);
     const auto within = [&](uint64_t offset, uint64_t bytes) {
       return offset % 64 == 0 && offset <= size && bytes <= size - offset;
     };
     constexpr uint32_t kMost = 1u << 30;  // so that no size below overflows
-    const bool whole = own.k > 0 && own.k <= kMost && own.n > 0 && own.n <= kMost && (i == 0 || own.k == k) &&
+    const bool in_range = own.zero_point >= 0 && own.zero_point <= 255 && own.low >= 0 && own.low <= own.high &&
+                          own.high <= 255;
+    const bool whole = in_range && own.k > 0 && own.k <= kMost && own.n > 0 && own.n <= kMost && (i == 0 || own.k == k) &&
                        within(own.weight, packed_size(own.n, own.k)) && within(own.bias, 4ull * own.n) &&
                        within(own.multiplier, 4ull * own.n);
     if (!whole) damaged("layer " + std::to_string(i) + " is damaged");

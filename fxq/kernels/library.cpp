@@ -27,6 +27,11 @@ void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dty
   if (t.dtype() != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
 }
 
+void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high) {
+  if (zero_point < 0 || zero_point > 255 || low < 0 || low > high || high > 255)
+    fail(op, ": zero_point = ", zero_point, ", low = ", low, ", high = ", high, ", expected 0 <= low <= high <= 255");
+}
+
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
 template <class Function>
 void parallel(int64_t count, int64_t grain, const Function& f) {
@@ -41,6 +46,7 @@ constexpr int64_t kProductGrain = 200'000;       // multiply-adds that are worth
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
   expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
+  expect_range("quantize", zero_point, 0, 255);
   const Contiguous from(x);
   Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
   const float* source = from.data<float>();
@@ -53,6 +59,7 @@ Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
 
 Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
   expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("dequantize", zero_point, 0, 255);
   const Contiguous from(q);
   Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_float32());
   const uint8_t* source = from.data<uint8_t>();
@@ -65,6 +72,8 @@ Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
 
 Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_point, int64_t low, int64_t high) {
   expect_dtype("requantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("requantize", zero_point, low, high);
+  expect_range("requantize (z_x)", z_x, 0, 255);
   const Contiguous from(q);
   Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
   const uint8_t* source = from.data<uint8_t>();
@@ -127,6 +136,9 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
             int64_t low, int64_t high) {
   expect_dtype("qadd", "a", a, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype("qadd", "b", b, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("qadd", zero_point, low, high);
+  expect_range("qadd (z_a)", z_a, 0, 255);
+  expect_range("qadd (z_b)", z_b, 0, 255);
   const Shape shape_a = a.shape(), shape_b = b.shape();
   const int64_t dim = std::max(shape_a.dim, shape_b.dim);
   int64_t sizes[Tensor::kMaxDim];
@@ -243,6 +255,7 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
 
 Tensor qlinear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier, int64_t zero_point,
                int64_t low, int64_t high) {
+  expect_range("qlinear", zero_point, low, high);
   Gemm g;
   g.zero_point = int32_t(zero_point);
   g.low = int32_t(low);
@@ -274,6 +287,7 @@ Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, co
 
 Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
                             const std::string& activation, double scale, int64_t zero_point) {
+  expect_range("qlinear_act_quantize", zero_point, 0, 255);
   Gemm g;
   g.output = Output::kActivationUint8;
   g.activation = activation_named("qlinear_act_quantize", activation);

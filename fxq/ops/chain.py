@@ -116,8 +116,10 @@ def decode(program: Tensor) -> Chain:
     for i in range(count):
         start = _HEADER.size + i * _LAYER.size
         weight, bias, multiplier, k, n, zero, low, high = _LAYER.unpack(_bytes(flat[start : start + _LAYER.size]))
-        follows = n > 0 and k > 0 and (i == 0 or k == layers[-1].out_features) and ACT_QMIN <= low <= high <= ACT_QMAX
-        if not follows or max(weight + numerics.packed_size(n, k), bias + 4 * n, multiplier + 4 * n) > size:
+        follows = n > 0 and k > 0 and (i == 0 or k == layers[-1].out_features)
+        in_range = ACT_QMIN <= zero <= ACT_QMAX and ACT_QMIN <= low <= high <= ACT_QMAX
+        end = max(weight + numerics.packed_size(n, k), bias + 4 * n, multiplier + 4 * n)
+        if not (follows and in_range and end <= size):
             raise ValueError(f"fxq: layer {i} of a chain program of {size} bytes is damaged: [{n}, {k}], {low}..{high}")
         layers.append(
             Layer(
