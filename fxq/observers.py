@@ -6,6 +6,9 @@ the measurement behind that choice). Statistics live in buffers, so a `state_dic
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +26,7 @@ class Observer(nn.Module):
 
     low: Tensor
     high: Tensor
+    learning = True
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -32,7 +36,7 @@ class Observer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Learn from `x` (float32, any shape) and return it; raises `CalibrationError` on NaN or infinity."""
-        if x.numel():
+        if self.learning and x.numel():
             low, high = (bound.item() for bound in torch.aminmax(x.detach()))
             if not (np.isfinite(low) and np.isfinite(high)):
                 raise CalibrationError(f"{self.where} holds NaN or infinity (min {low}, max {high})")
@@ -63,6 +67,19 @@ class Observer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.where!r}, low={self.low.item():.6g}, high={self.high.item():.6g}"
+
+
+@contextlib.contextmanager
+def paused(module: nn.Module) -> Iterator[None]:
+    """Run `module` without its observers learning from what passes: it is not calibration data."""
+    observers = [m for m in module.modules() if isinstance(m, Observer)]
+    for observer in observers:
+        observer.learning = False
+    try:
+        yield
+    finally:
+        for observer in observers:
+            observer.learning = True
 
 
 class MinMax(Observer):
@@ -201,7 +218,7 @@ class WeightObserver(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Take the scales of `w` (float32 [N, ...]) and return it."""
-        magnitude = w.detach().abs().reshape(len(w), -1)
+        magnitude = w.detach().abs().reshape(len(w), w[:1].numel())
         peak = magnitude.amax(1) if magnitude.numel() else magnitude.new_zeros(len(w))
         if self.granularity == "per_tensor":
             peak = peak.amax().reshape(1) if len(peak) else peak.new_zeros(1)

@@ -137,6 +137,8 @@ class Linear:
         if isinstance(b, Node) and constant(gm, b).shape != weight.shape[:1]:
             return Refusal(Reason.NO_INTEGER_OP, f"its bias has shape {list(constant(gm, b).shape)}")
         k = weight.shape[1]
+        if not weight.numel():
+            return Refusal(Reason.NO_INTEGER_OP, f"its weight has shape {list(weight.shape)}")
         if k > MAX_K:
             return Refusal(Reason.ACC_OVERFLOW, f"K = {k} exceeds {MAX_K} (255 * 127 * K < 2**31)")
         return Claim("product", (x,), w)

@@ -55,7 +55,7 @@ def activations(ctx):
 
 def test_a_chain_hands_on_integers(annotated):
     ctx, gm = annotated(lambda s, x: s.k(F.relu(s.l(x))))
-    linear, relu, last = (node.name for node in gm.graph.nodes if is_call(node))
+    _, relu, _ = (node.name for node in gm.graph.nodes if is_call(node))
     assert list(ctx.specs.values()) == [QuantSpec("histogram")] * 2 + [WeightSpec("per_channel")] * 2
     assert activations(ctx) == [("x", False), (relu, True)]
     assert forms(ctx) == [("linear", "int8"), ("relu", "int8"), ("linear", "int8")]

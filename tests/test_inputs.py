@@ -1,0 +1,108 @@
+"""How inputs are handed over, and what is said about those that cannot be used."""
+
+import pytest
+import torch
+
+from fxq.errors import CalibrationError, InputError
+from fxq.inputs import Call, as_call, calibration_calls, check_finite
+
+X, Y = torch.ones(2, 3), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("given", "kwargs", "args", "named"),
+    [
+        (X, None, (X,), {}),
+        ((X, Y), None, (X, Y), {}),
+        ([X, Y], {"k": 1}, (X, Y), {"k": 1}),
+        ({"a": X}, None, (), {"a": X}),
+        ({"a": X}, {"b": Y}, (), {"a": X, "b": Y}),
+        (None, {"a": X}, (), {"a": X}),
+        (3, None, (3,), {}),
+        (({"a": X},), None, ({"a": X},), {}),
+    ],
+)
+def test_as_call(given, kwargs, args, named):
+    call = as_call(given, kwargs)
+    assert (call.args, call.kwargs) == (args, named)
+
+
+def test_a_named_tuple_is_one_argument():
+    pair = torch.max(X, dim=1)
+    assert as_call(pair).args == (pair,)
+
+
+def test_keys_that_are_no_names():
+    with pytest.raises(
+        InputError, match=r"a dict with keys \[0\]: .* wrap a dict that is itself an argument in a tuple"
+    ):
+        as_call({0: X})
+
+
+def test_clone_has_memory_of_its_own():
+    call = Call((X, [Y, 3]), {"k": {"z": Y}})
+    copied = call.clone()
+    copied.args[1][0].add_(1)
+    copied.kwargs["k"]["z"].add_(1)
+    copied.args[1].append(4)
+    assert Y.sum() == 0
+    assert len(call.args[1]) == 2
+    assert copied.args[1][1] == 3
+
+
+def test_tensors_have_names():
+    names = [name for name, _ in Call((X, {"ids": Y}), {"mask": [Y, X]}).tensors()]
+    assert names == ["input 0", "input 1['ids']", "input 'mask'[0]", "input 'mask'[1]"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_check_finite(value):
+    bad = X.clone()
+    bad[1, 1] = value
+    check_finite(Call((X, torch.tensor([1, 2]))), "batch 0")
+    with pytest.raises(
+        CalibrationError, match=rf"batch 3: input 'm' holds {value} at flat index 4 \(shape \[2, 3\]\); remove"
+    ):
+        check_finite(Call((X,), {"m": bad}), "batch 3")
+
+
+def calls(data, example):
+    return list(calibration_calls(data, example))
+
+
+def test_batches_like_the_examples():
+    assert [c.args for c in calls([X, X], Call((X,)))] == [(X,), (X,)]
+    assert [c.args for c in calls([(X, Y)], Call((X, Y)))] == [(X, Y)]
+    assert [c.kwargs for c in calls([{"a": X}], Call((), {"a": X}))] == [{"a": X}]
+    assert [c.args for c in calls((x for x in [X]), Call((X,)))] == [(X,)]
+
+
+def test_labels_are_cut():
+    assert [c.args for c in calls([(X, Y), [X, Y, Y]], Call((X,)))] == [(X,), (X,)]
+
+
+def test_keyword_arguments_of_the_examples_are_kept():
+    (call,) = calls([X], Call((X,), {"scale": 2}))
+    assert (call.args, call.kwargs) == ((X,), {"scale": 2})
+
+
+def test_a_dict_for_a_model_that_takes_one_dict():
+    batch = {"ids": X}
+    (call,) = calls([batch], Call((batch,)))
+    assert call.args == (batch,)
+    (call,) = calls([(batch, Y)], Call((batch,)))
+    assert call.args == (batch,)
+
+
+@pytest.mark.parametrize(
+    ("data", "example", "message"),
+    [
+        (X, Call((X,)), r"calibration_data is one tensor of shape \[2, 3\]; give an iterable of batches: \[tensor\]"),
+        ([X], Call((X, Y)), r"calibration batch 0 has 1 positional inputs, the examples have 2"),
+        ([{"a": X}, (X,)], Call((), {"a": X}), r"calibration batch 1 has 1 positional inputs, the examples have 0"),
+        ([{"a": X}], Call((X,)), r"calibration batch 0 has 0 positional inputs, the examples have 1"),
+    ],
+)
+def test_batches_unlike_the_examples(data, example, message):
+    with pytest.raises(InputError, match=message):
+        calls(data, example)

@@ -1,0 +1,112 @@
+"""Recipes: names, globs, families, precedence, and what is said about a wrong name."""
+
+import pytest
+
+from fxq.errors import RecipeError
+from fxq.recipe import FLOAT, Recipe, Rule, covers
+
+PATHS = [
+    "",
+    "encoder",
+    "encoder.0",
+    "encoder.0.fc1",
+    "encoder.0.fc2",
+    "encoder.1",
+    "encoder.1.fc1",
+    "encoder.10.fc1",
+    "head",
+]
+FAMILIES = ["linear", "add", "clamp", "carry"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "wanted"),
+    [
+        ("head", "head", True),
+        ("head", "head.fc", True),
+        ("head", "header", False),
+        ("head", "model.head", False),
+        ("encoder.*.fc1", "encoder.0.fc1", True),
+        ("encoder.*.fc1", "encoder.0.fc1.inner", True),
+        ("encoder.*.fc1", "encoder.0.fc2", False),
+        ("encoder.1", "encoder.10", False),
+        ("encoder.?", "encoder.1.fc1", True),
+        ("encoder.[01]", "encoder.1", True),
+        ("*", "anything.at.all", True),
+        ("*", "", True),
+        ("", "", True),
+        ("", "head", True),
+        ("Head", "head", False),
+    ],
+)
+def test_covers(pattern, path, wanted):
+    assert covers(pattern, path) is wanted
+
+
+def test_defaults():
+    assert Recipe().rule_for("head", "linear") == Rule(True, "histogram", "per_channel")
+    assert Recipe(observer="min_max", weight="per_tensor").rule_for("", "add") == Rule(True, "min_max", "per_tensor")
+    assert Recipe.of("w8a8") == Recipe()
+    recipe = Recipe(observer="percentile")
+    assert Recipe.of(recipe) is recipe
+
+
+def test_the_last_rule_that_speaks_wins():
+    recipe = Recipe(
+        modules={"encoder": FLOAT, "encoder.*.fc1": Rule(int8=True), "encoder.1.*": Rule(observer="min_max")}
+    )
+    assert recipe.rule_for("encoder.0.fc2", "linear").int8 is False
+    assert recipe.rule_for("encoder.0.fc1", "linear").int8 is True
+    assert recipe.rule_for("encoder.1.fc1", "linear") == Rule(True, "min_max", "per_channel")
+    assert recipe.rule_for("head", "linear").int8 is True
+
+
+def test_modules_win_over_families():
+    recipe = Recipe(
+        modules={"head": Rule(int8=True, weight="per_tensor")}, ops={"linear": FLOAT, "*": Rule(observer="min_max")}
+    )
+    assert recipe.rule_for("head", "linear") == Rule(True, "min_max", "per_tensor")
+    assert recipe.rule_for("body", "linear") == Rule(False, "min_max", "per_channel")
+    assert recipe.rule_for("body", "add") == Rule(True, "min_max", "per_channel")
+
+
+def test_a_rule_that_is_silent_leaves_settings_as_they_are():
+    assert Rule().over(Rule(True, "min_max", "per_tensor")) == Rule(True, "min_max", "per_tensor")
+    assert FLOAT.over(Rule(True, "min_max", "per_tensor")) == Rule(False, "min_max", "per_tensor")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe("w8a9"), r"unknown recipe 'w8a9'; there are w8a8"),
+        (lambda: Recipe(observer="minmax"), r"unknown observer 'minmax'; there are min_max, moving_average"),
+        (lambda: Rule(observer="best"), r"unknown observer 'best'"),
+        (lambda: Rule(weight="per_row"), r"unknown weight granularity 'per_row'; there are 'per_channel' and"),
+        (lambda: Recipe(weight=8), r"unknown weight granularity 8"),
+        (lambda: Recipe(modules={"head": False}), r"the rule for 'head' is False; give fxq.FLOAT or fxq.Rule"),
+        (lambda: Recipe(ops={"add": "float"}), r"the rule for 'add' is 'float'"),
+        (lambda: Recipe.of("int4"), r"unknown recipe 'int4'"),
+    ],
+)
+def test_wrong_settings(make, message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(modules={"hed": FLOAT}), r"module 'hed' matches nothing in the model; did you mean head\?"),
+        (Recipe(modules={"encoder.0.fc3": FLOAT}), r"did you mean .*encoder\.0\.fc1"),
+        (Recipe(modules={"decoder.*.query": FLOAT}), r"matches nothing"),
+        (Recipe(modules={"zzz": FLOAT}), r"its modules are .*encoder, encoder\.0"),
+        (Recipe(ops={"conv": FLOAT}), r"op family 'conv' does not exist; there are add, carry, clamp, linear"),
+    ],
+)
+def test_names_that_match_nothing(recipe, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe.check_names(PATHS, FAMILIES)
+
+
+def test_names_that_match():
+    Recipe(modules={"": FLOAT, "encoder.*.fc1": FLOAT, "head": FLOAT}, ops={"lin*": FLOAT}).check_names(PATHS, FAMILIES)
