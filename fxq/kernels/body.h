@@ -278,6 +278,13 @@ static Tile tile_of(int64_t rows, int64_t columns) {
   return tile_of<1, kFloatOutput>(columns);
 }
 
+// memcpy without a call: rows of a strip are short and many.
+static inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  if (bytes < 16) return void(memcpy(to, from, bytes));
+  for (int64_t i = 0; i + 16 < bytes; i += 16) memcpy(to + i, from + i, 16);
+  memcpy(to + bytes - 16, from + bytes - 16, 16);
+}
+
 // A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time.
 static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, const int8_t* weight,
                   int64_t step) {
@@ -323,16 +330,20 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
       if (g.output == Output::kActivationUint8)
         quantize(stage + r * width, y, valid, g.inverse, g.zero_point);
       else
-        memcpy(y, reinterpret_cast<uint8_t*>(stage) + r * width * size, valid * size);
+        copy(y, reinterpret_cast<uint8_t*>(stage) + r * width * size, valid * size);
     }
   }
 }
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-  constexpr int64_t kBlock = 96;  // rows that share one read of a panel from the outer caches
+  // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
+  const int64_t fit = 384 * 1024 / (g.k + 1), most = fit < 96 ? 96 : fit > 960 ? 960 : fit;
+  const int64_t blocks = (row_end - row + most - 1) / most;
+  const int64_t tiles = blocks ? (row_end - row + blocks * kRows - 1) / (blocks * kRows) : 0;
+  const int64_t height = tiles * kRows;
   const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;
-  for (int64_t block = row; block < row_end; block += kBlock) {
-    const int64_t block_end = block + kBlock < row_end ? block + kBlock : row_end;
+  for (int64_t block = row; block < row_end; block += height) {
+    const int64_t block_end = block + height < row_end ? block + height : row_end;
     for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
       const int8_t* weight = g.weight + first * padded_k;

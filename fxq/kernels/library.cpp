@@ -174,10 +174,10 @@ void run_gemm(const Gemm& g, int64_t rows) {
   const Kernels& kernels = active();
   const int64_t threads = work < 2 * kProductGrain ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
   if (threads == 1) return kernels.gemm(g, 0, rows, 0, panels);
-  const int64_t tiles = ceil_div(rows, kMaxRows);
-  // The slowest thread does ceil(parts / threads) parts, each a 1 / parts share of the whole.
-  if (ceil_div(panels, threads) * tiles <= ceil_div(tiles, threads) * panels)
-    torch::stable::parallel_for(0, panels, ceil_div(panels, threads),
+  const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(panels, threads);
+  // What the slowest thread does: `share` panels of all rows, or its share of the tiles over all channels.
+  if (std::min(share * kPanel, g.n) * tiles <= ceil_div(tiles, threads) * g.n)
+    torch::stable::parallel_for(0, panels, share,
                                 [&](int64_t begin, int64_t end) { kernels.gemm(g, 0, rows, begin, end); });
   else
     torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) {
