@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fxq import drawing, dump, pipeline, tracing
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.decisions import Report
-from fxq.errors import CalibrationError, FileError, GoldenError, InputError, QuantizationError
+from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError
 from fxq.expansion import expand
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
@@ -119,9 +119,13 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
             check_finite(call, f"calibration batch {count - 1}")
             own = call.clone()
             try:
-                prepared(*own.args, **own.kwargs)
-            except CalibrationError as error:
-                raise CalibrationError(f"calibration batch {count - 1}: {error}") from None
+                prepared.forward(*own.args, **own.kwargs)
+            except FxqError as error:
+                raise type(error)(f"calibration batch {count - 1}: {error}") from None
+            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+                raise InputError(
+                    f"calibration batch {count - 1}: the model fails on it: {error}; each must be like example_inputs"
+                ) from error
     if not count:
         raise CalibrationError("calibration_data is empty: give at least one batch like the example inputs")
     return prepared

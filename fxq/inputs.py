@@ -77,8 +77,12 @@ def calibration_calls(data: Iterable[Any] | Tensor, example: Call) -> Iterator[C
         raise InputError(
             f"calibration_data is one tensor of shape {list(data.shape)}; give an iterable of batches: [tensor]"
         )
+    try:
+        batches = iter(data)
+    except TypeError:
+        raise InputError(f"calibration_data is a {type(data).__name__}; give an iterable of batches") from None
     arity = len(example.args)
-    for index, batch in enumerate(data):
+    for index, batch in enumerate(batches):
         call = as_call(batch)
         if arity and not call.args and isinstance(batch, Mapping) and arity == 1:
             # The model takes one dict: a DataLoader of such a model yields the dict itself.

@@ -22,7 +22,7 @@ from torch.nn.modules import module as hooks
 from fxq.decisions import Report
 from fxq.errors import FileError
 from fxq.expansion import Link, summary
-from fxq.graph import Value
+from fxq.graph import STATE, Value
 from fxq.tracing.graph_functions import SignatureCodeGen
 from fxq.tracing.origin import Origin
 
@@ -41,6 +41,7 @@ class QuantizedModule(GraphModule):
         """Take over a graph and its constants."""
         module = cls(gm, gm.graph)
         module.report = report
+        module.meta[STATE] = gm.meta.get(STATE, ())
         module.eval()
         return module
 
@@ -338,7 +339,7 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
                 f"{path} holds modules that are not torch's own; pass trust=True if you trust it: {error}"
             ) from error
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
-    except (RuntimeError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{path} is not an fxq file")

@@ -488,6 +488,9 @@ def _inline(gm: GraphModule, node: Node) -> int:
         mean, var, gamma, beta = map(parameter, ("running_mean", "running_var", "weight", "bias"))
         momentum = 0.0 if module.momentum is None else module.momentum
         return _write(gm, node, _batch_norm(x, mean, var, gamma, beta, False, momentum, module.eps))
+    if type(module) is nn.Embedding and module.max_norm is None:
+        options = module.padding_idx, None, module.norm_type, module.scale_grad_by_freq, module.sparse
+        return _write(gm, node, (F.embedding, (x, parameter("weight"), *options)))
     rule = MODULES.get(type(module))
     return 0 if rule is None else _write(gm, node, rule(module, x))
 
