@@ -329,6 +329,7 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
     """
     if not Path(path).is_file():
         raise FileError(f"{path}: no such file")
+    _check_archive(path)
     classes = [c for c in vars(nn.modules).values() if isinstance(c, type) and issubclass(c, nn.Module)]
     try:
         with torch.serialization.safe_globals([*classes, set]):
@@ -339,7 +340,7 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
                 f"{path} holds modules that are not torch's own; pass trust=True if you trust it: {error}"
             ) from error
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
-    except (RuntimeError, OSError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{path} is not an fxq file")
@@ -348,3 +349,14 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
             f"{path} has format version {data['version']}, this fxq reads {VERSION}; write it again with fxq.save"
         )
     return _decode(data, data["modules"], trust)
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise `FileError` unless the file is an archive all of whose checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    if broken is not None:
+        raise FileError(f"{path} is damaged: the checksum of {broken} is wrong")
