@@ -5,7 +5,7 @@
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
-//   narrow(I)                the low byte of each lane (values 0..255)
+//   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
 // to fused multiply-add (-ffp-contract=off), which would change bits.
@@ -61,7 +61,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
   F multiplier;
   explicit Affine(const Term& t) : q(t.q), zero_point(t.zero_point - I{}), multiplier(splat(t.multiplier)) {}
   F operator()(int64_t i, int64_t count) const {
-    const I steps = __builtin_convertvector(load_some<B>(q + i, count), I) - zero_point;
+    const I steps = widen(load_some<B>(q + i, count)) - zero_point;
     return __builtin_convertvector(steps, F) * multiplier;
   }
 };
@@ -73,29 +73,51 @@ static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, i
   if (i < count) store_some(q + i, round(load_some<F>(x + i, count - i) * inverse), count - i);
 }
 
-static void dequantize(Term x, float* y, int64_t count) {
-  const Affine value(x);
-  for (int64_t i = 0; i < count; i += W) store_some(y + i, value(i, count - i), count - i);
+// step(i, count) for each vector; `count` is W, known to the compiler, in all but the last.
+template <class Step>
+static inline void for_each_vector(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) step(i, W);
+  if (i < count) step(i, count - i);
 }
 
+struct Dequantize {
+  Affine value;
+  float* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, value(i, count), count); }
+};
+static void dequantize(Term x, float* y, int64_t count) { for_each_vector(count, Dequantize{Affine(x), y}); }
+
+struct Requantize {
+  Affine value;
+  Rounding round;
+  uint8_t* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(value(i, count)), count); }
+};
 static void requantize(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  const Affine value(x);
-  const Rounding round(zero_point, low, high);
-  for (int64_t i = 0; i < count; i += W) store_some(y + i, round(value(i, count - i)), count - i);
+  for_each_vector(count, Requantize{Affine(x), Rounding(zero_point, low, high), y});
 }
 
+struct Add {
+  Affine a, b;
+  Rounding round;
+  uint8_t* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(a(i, count) + b(i, count)), count); }
+};
 static void add(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  const Affine value_a(a), value_b(b);
-  const Rounding round(zero_point, low, high);
-  for (int64_t i = 0; i < count; i += W)
-    store_some(y + i, round(value_a(i, count - i) + value_b(i, count - i)), count - i);
+  for_each_vector(count, Add{Affine(a), Affine(b), Rounding(zero_point, low, high), y});
 }
 
-// Activations, step by step those of numerics.py. `x < low ? low : x` keeps NaN.
-static inline F clip(F x, float low, float high) {
-  x = x < low ? splat(low) : x;
-  return x > high ? splat(high) : x;
+// Activations, step by step those of numerics.py. `low > x ? low : x` is one max instruction, and keeps NaN.
+static inline F at_least(F x, float low) {
+  const F bound = splat(low);
+  return bound > x ? bound : x;
 }
+static inline F at_most(F x, float high) {
+  const F bound = splat(high);
+  return bound < x ? bound : x;
+}
+static inline F clip(F x, float low, float high) { return at_most(at_least(x, low), high); }
 
 template <int N>
 static inline F polynomial(F x, const float (&coefficients)[N]) {
@@ -116,20 +138,18 @@ static inline F sigmoid(F x) {
   return 1.0f / (1.0f + ((p * (r * r) + r) + 1.0f) * power);
 }
 
-static inline F gate(F x, F logit) { return (x < -87.0f ? splat(-87.0f) : x) * sigmoid(logit); }
+static inline F gate(F x, F logit) { return at_least(x, -87.0f) * sigmoid(logit); }
 
-static inline F gelu_tanh(F x) {
+static inline F gelu_tanh_logit(F x) {
   const F c = clip(x, -87.0f, 87.0f);
-  return gate(x, c * polynomial(c * c, {0.07135481627f, 1.59576912161f}));
+  return c * polynomial(c * c, {0.07135481627f, 1.59576912161f});
 }
 
-static inline F gelu(F x) {
+static inline F gelu_logit(F x) {
   const F c = clip(x, -87.0f, 87.0f);
-  F t = c * c;
-  t = t > 30.0f ? splat(30.0f) : t;
-  return gate(x, c * polynomial(t, {3.611615229104359e-09f, -2.669106606845162e-07f, 7.938518137962092e-06f,
-                                    -0.00011048255692003295f, -6.625254172831774e-05f, 0.07266855984926224f,
-                                    1.5957684516906738f}));
+  return c * polynomial(at_most(c * c, 30.0f),
+                        {3.611615229104359e-09f, -2.669106606845162e-07f, 7.938518137962092e-06f,
+                         -0.00011048255692003295f, -6.625254172831774e-05f, 0.07266855984926224f, 1.5957684516906738f});
 }
 
 static inline F tanh(F x) {
@@ -145,17 +165,25 @@ static inline F tanh(F x) {
 
 static inline F relu(F x) { return x < 0.0f ? F{} : x; }
 
+static inline F silu(F x) { return gate(x, x); }
+
 template <F (*function)(F)>
-static void map(float* y, int64_t count) {  // count: a multiple of W
+static void map(float* y, int64_t count) {  // count: a multiple of W, at most a tile
   for (int64_t i = 0; i < count; i += W) store(y + i, function(load<F>(y + i)));
 }
 
-static F silu(F x) { return gate(x, x); }
+// y = gate(y, logit(y)) in two loops: each step waits for the one before, and a processor looks only so far ahead.
+template <F (*logit)(F)>
+static void map_gate(float* y, int64_t count) {
+  alignas(64) float logits[kRows * kColumns * W];
+  for (int64_t i = 0; i < count; i += W) store(logits + i, logit(load<F>(y + i)));
+  for (int64_t i = 0; i < count; i += W) store(y + i, gate(load<F>(y + i), load<F>(logits + i)));
+}
 
 static void activate(Activation activation, float* y, int64_t count) {
   switch (activation) {
-    case Activation::kGelu: return map<gelu>(y, count);
-    case Activation::kGeluTanh: return map<gelu_tanh>(y, count);
+    case Activation::kGelu: return map_gate<gelu_logit>(y, count);
+    case Activation::kGeluTanh: return map_gate<gelu_tanh_logit>(y, count);
     case Activation::kSilu: return map<silu>(y, count);
     case Activation::kTanh: return map<tanh>(y, count);
     case Activation::kSigmoid: return map<sigmoid>(y, count);

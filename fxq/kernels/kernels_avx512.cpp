@@ -37,6 +37,8 @@ static inline I dot(I acc, Input a, Weights b) {
   return acc + (I)_mm512_madd_epi16(a.odd, b.odd);
 }
 
+static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
+
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"

@@ -30,6 +30,8 @@ static inline I dot(I acc, Input a, Weights b) {
   return acc;
 }
 
+static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
+
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"

@@ -29,6 +29,12 @@ static inline I dot(I acc, Input a, Weights b) {
   return acc;
 }
 
+static inline I widen(B v) {
+  int64_t bytes;
+  memcpy(&bytes, &v, sizeof bytes);
+  return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+}
+
 static inline B narrow(I v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   return (B)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));

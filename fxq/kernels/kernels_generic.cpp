@@ -35,6 +35,8 @@ static inline I sum(H products) { return ((I)products << 16 >> 16) + ((I)product
 
 static inline I dot(I acc, Input a, Weights b) { return acc + sum(a.even * b.even) + sum(a.odd * b.odd); }
 
+static inline I widen(B v) { return __builtin_convertvector(v, I); }
+
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"
