@@ -190,18 +190,21 @@ def _specify_group(group: set[Node], plan: Plan, ctx: Context) -> None:
     if _is_integer(group, plan):
         tensors = [node for node in ordered if is_float_tensor(node)]
         owner = tensors[0]
+        range_of_its_own = QuantSpec(_observer(next(node for node in ordered if plan.produces(node)), plan, ctx))
         for node in tensors:
-            shared = SharedSpec(owner.name)
-            ctx.specs[Place(node.name)] = QuantSpec(_observer(owner, plan, ctx)) if node is owner else shared
+            ctx.specs[Place(node.name)] = range_of_its_own if node is owner else SharedSpec(owner.name)
         return
     for node in ordered:
-        readers = [reader for reader, reads in _readers(node, plan) if reads]
-        if not readers:
-            continue
-        batches = [[reader] for reader in readers] if "aliases" in node.meta else [readers]
-        for batch in batches:
-            name = _observer(batch[0], plan, ctx)
-            ctx.specs[Place(node.name, tuple(reader.name for reader in batch))] = QuantSpec(name)
+        batches: dict[object, list[str]] = {}
+        observers: dict[object, str] = {}
+        for reader, integers in _readers(node, plan):
+            if integers:
+                observer = _observer(reader, plan, ctx)
+                key = reader if "aliases" in node.meta else observer  # what is modified in between is read anew
+                batches.setdefault(key, []).append(reader.name)
+                observers[key] = observer
+        for key, readers in batches.items():
+            ctx.specs[Place(node.name, tuple(readers))] = QuantSpec(observers[key])
 
 
 def _observer(node: Node, plan: Plan, ctx: Context) -> str:

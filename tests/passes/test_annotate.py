@@ -207,6 +207,19 @@ class TestRecipes:
         assert weights == {first: "per_tensor", last: "per_channel"}
         assert [spec.observer for spec in ctx.specs.values() if isinstance(spec, QuantSpec)] == ["min_max", "min_max"]
 
+    def test_readers_with_rules_of_their_own(self, annotated):
+        recipe = Recipe(modules={"m": Rule(observer="min_max")})
+        ctx, gm = annotated(lambda s, x: (s.l(x), s.m(x), s.k(x)), recipe=recipe)
+        first, second, third = (node.name for node in gm.graph.nodes if node.target is F.linear)
+        assert ctx.specs[Place("x", (first, third))] == QuantSpec("histogram")
+        assert ctx.specs[Place("x", (second,))] == QuantSpec("min_max")
+
+    def test_a_shared_range_has_the_observer_of_what_produces_it(self, annotated):
+        recipe = Recipe(modules={"l": Rule(observer="min_max")})
+        ctx, _ = annotated(lambda s, x: s.k(torch.cat([x, s.l(x)])), recipe=recipe)
+        owned = [spec for place, spec in ctx.specs.items() if place.readers is None]
+        assert owned[0] == QuantSpec("min_max")
+
     def test_one_weight_with_two_granularities(self, annotated, model_of):
         inner = model_of(lambda s, x: F.linear(x, s.w), w=nn.Linear(8, 8).weight)
         outer = model_of(lambda s, x: F.linear(s.inner(x), s.inner.w), inner=inner)
