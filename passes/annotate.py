@@ -195,16 +195,13 @@ def _specify_group(group: set[Node], plan: Plan, ctx: Context) -> None:
             ctx.specs[Place(node.name)] = range_of_its_own if node is owner else SharedSpec(owner.name)
         return
     for node in ordered:
-        batches: dict[object, list[str]] = {}
-        observers: dict[object, str] = {}
+        batches: dict[tuple[str, Node | None], list[str]] = {}
         for reader, integers in _readers(node, plan):
             if integers:
-                observer = _observer(reader, plan, ctx)
-                key = reader if "aliases" in node.meta else observer  # what is modified in between is read anew
-                batches.setdefault(key, []).append(reader.name)
-                observers[key] = observer
-        for key, readers in batches.items():
-            ctx.specs[Place(node.name, tuple(readers))] = QuantSpec(observers[key])
+                alone = reader if "aliases" in node.meta else None  # what is modified in between is read anew
+                batches.setdefault((_observer(reader, plan, ctx), alone), []).append(reader.name)
+        for (observer, _), readers in batches.items():
+            ctx.specs[Place(node.name, tuple(readers))] = QuantSpec(observer)
 
 
 def _observer(node: Node, plan: Plan, ctx: Context) -> str:
