@@ -124,7 +124,10 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who still waits for it finds the binary, or builds without harm
 
 
 def _compile(command: list[str], path: Path) -> None:

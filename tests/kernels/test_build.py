@@ -115,6 +115,16 @@ def test_a_damaged_binary_and_an_interrupted_build_do_no_harm(tmp_path, built):
     assert damaged.stat().st_size > 5000
 
 
+@needs_compiler
+def test_building_again_is_free(built, capsys):
+    (whole,) = binaries(built)
+    before = whole.stat().st_mtime_ns
+    assert kernels.build(built) == whole
+    assert whole.stat().st_mtime_ns == before
+    assert capsys.readouterr().err == ""
+    assert not list(built.glob("*.lock"))
+
+
 def test_without_a_compiler_the_portable_kernels_serve_and_say_why_once(tmp_path):
     isa, caught, _ = call(tmp_path, PATH=str(tmp_path), CXX=None)
     assert isa == "portable"
