@@ -7,6 +7,7 @@ plain data instead, which also makes `save` and `load` safe: a file holds no cod
 from __future__ import annotations
 
 import importlib
+import operator
 import pickle
 import zipfile
 from pathlib import Path
@@ -23,12 +24,32 @@ from fxq.decisions import Report
 from fxq.errors import FileError
 from fxq.expansion import Link, summary
 from fxq.graph import STATE, Value
-from fxq.tracing.graph_functions import SignatureCodeGen
+from fxq.tracing.graph_functions import SignatureCodeGen, mutate
 from fxq.tracing.origin import Origin
 
 FORMAT, VERSION = "fxq", 1
-TRUSTED = ("torch.", "operator.", "_operator.", "math.", "builtins.", "fxq.")
-"""Where functions of a file may come from without `trust`."""
+HOMES = frozenset(
+    {
+        "torch",
+        "torch._C._fft",
+        "torch._C._linalg",
+        "torch._C._nn",
+        "torch._C._special",
+        "torch.functional",
+        "torch.nn.functional",
+        "torch.return_types",
+        "_operator",
+        "math",
+        "fxq.spelling",
+        "fxq.tracing",
+    }
+)
+"""The modules whose functions a file may call without `trust`: arithmetic, no files and no processes."""
+BUILTINS = frozenset(
+    {"abs", "float", "getattr", "int", "len", "list", "max", "min", "pow", "round", "slice", "sum", "tuple"}
+)
+NO_ARITHMETIC = frozenset({"attrgetter", "call", "compile", "from_file", "itemgetter", "methodcaller"})
+CONTAINER_METHODS = frozenset({"get", "items", "keys", "values"})
 
 
 class QuantizedModule(GraphModule):
@@ -177,6 +198,7 @@ def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"op:{target}"
     name = _get_qualified_name(target)
+    name = name if "." in name else f"builtins.{name}"
     if _function(name, trust=True) is not target:
         raise FileError(
             f"the graph calls {target!r}, which cannot be found again as {name}; define it at a module's top level"
@@ -188,20 +210,39 @@ def _function(name: str, *, trust: bool) -> Any:
     if name.startswith("op:"):
         namespace, packet, overload = name.removeprefix("op:").split(".")
         return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    if not trust and not name.startswith(TRUSTED):
-        raise FileError(
-            f"the file calls the function {name}, which is not torch's; pass trust=True if you trust the file"
-        )
     parts = name.split(".")
+    if not trust and parts[0] not in ("torch", "operator", "_operator", "math", "builtins", "fxq"):
+        raise _untrusted(name)  # before it is imported, which runs code
     for cut in range(len(parts) - 1, 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
         for part in parts[cut:]:
+            if not hasattr(found, part):
+                raise FileError(f"the graph calls the function {name}, which is not installed here")
             found = getattr(found, part)
+        if not trust and not _is_arithmetic(found, parts[-1]):
+            raise _untrusted(name)
         return found
     raise FileError(f"the graph calls the function {name}, which is not installed here")
+
+
+def _is_arithmetic(function: Any, name: str) -> bool:
+    """Whether a function computes and does nothing else; where it was found says little (`torch.os.system`)."""
+    home = getattr(function, "__module__", None)
+    return name in BUILTINS if home == "builtins" else home in HOMES and name not in NO_ARITHMETIC
+
+
+def _is_method(name: str) -> bool:
+    """Whether a method's or attribute's name is one of tensors, none that leads out of them."""
+    if name.startswith("_"):
+        return name in vars(operator) and hasattr(Tensor, name) and name != "__call__"
+    return (hasattr(Tensor, name) and name != "numpy") or name in CONTAINER_METHODS
+
+
+def _untrusted(name: str) -> FileError:
+    return FileError(f"the file calls {name}, which is no arithmetic of torch's; pass trust=True if you trust the file")
 
 
 def _encode(value: Any) -> Any:
@@ -287,6 +328,9 @@ def _decode(data: dict[str, Any], modules: dict[str, nn.Module], trust: bool) ->
         if entry["op"] == "call_function":
             target = _function(target, trust=trust)
         args, kwargs = (_decode_value(entry[key], nodes, trust) for key in ("args", "kwargs"))
+        methods = [target] if entry["op"] == "call_method" else args[1:2] if target in (getattr, mutate) else []
+        if not trust and not all(isinstance(name, str) and _is_method(name) for name in methods):
+            raise _untrusted(f"{methods}")
         node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         node.meta = {key: entry[key] for key in ("source", "qparams") if entry[key] is not None}
         node.meta["value"] = _decode_value(entry["value"], nodes, trust)

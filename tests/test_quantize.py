@@ -521,6 +521,15 @@ class TestFiles:
         fxq.save(qmodel, tmp_path / "m.fxq")
         assert torch.equal(fxq.load(tmp_path / "m.fxq")(x), qmodel(x))
 
+    def test_attention_and_attributes_of_tensors(self, model_of, tmp_path):
+        attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        model = model_of(lambda s, x: s.a(x, x, x)[0].mT.clone(), a=attention)
+        x = torch.randn(2, 5, 8)
+        qmodel = fxq.quantize(model, x)
+        fxq.save(qmodel, tmp_path / "m.fxq")
+        for other in (fxq.load(tmp_path / "m.fxq"), pickle.loads(pickle.dumps(qmodel))):
+            assert torch.equal(other(x), qmodel(x))
+
     def test_tied_embedding(self, model_of, tmp_path):
         model = model_of(lambda s, i: F.linear(s.l(s.e(i)), s.e.weight), l=nn.Linear(8, 8), e=nn.Embedding(10, 8))
         ids = torch.randint(0, 10, (2, 5))
@@ -544,6 +553,35 @@ class TestFiles:
         with pytest.raises(fxq.FileError, match=r"not torch's own; pass trust=True"):
             fxq.load(tmp_path / "m.fxq")
         assert torch.equal(fxq.load(tmp_path / "m.fxq", trust=True)(X), qmodel(X))
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"op": "call_function", "target": "torch.os.system", "args": ("true",)},
+            {"op": "call_function", "target": "builtins.eval", "args": ("1",)},
+            {"op": "call_function", "target": "torch.hub.load", "args": ("a", "b")},
+            {"op": "call_function", "target": "torch.load", "args": ("a",)},
+            {"op": "call_function", "target": "torch.from_file", "args": ("a",)},
+            {"op": "call_function", "target": "fxq.kernels.os.system", "args": ("true",)},
+            {"op": "call_function", "target": "operator.attrgetter", "args": ("__class__",)},
+            {"op": "call_function", "target": "builtins.getattr", "args": ({"$node": "input"}, "__class__")},
+            {"op": "call_function", "target": "antigravity.geohash", "args": ()},
+            {"op": "call_function", "target": "fxq.tracing.mutate", "args": ({"$node": "input"}, "__reduce__")},
+            {"op": "call_method", "target": "__getattribute__", "args": ({"$node": "input"}, "__class__")},
+            {"op": "call_method", "target": "numpy", "args": ({"$node": "input"},)},
+        ],
+    )
+    def test_a_file_runs_no_code_without_trust(self, entry, tmp_path):
+        path = tmp_path / "m.fxq"
+        fxq.save(fxq.quantize(mlp(), X), path)
+        data = torch.load(path, weights_only=True)
+        first = {"$node": data["nodes"][0]["name"]}
+        entry = {**entry, "args": tuple(first if isinstance(arg, dict) else arg for arg in entry["args"])}
+        place = {"name": "extra", "kwargs": {"$dict": []}, "origin": None, "value": None, "source": None}
+        data["nodes"].insert(1, {**data["nodes"][0], **place, **entry})
+        torch.save(data, path)
+        with pytest.raises(fxq.FileError, match="no arithmetic of torch's; pass trust=True"):
+            fxq.load(path)
 
     def test_files_that_are_none(self, tmp_path):
         with pytest.raises(fxq.FileError, match="no such file"):
