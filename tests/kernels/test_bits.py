@@ -224,6 +224,28 @@ def test_many_python_threads_at_once():
     assert not wrong
 
 
+def test_python_runs_on_while_a_kernel_does():
+    """The interpreter lock is released: this thread counts while another waits for a tenth of a second of work."""
+    if not kernels.info().available:
+        pytest.skip("the portable kernels are torch's own")
+    inputs = tensors(*layer(np.random.default_rng(0), 600, 1024, 2048))
+    running, done, ticks = threading.Event(), threading.Event(), 0
+
+    def work():
+        running.set()
+        OPS.qlinear(*inputs, 0, 0, 255)
+        done.set()
+
+    with kernels.use_isa("generic"):
+        worker = threading.Thread(target=work)
+        worker.start()
+        running.wait()
+        while not done.is_set():
+            ticks += 1
+        worker.join()
+    assert ticks > 1000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
