@@ -1,5 +1,5 @@
-// The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its own,
-// after defining
+// The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its
+// own, after defining
 //   W, I, B                  lanes in a vector; vectors of int32 and uint8 (`Vectors<W>`)
 //   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
 //   Weights, weights(p)      4 * W int8: four k of W channels
@@ -47,7 +47,9 @@ struct Rounding {
   F low, high;
   I offset;
   Rounding(int32_t zero_point, int32_t lo, int32_t hi)
-      : low(splat(float(lo - zero_point))), high(splat(float(hi - zero_point))), offset((zero_point - 0x4B400000) - I{}) {}
+      : low(splat(float(lo - zero_point))),
+        high(splat(float(hi - zero_point))),
+        offset((zero_point - 0x4B400000) - I{}) {}
   B operator()(F steps) const {
     steps = steps > low ? steps : low;  // NaN compares false: it becomes `low`
     steps = steps < high ? steps : high;

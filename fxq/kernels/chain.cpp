@@ -39,10 +39,10 @@ Chain::Chain(const uint8_t* program, uint64_t size) : program_(program) {
     constexpr uint32_t kMost = 1u << 30;  // so that no size below overflows
     const bool in_range = own.zero_point >= 0 && own.zero_point <= 255 && own.low >= 0 && own.low <= own.high &&
                           own.high <= 255;
-    const bool whole = in_range && own.k > 0 && own.k <= kMost && own.n > 0 && own.n <= kMost && (i == 0 || own.k == k) &&
-                       within(own.weight, packed_size(own.n, own.k)) && within(own.bias, 4ull * own.n) &&
+    const bool sized = own.k > 0 && own.k <= kMost && own.n > 0 && own.n <= kMost && (i == 0 || own.k == k);
+    const bool whole = sized && within(own.weight, packed_size(own.n, own.k)) && within(own.bias, 4ull * own.n) &&
                        within(own.multiplier, 4ull * own.n);
-    if (!whole) damaged("layer " + std::to_string(i) + " is damaged");
+    if (!in_range || !whole) damaged("layer " + std::to_string(i) + " is damaged");
     k = own.n;
     widest_ = std::max<int64_t>({widest_, own.k, own.n});
     weight_bytes_ += packed_size(own.n, own.k);
@@ -86,9 +86,11 @@ void Chain::run(const void* x, int64_t rows, void* y, int64_t block, RunGemm gem
       g.low = own.low;
       g.high = own.high;
       g.output = last && header_.to_float ? Output::kFloat : Output::kUint8;
-      g.y = last ? static_cast<uint8_t*>(y) + row * own.n * (header_.to_float ? sizeof(float) : 1) : between[(i + 1) % 2];
+      uint8_t* next = between[(i + 1) % 2];
+      if (last) next = static_cast<uint8_t*>(y) + row * own.n * (header_.to_float ? sizeof(float) : 1);
+      g.y = next;
       gemm(g, count);
-      g.x = between[(i + 1) % 2];
+      g.x = next;
     }
   }
 }

@@ -1,4 +1,4 @@
-// A run of linear layers as one flat program: how its bytes are read, checked and executed (fxq/ops/chain.py writes it).
+// A run of linear layers as one flat program, as fxq/ops/chain.py writes it: its bytes read, checked and executed.
 //
 //   ChainHeader | ChainLayer per layer | for each layer: packed weight, bias, multipliers
 //

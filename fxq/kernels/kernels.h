@@ -68,7 +68,7 @@ struct Vectors {
 }  // namespace fxq
 
 // Functions and templates between FXQ_TARGET and FXQ_TARGET_END are compiled for the named extensions. Include the
-// standard library before it: an inline function of its headers compiled here could be the copy the linker keeps for all.
+// standard library before it: the linker may keep the copy of an inline function that was compiled here for everyone.
 #define FXQ_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define FXQ_TARGET(isa) FXQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

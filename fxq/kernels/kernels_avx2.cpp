@@ -10,7 +10,7 @@ FXQ_TARGET("avx2")
 namespace fxq::avx2 {
 
 constexpr int W = 8;
-constexpr int kRows = 4, kColumns = 2;  // 8 accumulators, 4 halves of weights, 2 of input, a product: 15 of 16 registers
+constexpr int kRows = 4, kColumns = 2;  // 8 accumulators, 4 halves of weights, 2 of input, 1 product: 15 of 16
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 

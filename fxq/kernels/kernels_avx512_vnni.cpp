@@ -1,4 +1,4 @@
-// AVX-512 VNNI: vpdpbusd multiplies four uint8 by four int8 and adds them to an int32, in every lane, without saturation.
+// AVX-512 VNNI: in every lane, vpdpbusd adds four products of uint8 and int8 to an int32, without saturation.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -41,8 +41,8 @@ void parallel(int64_t count, int64_t grain, const Function& f) {
     torch::stable::parallel_for(0, count, grain, f);
 }
 
-constexpr int64_t kElementGrain = 1 << 16;       // elements that are worth a thread
-constexpr int64_t kProductGrain = 200'000;       // multiply-adds that are worth a thread
+constexpr int64_t kElementGrain = 1 << 16;  // elements that are worth a thread
+constexpr int64_t kProductGrain = 200'000;  // multiply-adds that are worth a thread
 
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
   expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
@@ -146,14 +146,16 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
   for (int64_t i = 1; i <= dim; ++i) {
     const int64_t size_a = i <= shape_a.dim ? shape_a.sizes[shape_a.dim - i] : 1;
     const int64_t size_b = i <= shape_b.dim ? shape_b.sizes[shape_b.dim - i] : 1;
-    if (size_a != size_b && size_a != 1 && size_b != 1) fail("qadd: a", shape_a, " and b", shape_b, " do not broadcast");
+    if (size_a != size_b && size_a != 1 && size_b != 1)
+      fail("qadd: a", shape_a, " and b", shape_b, " do not broadcast");
     same = same && size_a == size_b;
     sizes[dim - i] = size_a == 1 ? size_b : size_a;
   }
   const Shape shape = {sizes, dim};
   Tensor y = Tensor::empty(shape, aoti_torch_dtype_uint8());
   uint8_t* target = y.data<uint8_t>();
-  const Term term_a = {a.data<uint8_t>(), int32_t(z_a), float(m_a)}, term_b = {b.data<uint8_t>(), int32_t(z_b), float(m_b)};
+  const Term term_a = {a.data<uint8_t>(), int32_t(z_a), float(m_a)};
+  const Term term_b = {b.data<uint8_t>(), int32_t(z_b), float(m_b)};
   const int32_t zero = int32_t(zero_point), lo = int32_t(low), hi = int32_t(high);
   if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
     parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -172,7 +174,9 @@ void run_gemm(const Gemm& g, int64_t rows) {
   if (rows == 0 || g.n == 0) return;
   const int64_t panels = panel_count(g.n), work = rows * g.n * g.k;
   const Kernels& kernels = active();
-  const int64_t threads = work < 2 * kProductGrain ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
+  int64_t threads = 1;
+  if (work >= 2 * kProductGrain)
+    threads = std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
   if (threads == 1) return kernels.gemm(g, 0, rows, 0, panels);
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(panels, threads);
   // What the slowest thread does: `share` panels of all rows, or its share of the tiles over all channels.
@@ -336,7 +340,8 @@ Tensor run_program(const char* op, const Tensor& x, const Tensor& program, bool 
   const Shape shape = x.shape();
   if (shape.dim == 0 || shape.sizes[shape.dim - 1] != chain.in_features())
     fail(op, ": x", shape, ", expected [..., ", chain.in_features(), "]");
-  if (program.dim() != 2 || program.shape().sizes[0] != chain.out_features() || bool(chain.header().to_float) != to_float)
+  const bool shaped = program.dim() == 2 && program.shape().sizes[0] == chain.out_features();
+  if (!shaped || bool(chain.header().to_float) != to_float)
     fail(op, ": program", program.shape(), " gives [..., ", chain.out_features(), "] of ",
          chain.header().to_float ? "float32" : "uint8", ", which is not what its shape and the operator say");
 
