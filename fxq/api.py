@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxq import drawing, dump, pipeline, tracing
+from fxq import leaves as inside
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.decisions import Report
 from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError
@@ -24,9 +25,10 @@ from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
 from fxq.graph import bind, mutations, place_of, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
+from fxq.observers import paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
-from fxq.quantized import QuantizedModule, encode, weight_bytes
+from fxq.quantized import QuantizedModule, encode
 from fxq.recipe import Recipe
 from fxq.stages import Stage
 
@@ -87,12 +89,7 @@ def prepare(
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.scheme
-    ctx.report.guards = tracing.guards(gm)
-    ctx.report.weight_bytes = (weight_bytes(gm), 0)
-    pipeline.begin(gm, ctx)
-    gm = pipeline.run(PREPARE if passes is None else passes, gm, ctx)
-    gm.meta["fxq"] = ctx
-    return gm
+    return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
 
 
 def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | None = None) -> GraphModule:
@@ -141,9 +138,7 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
     _context(prepared, Stage.OBSERVED, "fxq.convert")
     gm = copy.deepcopy(prepared)
     ctx = cast(Context, gm.meta["fxq"])
-    gm = pipeline.run(CONVERT if passes is None else passes, gm, ctx)
-    ctx.report.weight_bytes = (ctx.report.weight_bytes[0], weight_bytes(gm))
-    result = QuantizedModule.of(gm, ctx.report)
+    result = inside.convert(gm, CONVERT if passes is None else passes)
     if ctx.dump is not None:
         ctx.dump.write_text("report.txt", str(ctx.report))
     return result
@@ -327,7 +322,7 @@ def _refuse(report: Report, strict: bool) -> None:
 
 def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit: float, action: str) -> None:
     """Compare on the examples; the prepared graph computes what the float model does."""
-    with torch.no_grad(), unchanged(prepared), unchanged(result):
+    with torch.no_grad(), unchanged(prepared), unchanged(result), paused(prepared):
         a, b = examples.clone(), examples.clone()
         expected, actual = prepared(*a.args, **a.kwargs), result(*b.args, **b.kwargs)
     if pytree.tree_structure(expected) != pytree.tree_structure(actual):

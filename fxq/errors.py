@@ -18,7 +18,14 @@ class RecipeError(FxqError):
 
 
 class TraceError(FxqError):
-    """The model could not be captured as a graph, or the captured graph does not compute what the model computes."""
+    """The model could not be captured as a graph, or the captured graph does not compute what the model computes.
+
+    what: the message without the remedy. module: the path of the module to blame, "" for the root.
+    """
+
+    def __init__(self, what: str, remedy: str = "", module: str = "") -> None:
+        super().__init__(f"{what}; {remedy}" if remedy else what)
+        self.what, self.module = what, module
 
 
 class GuardError(FxqError):

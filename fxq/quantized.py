@@ -6,6 +6,7 @@ plain data instead, which also makes `save` and `load` safe: a file holds no cod
 
 from __future__ import annotations
 
+import copy
 import importlib
 import operator
 import pickle
@@ -363,7 +364,28 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
     """
     if not isinstance(qmodel, QuantizedModule):
         raise FileError(f"fxq.save writes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    torch.save({**encode(qmodel), "modules": dict(qmodel.named_modules_called())}, path)
+    torch.save(_plain(qmodel), path)
+
+
+def _plain(qmodel: QuantizedModule) -> dict[str, Any]:
+    """`encode`, with the modules that it calls, out of which those that fxq made are taken and encoded likewise."""
+    modules: dict[str, nn.Module] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, module in qmodel.named_modules_called():
+        made = {name: m for name, m in module.named_modules(prefix=path) if isinstance(m, QuantizedModule)}
+        outermost = {name: m for name, m in made.items() if not any(name.startswith(f"{other}.") for other in made)}
+        modules[path] = copy.deepcopy(module, {id(m): nn.Module() for m in outermost.values()})
+        inner |= {name: _plain(m) for name, m in outermost.items()}
+    return {**encode(qmodel), "modules": modules, "inner": inner}
+
+
+def _from_plain(data: dict[str, Any], trust: bool) -> QuantizedModule:
+    inner = {path: _from_plain(part, trust) for path, part in data.get("inner", {}).items()}
+    modules = {path: inner.get(path, module) for path, module in data["modules"].items()}
+    qmodel = _decode(data, modules, trust)
+    for path in inner.keys() - modules.keys():
+        qmodel.set_submodule(path, inner[path])
+    return qmodel
 
 
 def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
@@ -392,7 +414,7 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
         raise FileError(
             f"{path} has format version {data['version']}, this fxq reads {VERSION}; write it again with fxq.save"
         )
-    return _decode(data, data["modules"], trust)
+    return _from_plain(data, trust)
 
 
 def _check_archive(path: str | Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.decisions import Decision, Form, Reason
@@ -216,7 +217,9 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
     reason: Reason | None = None
     detail = ""
     claim = plan.claims.get(node)
-    if claim is not None and claim.kind != "carry":
+    if "untraceable" in node.meta:
+        reason, detail = Reason.UNTRACEABLE, node.meta["untraceable"]
+    elif claim is not None and claim.kind != "carry":
         form = "int8"
     elif node in plan.swallowed:
         form, detail = "int8", f"in the epilogue of {target_name(plan.swallowed[node].target)}"
@@ -237,10 +240,16 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
             Reason.NOT_FLOAT32,
             str(node.meta["value"].dtype) if isinstance(node.meta["value"], Value) else "",
         )
+    elif node.op == "call_module" and not _is_torchs(gm.get_submodule(str(node.target))):
+        reason = Reason.LEAF_MODULE
     else:
         reason = Reason.NO_INTEGER_OP
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
     return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_float(node: Node) -> bool:

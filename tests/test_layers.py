@@ -17,7 +17,7 @@ LAYERS = [
     {"fxq.family", "fxq.stages"},
     {"fxq.ops"},
     {"fxq.expansion", "fxq.golden_model", "fxq.golden", "fxq.dump", "fxq.drawing", "fxq.comparison", "fxq.quantized"},
-    {"fxq.pipeline"},
+    {"fxq.pipeline", "fxq.leaves"},
     {"passes"},
     {"fxq.api"},
     {"fxq.cli"},

@@ -164,7 +164,7 @@ def test_a_graph_that_differs_is_refused_by_name():
         return y * next(calls)
 
     with pytest.raises(
-        TraceError, match=r"does not compute.*the example inputs.*%mul.*module '' \(test_tracing.py:\d+\).*leaves"
+        TraceError, match=r"does not compute.*the example inputs.*%mul.*module '' \(test_tracing.py:\d+\).*leaf"
     ):
         graph_of(forward, X, l=nn.Linear(8, 8))
 

@@ -9,11 +9,9 @@ from in `origin`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -35,7 +33,7 @@ from fxq.tracing.graph_functions import (
     structure,
     whole,
 )
-from fxq.tracing.origin import Origin, is_internal
+from fxq.tracing.origin import Origin, line_of
 from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
 
@@ -55,16 +53,16 @@ __all__ = [
 ]
 
 Leaves = tuple[type[nn.Module] | str, ...]
+Recording = tuple[Recorder, dict[str, torch.Tensor]]
+"""A finished trace, and the constants that its graph needs besides the model's own."""
 
 
-def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, leaves: tuple[type[nn.Module] | str, ...] = ()
-) -> fx.GraphModule:
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, leaves: Leaves = ()) -> fx.GraphModule:
     """Return a float GraphModule with the model's signature that computes what the model computes in eval mode.
 
     It shares nothing with the model, which stays as it is. Each node has its `Origin` in `node.meta["origin"]`.
     Modules that are instances of a type in `leaves`, or whose path matches a name in it (`*` and `?` allowed), stay one
-    call.
+    call. So do the innermost modules whose code cannot be recorded; `node.meta["untraceable"]` says why.
 
     Raises `InputError` if the model itself cannot run on the examples, and `TraceError`, naming the user's line, if it
     cannot be captured or the graph computes anything else than the model, on the examples or with one more row.
@@ -78,35 +76,72 @@ def trace(
             expected = verify.run(prepared, call)
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
-        gm = _graph_module(prepared, *_record(prepared, call, leaves))
-        verify.verify(
-            gm, prepared, call, expected, lambda call: _record(prepared, call, leaves, watch=True)[0].watched or {}
-        )
-    return gm
+        untraceable: dict[str, str] = {}
+        while True:
+            try:
+                gm = _graph_module(prepared, *_record(prepared, call, leaves, untraceable))
+                for node in gm.graph.nodes:
+                    if node.op == "call_module" and node.target in untraceable:
+                        node.meta["untraceable"] = untraceable[node.target]
+                verify.verify(gm, prepared, call, expected, lambda call: _watch(prepared, call, leaves, untraceable))
+                return gm
+            except TraceError as error:
+                if not error.module or error.module in untraceable:
+                    raise
+                untraceable[error.module] = error.what
 
 
-def _record(
-    prepared: nn.Module, call: verify.Call, leaves: Leaves, watch: bool = False
-) -> tuple[Recorder, dict[str, torch.Tensor]]:
-    """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
+def _record(prepared: nn.Module, call: verify.Call, leaves: Leaves, untraceable: dict[str, str]) -> Recording:
+    """Run copies of the model under a recorder until nothing that it meets is new to `untraceable`."""
+    while True:
+        recording = _record_either(prepared, call, leaves, untraceable)
+        if not recording[0].untraceable:
+            return recording
+        untraceable.update(recording[0].untraceable)
+
+
+def _record_either(
+    prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str], watch: bool = False
+) -> Recording:
+    """Record what the model does, or, where that cannot be followed, what it does when it is being compiled.
+
+    Libraries leave out their shortcuts on tensor values (a mask of ones, ...) where they believe to be compiled.
+    """
+    recording: Recording | None = None
+    refusal: TraceError | None = None
     try:
-        return _record_once(prepared, call, leaves, watch)
+        recording = _record_once(prepared, call, leaves, opaque, watch)
+        if not recording[0].untraceable:
+            return recording
     except TraceError as error:
-        # Libraries leave out their shortcuts on tensor values (a mask of ones, ...) where they believe to be compiled.
-        try:
-            with _seen_as_compiling():
-                return _record_once(prepared, call, leaves, watch)
-        except TraceError as second:
-            if str(second) == str(error):
-                raise error from None
-            raise TraceError(f"{error}. Where it is told that it is being compiled: {second}") from error
+        refusal = error
+    try:
+        with _seen_as_compiling():
+            compiled = _record_once(prepared, call, leaves, opaque, watch)
+    except TraceError as error:
+        if refusal is not None and error.what != refusal.what:
+            what = f"{refusal.what}. Where it is told that it is being compiled: {error.what}"
+            raise TraceError(what, REMEDY, refusal.module) from refusal
+    else:
+        if recording is None or not compiled[0].untraceable:
+            return compiled
+    if recording is None:
+        assert refusal is not None
+        raise refusal
+    return recording
+
+
+def _watch(prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the value of each node on another call."""
+    return _record_either(prepared, call, leaves, opaque, watch=True)[0].watched or {}
 
 
 def _record_once(
-    prepared: nn.Module, call: verify.Call, leaves: Leaves, watch: bool
-) -> tuple[Recorder, dict[str, torch.Tensor]]:
+    prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str], watch: bool
+) -> Recording:
+    """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
     root = copy.deepcopy(prepared)
-    recorder = Recorder(root, leaves, watch)
+    recorder = Recorder(root, leaves, opaque, watch)
     args, kwargs = signature.place(recorder, signature.bind(prepared, *call))
     torch.manual_seed(0)
     try:
@@ -117,7 +152,7 @@ def _record_once(
     except Exception as error:
         if recorder.refusal is not None:
             raise recorder.refusal from error
-        raise TraceError(f"{_line_of(error)} fails while it is traced: {error}; {REMEDY}") from error
+        raise TraceError(f"{line_of(error)} fails while it is traced: {error}", REMEDY) from error
     if recorder.refusal is not None:
         raise recorder.refusal
     return recorder, recorder.finish(output)
@@ -162,21 +197,18 @@ def _seen_as_compiling() -> Iterator[None]:
 
 @contextmanager
 def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
-    """Record the functions given to `torch.fx.wrap` as single calls."""
+    """Record the functions given to `torch.fx.wrap` as single calls, and refuse to compile while recording."""
     originals = []
     for (_, name), scope in fx._symbolic_trace._wrapped_fns_to_patch.items():
         if callable(function := scope.get(name)):
             originals.append((scope, name, function))
+    compile = torch.compile
     try:
         for scope, name, function in originals:
             scope[name] = partial(recorder.wrapped, function)
+        torch.compile = partial(recorder.compiling, compile)
         yield
     finally:
+        torch.compile = compile
         for scope, name, function in originals:
             scope[name] = function
-
-
-def _line_of(error: BaseException) -> str:
-    """The innermost line of the user's code that an exception passed."""
-    frames = [frame for frame in extract_tb(error.__traceback__) if not is_internal(frame.filename)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the model"

@@ -20,7 +20,10 @@ from fxq.tracing.spelling import LITERALS
 from fxq.tracing.symbols import is_symbol
 from fxq.tracing.values import concrete, named_tensors, storage, version
 
-REMEDY = "write it with torch functions (torch.where, ...), or list the module in `leaves` to keep it as one float call"
+REMEDY = (
+    "write it with torch functions (torch.where, ...), or hand over torch.nn.Sequential(model): the model's own code "
+    "then stays float, as a leaf, and the modules in it are quantized"
+)
 
 
 class Builder:
@@ -55,7 +58,7 @@ class Builder:
     def refuse(self, what: str) -> NoReturn:
         """Raise `TraceError` about the user's line; it stands even where the model's code catches it."""
         module = f" (module '{self.paths[-1]}')" if self.paths[-1] else ""
-        error = TraceError(f"{self.line() or 'the model'}{module} {what}; {REMEDY}")
+        error = TraceError(f"{self.line() or 'the model'}{module} {what}", REMEDY)
         self.refusal = self.refusal or error
         raise error
 

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class Origin:
 def is_internal(filename: str) -> bool:
     """Tell the code of torch, fxq and Python itself from the user's."""
     return filename.startswith(_OWN) or (filename.startswith(_LIBRARY) and "site-packages" not in filename)
+
+
+def line_of(error: BaseException) -> str:
+    """Return the innermost line of the user's code that an exception passed."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if not is_internal(frame.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the model"
 
 
 def enter(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxq.errors import TraceError
 from fxq.tracing.builder import REMEDY, Builder
 from fxq.tracing.graph_functions import TracingWarning, guard, length, mutate
-from fxq.tracing.origin import Origin, enter
+from fxq.tracing.origin import Origin, enter, line_of
 from fxq.tracing.spelling import (
     COUNTED,
     DTYPE,
@@ -47,8 +47,16 @@ from fxq.tracing.values import ancestors, concrete, tensors, traced, version
 class Recorder(Builder):
     """One trace: the graph so far, and which node each live tensor is the value of."""
 
-    def __init__(self, root: nn.Module, leaves: tuple[type[nn.Module] | str, ...], watch: bool = False) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        leaves: tuple[type[nn.Module] | str, ...],
+        opaque: Collection[str] = (),
+        watch: bool = False,
+    ) -> None:
+        """Stand in for every module of `root`; `leaves` and the modules at the paths `opaque` stay one call."""
         super().__init__(root)
+        self.untraceable: dict[str, str] = {}
         self.buffers = {module: dict(module._buffers) for module in root.modules()}
         self.asked: dict[str, str] = {}
         self.read: set[str] = set()
@@ -58,7 +66,8 @@ class Recorder(Builder):
         self.thread = threading.get_ident()
         self.watched: dict[str, torch.Tensor] | None = {} if watch else None
         for path, module in root.named_modules():
-            module.__dict__["forward"] = partial(self.module, path, is_leaf(module, path, leaves), module.forward)
+            leaf = is_leaf(module, path, leaves) or path in opaque
+            module.__dict__["forward"] = partial(self.module, path, leaf, module.forward)
 
     # Running the model.
 
@@ -73,12 +82,32 @@ class Recorder(Builder):
             return forward(*args, **kwargs)
         self.paths.append(path)
         try:
-            if not leaf:
-                return forward(*args, **kwargs)
-            with torch._C.DisableTorchFunction():
-                return self.record(forward, args, kwargs, lambda: ("call_module", path, args, kwargs), always=True)
+            return self.leaf(path, forward, args, kwargs) if leaf else self.follow(path, forward, args, kwargs)
         finally:
             self.paths.pop()
+
+    def leaf(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a module as one call."""
+        # Without the modes, since torch.cond compiles itself, which must not see them.
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return self.record(forward, args, kwargs, lambda: ("call_module", path, args, kwargs), always=True)
+
+    def follow(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module's code; where that cannot be recorded, note why and go on as if the module were a leaf."""
+        try:
+            result = forward(*args, **kwargs)
+            if self.refusal is not None:
+                raise self.refusal  # The module's code has caught it.
+            return result
+        except Exception as error:
+            if not path:
+                raise
+            line = line_of(error)
+            why = error.what if isinstance(error, TraceError) else f"{line} fails while it is traced: {error}"
+            self.refusal = None
+            result = self.leaf(path, forward, args, kwargs)
+            self.untraceable[path] = why
+            return result
 
     def wrapped(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a function that the user gave to `torch.fx.wrap`: one call, whatever is inside."""
@@ -88,6 +117,12 @@ class Recorder(Builder):
             result = self.record(function, args, kwargs, lambda: ("call_function", function, args, kwargs), always=True)
         next(node for node in reversed(self.graph.nodes) if node.target is function).meta["is_wrapped"] = True
         return result
+
+    def compiling(self, compile: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `torch.compile`, which torch.cond and its like call, and which cannot see through a recorder."""
+        if not self.busy and self.thread == threading.get_ident():
+            self.refuse("compiles a part of itself (torch.cond, torch.compile)")
+        return compile(*args, **kwargs)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for a torch function: answer what it asks, or execute and record it."""
@@ -318,11 +353,13 @@ class Recorder(Builder):
                 self.graph.erase_node(node)
         changed = {name for name, tensor in self.attributes.items() if version(tensor) != self.versions[name]}
         if changed & set(self.constants):
-            raise TraceError(f"the model changes a tensor that it did not make with torch functions; {REMEDY}")
+            raise TraceError("the model changes a tensor that it did not make with torch functions", REMEDY)
         if lasting := sorted(changed & self.read):
             raise TraceError(
                 f"the model reads the value of `{lasting[0]}` into Python and changes it, "
-                f"so each call may decide differently; {REMEDY}"
+                "so each call may decide differently",
+                REMEDY,
+                module=lasting[0].rpartition(".")[0],
             )
         return self.constants
 
@@ -335,7 +372,9 @@ class Recorder(Builder):
                 if buffer is not before and buffer is not None:
                     if before is None or (before.shape, before.dtype) != (buffer.shape, buffer.dtype):
                         raise TraceError(
-                            f"the model replaces its buffer `{prefix}{name}` by one of another shape or dtype; {REMEDY}"
+                            f"the model replaces its buffer `{prefix}{name}` by one of another shape or dtype",
+                            REMEDY,
+                            module=path,
                         )
                     target = self.create("get_attr", prefix + name, line="")
                     self.create("call_function", mutate, (target, "copy_", self.node_of(buffer)), line="")

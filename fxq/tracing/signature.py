@@ -108,6 +108,8 @@ def _leaves(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
     recorder.texts[node] = text
     recorder.varying.add(node)
     if isinstance(value, torch.Tensor):
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise TraceError(f"argument `{text}` comes from torch.func (vmap, grad), which a graph cannot hold")
         return recorder.input(value.detach().clone(), node)
     if value is None or isinstance(value, _FIXED):
         recorder.create("call_function", guard, (node, value, f"argument `{text}` was {value!r} in the example inputs"))

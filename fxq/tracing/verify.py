@@ -13,10 +13,9 @@ import torch
 from torch import fx, nn
 
 from fxq.errors import GuardError, TraceError
+from fxq.tracing.builder import REMEDY
 from fxq.tracing.origin import Origin
 from fxq.tracing.values import map_tensors, tensors
-
-REMEDY = "list the module in `leaves` to keep it as one float call"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Watch = Callable[[Call], dict[str, torch.Tensor]]
@@ -56,12 +55,11 @@ def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where:
     except GuardError:
         raise
     except Exception as error:
-        raise TraceError(
-            f"the traced graph fails on {where}, which the model takes: {error}; {_first_difference(gm, call, watch)}"
-        ) from error
+        what = f"the traced graph fails on {where}, which the model takes: {error}"
+        raise _blame(what, gm, call, watch) from error
     if not _same(actual, expected):
-        difference = _first_difference(gm, call, watch)
-        raise TraceError(f"the traced graph does not compute what the model computes on {where}; {difference}")
+        what = f"the traced graph does not compute what the model computes on {where}"
+        raise _blame(what, gm, call, watch)
 
 
 def _cloned(call: Call) -> Call:
@@ -105,7 +103,7 @@ def _parts(value: Any) -> list[Any] | None:
 
 
 class _Comparing(fx.Interpreter):
-    """Runs a graph against the known values of its nodes, and keeps the first node that has another."""
+    """Runs a graph against the known values of its nodes, and keeps the first node that has another, or fails."""
 
     def __init__(self, gm: fx.GraphModule, known: dict[str, torch.Tensor]) -> None:
         super().__init__(gm)
@@ -113,13 +111,18 @@ class _Comparing(fx.Interpreter):
         self.first: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception:
+            self.first = self.first or n
+            raise
         if self.first is None and n.name in self.known and not _same(result, self.known[n.name]):
             self.first = n
         return result
 
 
-def _first_difference(gm: fx.GraphModule, call: Call, watch: Watch) -> str:
+def _blame(what: str, gm: fx.GraphModule, call: Call, watch: Watch) -> TraceError:
+    """Return an error that names the first operation to differ, and its module."""
     args, kwargs = _cloned(call)
     comparing = _Comparing(copy.deepcopy(gm), watch(call))
     bound = inspect.signature(gm.forward).bind(*args, **kwargs)
@@ -128,7 +131,7 @@ def _first_difference(gm: fx.GraphModule, call: Call, watch: Watch) -> str:
     with torch.no_grad(), suppress(Exception):
         comparing.run(*bound.arguments.values())
     if (node := comparing.first) is None:
-        return f"no single operation differs; {REMEDY}"
+        return TraceError(f"{what}; no single operation differs", REMEDY)
     origin: Origin = node.meta["origin"]
     first = f"%{node.name} = {node._pretty_print_target(node.target)} in module '{origin.module}' ({origin.line})"
-    return f"the first to differ is {first}; {REMEDY}"
+    return TraceError(f"{what}; the first to differ is {first}", REMEDY, origin.module)

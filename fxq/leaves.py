@@ -1,0 +1,230 @@
+"""Inside a leaf: the code of a module that cannot be traced stays float, and the modules in it become int8.
+
+`prepare` puts a `Watch` before the forward of every module inside the leaves of a graph, and runs the examples. A
+watched module is prepared, as a model of its own, on the first call that reaches it; where that fails, the modules in
+it remain watched. So the largest modules that can be traced are prepared, whether the examples or the calibration data
+reach them. From then on they run as prepared, and learn. `convert` puts an integer module in the place of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxq import pipeline, tracing
+from fxq.decisions import Decision
+from fxq.errors import FxqError, GuardError, InputError, TraceError
+from fxq.graph import unchanged
+from fxq.inputs import Call
+from fxq.observers import paused
+from fxq.pipeline import Context, Pass
+from fxq.quantized import QuantizedModule, weight_bytes
+
+META = "leaves"
+"""Where a prepared graph's `meta` holds its `Leaves`."""
+
+
+@dataclass
+class Leaves:
+    """What is known of the modules inside the leaves of one prepared graph.
+
+    opaque: what the user wants left alone. own: the decisions about the graph itself. roots: the leaves' paths by node.
+    probing: the examples are running, which are counted and not learned from.
+    """
+
+    ctx: Context
+    passes: Sequence[Pass]
+    opaque: tracing.Leaves
+    own: list[Decision]
+    roots: dict[str, str]
+    watched: dict[str, Watch] = field(default_factory=dict)
+    probing: bool = False
+
+    def prepared(self, root: str = "") -> list[Watch]:
+        """The watches whose module is prepared, in the leaf at `root` or in all."""
+        return [w for w in self.watched.values() if w.prepared is not None and w.path.startswith(root)]
+
+    def note_decisions(self) -> None:
+        """List what is inside each leaf behind it in the report; the leaf keeps the products that only it does."""
+        decisions: list[Decision] = []
+        done: set[str] = set()
+        for own in self.own:
+            inner = []
+            if (root := self.roots.get(own.node)) is not None and root not in done:
+                done.add(root)
+                inner = [decision for watch in self.prepared(f"{root}.") for decision in watch.decisions()]
+            decisions += [replace(own, macs=max(0, own.macs - sum(decision.macs for decision in inner))), *inner]
+        self.ctx.report.decisions = decisions
+
+    def note_float(self, watch: Watch, why: str) -> None:
+        """Say in the report why a module that could weigh stays float, unless the modules in it have their own say."""
+        weighs = any(parameter.dim() > 1 for parameter in watch.module.parameters(recurse=False))
+        if weighs:
+            self.ctx.report.notes.append(f"{watch.path} stays float: {why}")
+
+
+class Watch:
+    """Stands as the `forward` of a module inside a leaf; `path` is the module's in the user's model."""
+
+    def __init__(self, leaves: Leaves, path: str, module: nn.Module) -> None:
+        self.leaves, self.path, self.module = leaves, path, module
+        self.replaced = module.__dict__.get("forward")
+        self.prepared: GraphModule | None = None
+        self.calls = 0
+        self.hold()
+
+    def hold(self) -> None:
+        """Take the place of the module's forward."""
+        self.module.__dict__["forward"] = self
+        self.leaves.watched[self.path] = self
+
+    def release(self) -> None:
+        """Give the module its own forward back."""
+        del self.module.__dict__["forward"], self.leaves.watched[self.path]
+        if self.replaced is not None:
+            self.module.__dict__["forward"] = self.replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as prepared, or else as it is."""
+        try:
+            if self.prepared is None:
+                self._prepare(Call(args, kwargs))
+            assert self.prepared is not None
+            self.calls += self.leaves.probing
+            if not self.leaves.probing:
+                return self.prepared(*args, **kwargs)
+            with paused(self.prepared):
+                return self.prepared(*args, **kwargs)
+        except (TraceError, GuardError, InputError, _NotWorthwhileError) as error:
+            self.prepared = None
+            self._release_all()
+            if not isinstance(error, _NotWorthwhileError):
+                watch_inside(self.leaves, self.path, self.module)
+                self.leaves.note_float(self, error.what if isinstance(error, TraceError) else str(error))
+            return self.module.forward(*args, **kwargs)
+
+    def decisions(self) -> list[Decision]:
+        """What became of the module's operations, under their paths in the whole model."""
+        assert self.prepared is not None
+        report = cast(Context, self.prepared.meta["fxq"]).report
+        return [replace(d, node=f"{self.path}.{d.node}", macs=d.macs * self.calls) for d in report.decisions]
+
+    def _prepare(self, call: Call) -> None:
+        self._release_all()
+        leaves, outer = self.leaves, self.leaves.ctx
+        paths = [path for path, m in self.module.named_modules() if path and _is_opaque(leaves, self._inside(path), m)]
+        kinds = [leaf for leaf in leaves.opaque if not isinstance(leaf, str)]
+        gm = tracing.trace(self.module, call.args, call.kwargs, leaves=(*kinds, *paths))
+        for node in gm.graph.nodes:
+            origin: tracing.Origin = node.meta["origin"]
+            node.meta["origin"] = replace(origin, module=self._inside(origin.module))
+        ctx = Context(outer.recipe, outer.families, call.clone(), check=outer.check)
+        gm = prepare(gm, ctx, leaves.passes, leaves.opaque)
+        if not any(decision.form == "int8" for decision in ctx.report.decisions):
+            raise _NotWorthwhileError
+        self.prepared = gm
+        self.hold()
+
+    def _inside(self, path: str) -> str:
+        return f"{self.path}.{path}" if path else self.path
+
+    def _release_all(self) -> None:
+        for module in self.module.modules():
+            watch = module.__dict__.get("forward")
+            if isinstance(watch, Watch):
+                watch.release()
+
+
+class _NotWorthwhileError(FxqError):
+    """Nothing in a module runs on integers."""
+
+
+def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: tracing.Leaves) -> GraphModule:
+    """Take a traced graph through `passes`, and the modules inside its leaves likewise."""
+    ctx.report.guards = tracing.guards(gm)
+    ctx.report.weight_bytes = (weight_bytes(gm), 0)
+    pipeline.begin(gm, ctx)
+    gm = pipeline.run(passes, gm, ctx)
+    gm.meta["fxq"] = ctx
+    roots = {node.name: str(node.target) for node in gm.graph.nodes if "untraceable" in node.meta}
+    if not roots:
+        return gm
+    leaves = gm.meta[META] = Leaves(ctx, passes, opaque, ctx.report.decisions, roots)
+    for root in set(roots.values()):
+        watch_inside(leaves, root, gm.get_submodule(root))
+    leaves.probing = True
+    _run_examples(gm, ctx)
+    leaves.probing = False
+    leaves.note_decisions()
+    return gm
+
+
+def watch_inside(leaves: Leaves, root: str, leaf: nn.Module) -> None:
+    """Watch the modules inside the one at `root`, but for those with hooks: a hook belongs to the leaf's code."""
+    for path, module in leaf.named_modules(prefix=root):
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if path != root and not hooked and not scripted and not _is_opaque(leaves, path, module):
+            Watch(leaves, path, module)
+
+
+def _is_opaque(leaves: Leaves, path: str, module: nn.Module) -> bool:
+    """Whether the user wants a module left alone, or one that it is in."""
+    outer = [path[:i] for i in range(len(path) + 1) if path[i : i + 1] in (".", "")]
+    return any(
+        any(fnmatchcase(part, leaf) for part in outer) if isinstance(leaf, str) else isinstance(module, leaf)
+        for leaf in leaves.opaque
+    )
+
+
+def convert(gm: GraphModule, passes: Sequence[Pass]) -> QuantizedModule:
+    """Take a calibrated graph, which is consumed, through `passes`, and the modules inside its leaves likewise."""
+    ctx: Context = gm.meta["fxq"]
+    if META in gm.meta:
+        _convert_inside(gm, gm.meta.pop(META), passes)
+    gm = pipeline.run(passes, gm, ctx)
+    ctx.report.weight_bytes = (ctx.report.weight_bytes[0], weight_bytes(gm))
+    return QuantizedModule.of(gm, ctx.report)
+
+
+def _convert_inside(gm: GraphModule, leaves: Leaves, passes: Sequence[Pass]) -> None:
+    report = leaves.ctx.report
+    watches = list(leaves.watched.values())
+    for watch in watches:
+        watch.release()
+    for watch in watches:
+        if watch.prepared is None:
+            leaves.note_float(watch, "neither the examples nor the calibration data reach it")
+            continue
+        converted = convert(watch.prepared, passes)
+        _replace(gm, watch.module, converted)
+        try:
+            _run_examples(gm, leaves.ctx)
+        except Exception as error:
+            # The leaf reads more of the module than its result: its weight's dtype, say.
+            _replace(gm, converted, watch.module)
+            leaves.note_float(watch, f"its leaf does not work with an integer one in its place: {error}")
+            continue
+        leaves.watched[watch.path] = watch
+        report.guards += [f"{watch.path}: {guard}" for guard in converted.report.guards]
+        report.notes += converted.report.notes
+    leaves.note_decisions()
+
+
+def _replace(gm: GraphModule, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(gm.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _run_examples(gm: GraphModule, ctx: Context) -> None:
+    examples = ctx.examples.clone()
+    with torch.no_grad(), unchanged(gm), paused(gm):
+        gm(*examples.args, **examples.kwargs)

@@ -1,0 +1,322 @@
+"""Modules that cannot be traced become leaves, and what can be traced in them becomes int8."""
+
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxq
+from fxq.decisions import Reason
+from fxq.graph import is_call
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) + 0.1
+DATA = [X + shift for shift in (-2, 0, 2)]
+
+pytestmark = pytest.mark.filterwarnings("ignore::fxq.api.KeptFloatWarning", "ignore::fxq.api.AccuracyWarning")
+
+
+def linear(n=16, m=16):
+    return nn.Linear(n, m)
+
+
+class Branching(nn.Module):
+    """Takes one of two branches, by the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.positive = nn.Sequential(linear(), nn.ReLU(), linear())
+        self.negative = linear()
+
+    def forward(self, x):
+        return self.positive(x) if x.sum() > 0 else self.negative(x)  # the decision
+
+
+class Net(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.first, self.inner, self.last = linear(), inner, linear(16, 4)
+
+    def forward(self, x):
+        return self.last(F.relu(self.inner(self.first(x))))
+
+
+def net(inner):
+    return Net(inner).eval()
+
+
+def decisions(qmodel, module):
+    return [d for d in fxq.report(qmodel).decisions if d.module == module]
+
+
+def is_int8(qmodel, module):
+    return [d.form for d in decisions(qmodel, module)] == ["int8"]
+
+
+def test_the_innermost_module_becomes_a_leaf():
+    gm = fxq.trace(nn.Sequential(linear(), nn.Sequential(Branching(), linear()), Branching()).eval(), X)
+    calls = {str(node.target): node.meta.get("untraceable", "") for node in gm.graph.nodes if is_call(node)}
+    assert list(calls) == ["0", "1.0", "1.1", "2"]
+    assert calls["0"] == calls["1.1"] == ""
+    for path in ("1.0", "2"):
+        assert "test_leaves.py:" in calls[path]
+        assert f"(module '{path}') needs the value of a tensor for Python" in calls[path]
+
+
+def test_a_module_whose_leaf_cannot_be_a_node_becomes_the_leaf_itself():
+    class Count(nn.Module):
+        def forward(self, x):
+            return int((x > 0).sum())
+
+    class Repeat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count, self.l = Count(), linear()
+
+        def forward(self, x):
+            return self.l(x) if self.count(x) > 3 else x
+
+    gm = fxq.trace(net(Repeat()), X)
+    assert [n.target for n in gm.graph.nodes if "untraceable" in n.meta] == ["inner"]
+
+
+def test_both_branches_are_integers_where_the_data_reach_both():
+    model = net(Branching())
+    qmodel = fxq.quantize(model, X, calibration_data=DATA)
+    assert all(is_int8(qmodel, path) for path in ("first", "inner.positive.0", "inner.positive.2", "inner.negative"))
+    (leaf,) = decisions(qmodel, "inner")
+    assert (leaf.form, leaf.reason, leaf.macs) == ("float", Reason.UNTRACEABLE, 0)
+    assert "test_leaves.py:" in leaf.detail
+    report = fxq.report(qmodel)
+    assert report.int8_share == 1
+    assert report.weight_bytes[1] < 0.6 * report.weight_bytes[0]
+    names = [d.node for d in report.decisions]
+    assert len(names) == len(set(names))
+    for x in (X[:3] + 1, X[:5] - 1):
+        assert fxq.compare(model, qmodel, x).output > 25
+        assert not any(parameter.is_floating_point() for parameter in qmodel.inner.parameters())
+
+
+def test_a_branch_that_no_data_reach_stays_float_and_works():
+    model = net(Branching())
+    qmodel = fxq.quantize(model, X)
+    reached = "positive" if model.first(X).sum() > 0 else "negative"
+    assert any(d.module.startswith(f"inner.{reached}") for d in fxq.report(qmodel).decisions)
+    assert not any(d.module.startswith("inner.") and reached not in d.module for d in fxq.report(qmodel).decisions)
+    notes = [note for note in fxq.report(qmodel).notes if "neither the examples nor the calibration data" in note]
+    assert len(notes) == (1 if reached == "positive" else 2)
+    for x in (X + 2, X - 2):
+        assert qmodel(x).shape == model(x).shape
+
+
+def test_three_steps_do_the_same():
+    model = net(Branching())
+    prepared = fxq.prepare(model, X)
+    assert any(d.form == "int8" and d.module.startswith("inner.") for d in fxq.report(prepared).decisions)
+    fxq.calibrate(prepared, DATA)
+    first, second = fxq.convert(prepared), fxq.convert(prepared)
+    expected = fxq.quantize(model, X, calibration_data=DATA)
+    for x in DATA:
+        assert torch.equal(first(x), expected(x))
+        assert torch.equal(second(x), expected(x))
+
+
+def test_the_examples_are_not_calibration_data():
+    model = net(Branching())
+    near = fxq.quantize(model, X, calibration_data=DATA)
+    far = fxq.quantize(model, 100 * X, calibration_data=DATA, on_low_sqnr="ignore")
+    for x in DATA:
+        assert torch.equal(near(x), far(x))
+
+
+def test_the_result_can_be_copied_pickled_and_saved(tmp_path):
+    qmodel = fxq.quantize(net(Branching()), X, calibration_data=DATA)
+    buffer = io.BytesIO()
+    torch.save(qmodel, buffer)
+    buffer.seek(0)
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    with pytest.raises(fxq.FileError, match="trust=True"):
+        fxq.load(tmp_path / "model.fxq")
+    twins = [
+        copy.deepcopy(qmodel),
+        torch.load(buffer, weights_only=False),
+        fxq.load(tmp_path / "model.fxq", trust=True),
+    ]
+    for twin in twins:
+        assert str(fxq.report(twin)) == str(fxq.report(qmodel))
+        assert twin.state_dict().keys() == qmodel.state_dict().keys()
+        for x in DATA:
+            assert torch.equal(twin(x), qmodel(x))
+    fxq.draw(qmodel, tmp_path / "model.dot")
+    golden = fxq.golden(qmodel, islands="torch")
+    assert np.array_equal(golden(X.numpy()), qmodel(X).numpy())
+
+
+def test_the_users_model_is_as_before(fingerprint):
+    model = net(Branching())
+    before = fingerprint(model)
+    fxq.quantize(model, X, calibration_data=DATA)
+    assert fingerprint(model) == before
+
+
+def test_numpy_in_the_middle():
+    class Round(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x):
+            return self.b(torch.from_numpy(np.tanh(self.a(x).numpy())))
+
+    qmodel = fxq.quantize(net(Round()), X)
+    assert is_int8(qmodel, "inner.a")
+    assert is_int8(qmodel, "inner.b")
+    assert fxq.report(qmodel).sqnr > 25
+
+
+def test_torch_cond():
+    class Cond(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+
+    gm = fxq.trace(net(Cond()), X)
+    assert [n.target for n in gm.graph.nodes if "untraceable" in n.meta] == ["inner"]
+
+
+def test_vmap():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x):
+            return self.b(torch.vmap(self.a)(x))
+
+    qmodel = fxq.quantize(net(Mapped()), X)
+    assert isinstance(qmodel.inner.a, nn.Linear)
+    assert is_int8(qmodel, "inner.b")
+
+
+def test_scripted_modules_stay_float():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(linear(), nn.ReLU()))
+    qmodel = fxq.quantize(net(scripted), X)
+    assert [(d.form, d.reason) for d in decisions(qmodel, "inner")] == [("float", Reason.LEAF_MODULE)]
+
+
+def test_leaves_of_the_user_stay_float():
+    model = net(Branching())
+    qmodel = fxq.quantize(model, X, calibration_data=DATA, leaves=("inner.positive", "last"))
+    assert isinstance(qmodel.inner.positive[0], nn.Linear)
+    assert is_int8(qmodel, "inner.negative")
+    nothing = fxq.quantize(model, X, calibration_data=DATA, leaves=(Branching,))
+    assert isinstance(nothing.inner.negative, nn.Linear)
+    assert [(d.form, d.reason) for d in decisions(nothing, "inner")] == [("float", Reason.LEAF_MODULE)]
+
+
+def test_recipes_speak_of_modules_inside():
+    recipe = fxq.Recipe(modules={"inner.positive.0": fxq.FLOAT, "inner.negative": fxq.FLOAT})
+    qmodel = fxq.quantize(net(Branching()), X, calibration_data=DATA, recipe=recipe)
+    (excluded, integer) = (decisions(qmodel, f"inner.positive.{i}") for i in (0, 2))
+    assert [d.reason for d in excluded] == [Reason.USER_EXCLUDED]
+    assert [d.form for d in integer] == ["int8"]
+    assert isinstance(qmodel.inner.negative, nn.Linear)
+
+
+def test_a_leaf_that_reads_the_weight_of_a_module_keeps_it():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x):
+            assert x.numpy().dtype == np.float32
+            return self.b(self.a(x.to(self.a.weight.dtype)))
+
+    qmodel = fxq.quantize(net(Reading()), X)
+    assert isinstance(qmodel.inner.a, nn.Linear)
+    assert is_int8(qmodel, "inner.b")
+    assert any("inner.a stays float" in note for note in fxq.report(qmodel).notes)
+
+
+def test_a_sequential_that_the_leaf_walks_through_and_leaves_in_leaves():
+    class Walking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(linear(), Branching(), linear())
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) if x.sum() > -1e9 else x
+            return x
+
+    qmodel = fxq.quantize(net(Walking()), X, calibration_data=DATA)
+    paths = ("inner.layers.0", "inner.layers.1.positive.0", "inner.layers.1.negative", "inner.layers.2")
+    assert all(is_int8(qmodel, path) for path in paths)
+
+
+def test_a_module_called_in_several_ways_stays_float():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Flag()
+
+        def forward(self, x):
+            return self.block(self.block(x, True) if x.sum() > -1e9 else x, False)
+
+    class Flag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = linear()
+
+        def forward(self, x, flag):
+            return F.relu(self.l(x)) if flag else self.l(x)
+
+    model = net(Twice())
+    qmodel = fxq.quantize(model, X, calibration_data=DATA)
+    assert is_int8(qmodel, "inner.block.l")
+    assert fxq.compare(model, qmodel, X[:3]).output > 20
+
+
+def test_strict_names_what_a_leaf_keeps():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return x @ self.w if x.sum() > -1e9 else x
+
+    with pytest.raises(fxq.QuantizationError, match=r"inner  Own  UNTRACEABLE  test_leaves.py:\d+"):
+        fxq.quantize(net(Own()), X, strict=True)
+    fxq.quantize(net(Branching()), X, calibration_data=DATA, strict=True)
+
+
+def test_what_the_error_at_the_root_advises_works():
+    model = Branching().eval()
+    wrapped = nn.Sequential(model).eval()
+    with pytest.raises(fxq.TraceError, match=r"test_leaves.py:\d+ .*hand over torch.nn.Sequential\(model\)"):
+        fxq.quantize(model, X)
+    qmodel = fxq.quantize(wrapped, X, calibration_data=DATA)
+    assert is_int8(qmodel, "0.negative")
+    for x in DATA:
+        assert fxq.compare(wrapped, qmodel, x).output > 20
+
+
+def test_cost_of_many_leaves_is_two_traces(monkeypatch):
+    from fxq.tracing import recorder
+
+    runs = []
+    run = recorder.Recorder.run
+    monkeypatch.setattr(recorder.Recorder, "run", lambda self, *args: runs.append(1) or run(self, *args))
+    fxq.trace(nn.Sequential(*(Branching() for _ in range(12))).eval(), X)
+    assert len(runs) == 3  # as it runs, as if compiled, and with the leaves known
