@@ -19,6 +19,9 @@ from fxq.numerics import activation_qparams, weight_scales
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, Granularity, QParams
 
 BINS = 4096
+CLIP_COST = 4.0
+"""What the squared error of a clipped value counts: it has one sign, so it adds up in the next product, where errors of
+rounding cancel. Measured: with 1, `histogram` falls behind `min_max` by up to 0.4 dB; with 4 it is level or ahead."""
 
 
 class Observer(nn.Module):
@@ -100,7 +103,7 @@ class MovingAverage(Observer):
 
 
 class Histogram(Observer):
-    """The range with the smallest mean squared quantization error over a histogram of all values seen.
+    """The range with the smallest mean squared quantization error over a histogram of all values seen (see CLIP_COST).
 
     4096 bins; when a batch leaves their range, the range doubles and bins merge in pairs, so counts stay exact. Zeros
     are left out: they are exact in every affine quantization.
@@ -173,10 +176,12 @@ class Histogram(Observer):
 
 
 def _squared_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], low: float, high: float) -> float:
-    """The sum of counts * (value - dequantize(quantize(value)))^2 with the parameters of [low, high]."""
+    """The sum of counts * cost * (value - dequantize(quantize(value)))^2; cost: CLIP_COST where clipped, else 1."""
     q = activation_qparams(low, high)
-    steps = np.clip(np.rint(values / q.scale) + q.zero_point, ACT_QMIN, ACT_QMAX) - q.zero_point
-    return float(np.dot(counts, (values - steps * q.scale) ** 2))
+    wanted = np.rint(values / q.scale) + q.zero_point
+    steps = np.clip(wanted, ACT_QMIN, ACT_QMAX)
+    cost = np.where(wanted == steps, 1.0, CLIP_COST)
+    return float(np.dot(counts * cost, (values - (steps - q.zero_point) * q.scale) ** 2))
 
 
 class Percentile(Histogram):
