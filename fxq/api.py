@@ -251,10 +251,15 @@ def golden(
     named = zip(flat.graph.nodes, plain["nodes"], strict=True)
     types = {entry["target"]: node.target for node, entry in named if isinstance(node.target, type)}
     program = build(plain, constants, types, ops or ())
+    names = {step.name for step in program.steps if not step.op}
 
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
-        changed = [f"{place_of(node)}: {target_name(node.target)}" for node in mutations(flat, *call)]
+        changed = [
+            f"{place_of(node)}: {target_name(node.target)}"
+            for node, held in mutations(flat, *call).items()
+            if any(reader.name not in names for holder in held for reader in holder.users)
+        ]
         if changed:
             raise GoldenError(
                 f"{', '.join(changed)} works in place, which a golden model cannot; write it out of place"
@@ -262,7 +267,6 @@ def golden(
         interpreter = Interpreter(flat, garbage_collect_values=False)
         with torch.no_grad():
             interpreter.run(*bind(flat, *call))
-        names = {step.name for step in program.steps if not step.op}
         found = {node.name: value for node, value in interpreter.env.items() if node.name in names}
         return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
 

@@ -48,6 +48,10 @@ class Op:
 # The integer ops. The order of their operands is that of the torch ops, whose weights are packed.
 
 
+def _quantize_scaled(x: F32, factor: F32, scale: float, zero_point: int) -> U8:
+    return numerics.quantize(x * factor, scale, zero_point)
+
+
 def _weight(x: Array, packed: I8, bias: I32) -> I8:
     n, k = len(bias), x.shape[-1]
     if len(packed) != numerics.packed_size(n, k):
@@ -202,7 +206,17 @@ def _max_pool1d(
     return _max_pool(input, (kernel_size,), (stride,), (padding,), (dilation,), ceil_mode)
 
 
-def _embedding(input: npt.NDArray[np.integer], weight: Array, padding_idx: int | None = None) -> Array:
+def _embedding(
+    input: npt.NDArray[np.integer],
+    weight: Array,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Array:
+    if max_norm is not None:
+        raise GoldenError("an embedding with max_norm changes its weight at each call; a golden model does not")
     if input.size and (input.min() < 0 or input.max() >= len(weight)):
         raise IndexError(f"an index is outside the {len(weight)} rows of the embedding")
     rows: Array = weight[input]
@@ -291,7 +305,8 @@ def _guard(value: object, expected: object, message: str) -> None:
 
 
 OPS: dict[str, Op] = {
-    "fxq.quantize": Op(lambda x, scale, zero_point: numerics.quantize(x, scale, zero_point)),
+    "fxq.quantize": Op(numerics.quantize),
+    "fxq.quantize_scaled": Op(_quantize_scaled),
     "fxq.dequantize": Op(numerics.dequantize),
     "fxq.requantize": Op(numerics.requantize),
     "fxq.qadd": Op(numerics.qadd),
@@ -329,7 +344,7 @@ OPS: dict[str, Op] = {
     "getattr": Op(_getattr),
     "size": Op(_size),
     "dim": Op(lambda input: input.ndim),
-    "numel": Op(lambda input: input.size),
+    "numel": Op(lambda input: math.prod(input.shape if isinstance(input, np.ndarray) else input)),
     "guard": Op(_guard),
     "structure": Op(_structure),
 }
@@ -379,7 +394,7 @@ def canonical(target: str, *, on_tensors: bool) -> str:
     home, _, name = target.rpartition(".")
     if home in ("operator", "_operator", "math") and not on_tensors:
         return f"{home.lstrip('_')}.{name}"
-    return name if home.partition(".")[0] in ("", "torch", "operator", "_operator", "fxq") else ""
+    return name if home.partition(".")[0] in ("", "builtins", "torch", "operator", "_operator", "fxq") else ""
 
 
 @dataclass(frozen=True)

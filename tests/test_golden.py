@@ -338,6 +338,22 @@ def test_a_guard_raises_the_same(model_of):
     assert str(actual.value) == str(expected.value)
 
 
+def test_a_guard_on_the_dtype_holds_and_breaks_alike(model_of):
+    model = model_of(
+        lambda self, i: self.l(self.e(i) if i.dtype == torch.int64 else i), e=nn.Embedding(9, 4), l=nn.Linear(4, 2)
+    )
+    q = quantize(model, torch.arange(9))
+    golden = fxq.golden(q)
+    agree(q, golden, torch.tensor([[8, 0], [3, 3]]))
+    with pytest.raises(fxq.GuardError) as expected:
+        q(torch.arange(9, dtype=torch.int32))
+    with pytest.raises(fxq.GuardError) as actual:
+        golden(np.arange(9, dtype=np.int32))
+    assert str(actual.value) == str(expected.value)
+    with pytest.raises(fxq.InputError, match="outside the 9 rows"):
+        golden(np.array([9]))
+
+
 def test_containers_among_the_inputs(model_of):
     model = model_of(lambda self, batch: self.l(batch["x"]) + self.l(batch["more"][0]), l=nn.Linear(3, 3))
     batch = {"x": torch.randn(4, 3), "more": [torch.randn(4, 3)]}
@@ -403,6 +419,21 @@ def test_what_numpy_rounds_otherwise_is_refused(model_of, float_op):
     q = quantize(model_of(float_op, l=nn.Linear(3, 3)), torch.randn(3, 3))
     with pytest.raises(fxq.GoldenError, match="NumPy cannot promise"):
         fxq.golden(q)
+
+
+def test_an_island_may_work_in_place_where_only_islands_read_that_memory(model_of):
+    model = model_of(lambda self, x: self.l(x) + torch.zeros_like(x).masked_fill_(x > 0, 1.0), l=nn.Linear(3, 3))
+    q = quantize(model, x := torch.randn(3, 3))
+    agree(q, fxq.golden(q, islands="torch"), x)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.Sigmoid()])
+def test_activations(activation):
+    layers = nn.Linear(4, 9), activation, nn.Linear(9, 7), activation
+    q = quantize(nn.Sequential(*layers), x := torch.randn(16, 4))
+    golden = fxq.golden(q, islands="torch")
+    agree(q, golden, 4 * x)
+    agree(q, golden, torch.full((2, 4), torch.inf))
 
 
 def test_a_linear_kept_float_is_an_island():
