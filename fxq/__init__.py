@@ -2,7 +2,7 @@
 
     qmodel = fxq.quantize(model, example_inputs)
 
-Names are loaded when they are first used, so that `fxq.numerics` and `fxq.golden` run without torch.
+Names are loaded when they are first used, so that `fxq.numerics` and `fxq.golden_model` run without torch.
 """
 
 from __future__ import annotations
