@@ -51,14 +51,16 @@ def trace(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
+    frontend: tracing.Frontend = "auto",
 ) -> GraphModule:
     """The float graph of `model` alone, checked against eager on the examples.
 
-    leaves: module classes or paths that are not looked into. Raises `InputError`, `TraceError`.
+    leaves: module classes or paths that are not looked into. frontend: "trace" records the model's own code, "export"
+    what `torch.export` makes of it; "auto" tries the second where the first fails. Raises `InputError`, `TraceError`.
     """
     call = as_call(example_inputs, example_kwargs)
     _check_model(model, call)
-    return tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+    return tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
 
 
 def prepare(
@@ -70,6 +72,7 @@ def prepare(
     families: tuple[Family, ...] = FAMILIES,
     passes: tuple[Pass, ...] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
+    frontend: tracing.Frontend = "auto",
     dump: str | Path | None = None,
     check: bool = False,
 ) -> GraphModule:
@@ -86,7 +89,7 @@ def prepare(
     _check_model(model, call)
     recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
     folder = _folder(dump)
-    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.scheme
     return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
@@ -157,6 +160,7 @@ def quantize(
     families: tuple[Family, ...] = FAMILIES,
     passes: tuple[tuple[Pass, ...], tuple[Pass, ...]] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
+    frontend: tracing.Frontend = "auto",
     dump: str | Path | None = None,
     check: bool = False,
     progress: bool | None = None,
@@ -168,8 +172,8 @@ def quantize(
     `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of them in one.
     min_sqnr: in dB, what the output on the examples must reach against the float model; on_low_sqnr: what else.
     passes: the passes before and after calibration, by default `passes.PREPARE` and `passes.CONVERT`.
-    leaves: module classes or paths not to look into. dump: a folder for texts, diffs and pictures after each pass.
-    check: every pass is held to its numbers contract. Raises subclasses of `FxqError`.
+    leaves: module classes or paths not to look into. frontend: as in `trace`. dump: a folder for texts, diffs and
+    pictures after each pass. check: every pass is held to its numbers contract. Raises subclasses of `FxqError`.
     """
     before, after = passes if passes is not None else (None, None)
     prepared = prepare(
@@ -180,6 +184,7 @@ def quantize(
         families=families,
         passes=before,
         leaves=leaves,
+        frontend=frontend,
         dump=dump,
         check=check,
     )
@@ -221,7 +226,8 @@ def compare(
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
     _check_model(model, call)
-    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves)
+    frontend: tracing.Frontend = "export" if qmodel.report.frontend.startswith("torch.export") else "trace"
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(Recipe(), (), call.clone())
     pipeline.begin(gm, ctx)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)

@@ -1,9 +1,9 @@
 """Inside a leaf: the code of a module that cannot be traced stays float, and the modules in it become int8.
 
-`prepare` puts a `Watch` before the forward of every module inside the leaves of a graph, and runs the examples. A
-watched module is prepared, as a model of its own, on the first call that reaches it; where that fails, the modules in
-it remain watched. So the largest modules that can be traced are prepared, whether the examples or the calibration data
-reach them. From then on they run as prepared, and learn. `convert` puts an integer module in the place of each.
+`prepare` puts a `Watch` before the forward of each leaf of a graph, and runs the examples. A watched module is
+prepared, as a model of its own, on the first call that reaches it; where that fails, the modules in it are watched
+instead. So the largest that can be captured are prepared, whether the examples or the calibration data reach them. From
+then on they run as prepared, and learn. `convert` puts an integer module in the place of each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Leaves:
 
     def prepared(self, root: str = "") -> list[Watch]:
         """The watches whose module is prepared, in the leaf at `root` or in all."""
-        return [w for w in self.watched.values() if w.prepared is not None and w.path.startswith(root)]
+        return [w for w in self.watched.values() if w.prepared is not None and f"{w.path}.".startswith(root)]
 
     def note_decisions(self) -> None:
         """List what is inside each leaf behind it in the report; the leaf keeps the products that only it does."""
@@ -70,10 +70,10 @@ class Leaves:
 
 
 class Watch:
-    """Stands as the `forward` of a module inside a leaf; `path` is the module's in the user's model."""
+    """Stands as the `forward` of a leaf or a module inside one; `path` is the module's in the user's model."""
 
-    def __init__(self, leaves: Leaves, path: str, module: nn.Module) -> None:
-        self.leaves, self.path, self.module = leaves, path, module
+    def __init__(self, leaves: Leaves, path: str, module: nn.Module, frontend: tracing.Frontend = "auto") -> None:
+        self.leaves, self.path, self.module, self.frontend = leaves, path, module, frontend
         self.replaced = module.__dict__.get("forward")
         self.prepared: GraphModule | None = None
         self.calls = 0
@@ -120,7 +120,7 @@ class Watch:
         leaves, outer = self.leaves, self.leaves.ctx
         paths = [path for path, m in self.module.named_modules() if path and _is_opaque(leaves, self._inside(path), m)]
         kinds = [leaf for leaf in leaves.opaque if not isinstance(leaf, str)]
-        gm = tracing.trace(self.module, call.args, call.kwargs, leaves=(*kinds, *paths))
+        gm = tracing.trace(self.module, call.args, call.kwargs, leaves=(*kinds, *paths), frontend=self.frontend)
         for node in gm.graph.nodes:
             origin: tracing.Origin = node.meta["origin"]
             node.meta["origin"] = replace(origin, module=self._inside(origin.module))
@@ -148,6 +148,7 @@ class _NotWorthwhileError(FxqError):
 def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: tracing.Leaves) -> GraphModule:
     """Take a traced graph through `passes`, and the modules inside its leaves likewise."""
     ctx.report.guards = tracing.guards(gm)
+    ctx.report.frontend = gm.meta["frontend"]
     ctx.report.weight_bytes = (weight_bytes(gm), 0)
     pipeline.begin(gm, ctx)
     gm = pipeline.run(passes, gm, ctx)
@@ -157,7 +158,7 @@ def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: traci
         return gm
     leaves = gm.meta[META] = Leaves(ctx, passes, opaque, ctx.report.decisions, roots)
     for root in set(roots.values()):
-        watch_inside(leaves, root, gm.get_submodule(root))
+        Watch(leaves, root, gm.get_submodule(root), frontend="export")  # The tracer has failed there already.
     leaves.probing = True
     _run_examples(gm, ctx)
     leaves.probing = False

@@ -844,7 +844,7 @@ def test_constant_made_elsewhere_may_not_be_changed():
         return total
 
     with pytest.raises(TraceError, match="changes a tensor that it did not make with torch functions"):
-        trace(model_of(forward).eval(), (X,), {})
+        trace(model_of(forward).eval(), (X,), {}, frontend="trace")
 
 
 def test_shape_in_many_places():
@@ -912,6 +912,6 @@ def test_packed_sequences():
     check(model, SEQ, torch.tensor([4, 2, 3]), others=[(SEQ[:2], torch.tensor([4, 1]))], pickles=False)
 
 
-def test_vmap_is_refused():
+def test_vmap_is_refused_by_the_tracer():
     with pytest.raises(TraceError, match=r"vmap.*Sequential"):
-        trace(model_of(lambda self, x: torch.vmap(lambda row: row * 2)(x)).eval(), (X,), {})
+        trace(model_of(lambda self, x: torch.vmap(lambda row: row * 2)(x)).eval(), (X,), {}, frontend="trace")

@@ -1,25 +1,28 @@
 """From a model and example inputs to a float graph that computes the same: run the model, write down what it does.
 
 `trace` copies the model (`prepare`) and runs it under a recorder (`recorder`, `spelling`, `values`) on the example
-inputs (`signature`), whose sizes and numbers are symbols (`symbols`), to build a graph (`builder`); then it runs the
-graph against the model (`verify`). What a graph is made of besides torch is in `graph_functions`, where its nodes come
-from in `origin`.
+inputs (`signature`), whose sizes and numbers are symbols (`symbols`), to build a graph (`builder`). Where the model's
+own code cannot be recorded, what `torch.export` makes of it is (`exported`). Then the graph runs against the model
+(`verify`). What a graph is made of besides torch is in `graph_functions`, where its nodes come from in `origin`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxq.errors import FxqError, InputError, TraceError
 from fxq.tracing import signature, verify
 from fxq.tracing.builder import REMEDY
+from fxq.tracing.exported import Exported, export
 from fxq.tracing.graph_functions import (
     GLOBAL_STATE,
     SignatureCodeGen,
@@ -53,21 +56,44 @@ __all__ = [
 ]
 
 Leaves = tuple[type[nn.Module] | str, ...]
+Frontend = Literal["auto", "trace", "export"]
 Recording = tuple[Recorder, dict[str, torch.Tensor]]
 """A finished trace, and the constants that its graph needs besides the model's own."""
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, leaves: Leaves = ()) -> fx.GraphModule:
+@dataclass(frozen=True)
+class _Task:
+    """A model's copy, what it is called with, what stays one call, and the program that stands for its code, if any."""
+
+    prepared: nn.Module
+    call: verify.Call
+    leaves: Leaves
+    program: ExportedProgram | None = None
+    untraceable: dict[str, str] = field(default_factory=dict)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    leaves: Leaves = (),
+    frontend: Frontend = "auto",
+) -> fx.GraphModule:
     """Return a float GraphModule with the model's signature that computes what the model computes in eval mode.
 
     It shares nothing with the model, which stays as it is. Each node has its `Origin` in `node.meta["origin"]`.
     Modules that are instances of a type in `leaves`, or whose path matches a name in it (`*` and `?` allowed), stay one
-    call. So do the innermost modules whose code cannot be recorded; `node.meta["untraceable"]` says why.
+    call. So do the innermost modules whose code cannot be recorded; `node.meta["untraceable"]` says why. Where the
+    model's own code cannot be, `torch.export` is tried; `frontend` forces one of the two, and `meta["frontend"]` says
+    which it was.
 
     Raises `InputError` if the model itself cannot run on the examples, and `TraceError`, naming the user's line, if it
     cannot be captured or the graph computes anything else than the model, on the examples or with one more row.
     A call of the result raises `GuardError` where it differs from the examples in what the model's Python code decided.
     """
+    if frontend not in get_args(Frontend):
+        raise InputError(f"unknown frontend {frontend!r}; there are {', '.join(get_args(Frontend))}")
     prepared = prepare(model)
     call = (args, kwargs)
     signature.bind(prepared, *call)
@@ -76,33 +102,51 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, le
             expected = verify.run(prepared, call)
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
-        untraceable: dict[str, str] = {}
-        while True:
+        if frontend == "export":
+            return _export(prepared, call, expected, "torch.export, as asked")
+        try:
+            return _verified(_Task(prepared, call, leaves), expected, "value-carrying symbolic trace")
+        except TraceError as error:
+            if frontend == "trace":
+                raise
             try:
-                gm = _graph_module(prepared, *_record(prepared, call, leaves, untraceable))
-                for node in gm.graph.nodes:
-                    if node.op == "call_module" and node.target in untraceable:
-                        node.meta["untraceable"] = untraceable[node.target]
-                verify.verify(gm, prepared, call, expected, lambda call: _watch(prepared, call, leaves, untraceable))
-                return gm
-            except TraceError as error:
-                if not error.module or error.module in untraceable:
-                    raise
-                untraceable[error.module] = error.what
+                return _export(prepared, call, expected, f"torch.export, since {error.what}")
+            except TraceError as second:
+                raise TraceError(f"{error.what} ({second.what})", REMEDY) from error
 
 
-def _record(prepared: nn.Module, call: verify.Call, leaves: Leaves, untraceable: dict[str, str]) -> Recording:
+def _export(prepared: nn.Module, call: verify.Call, expected: Any, served: str) -> fx.GraphModule:
+    program = export(copy.deepcopy(prepared), signature.spread(signature.bind(prepared, *call)))
+    return _verified(_Task(prepared, call, (), program), expected, served)
+
+
+def _verified(task: _Task, expected: Any, served: str) -> fx.GraphModule:
+    """Record a graph and hold it to what the model computes; modules that differ become leaves."""
+    while True:
+        try:
+            gm = _graph_module(task.prepared, *_record(task))
+            for node in gm.graph.nodes:
+                if node.op == "call_module" and node.target in task.untraceable:
+                    node.meta["untraceable"] = task.untraceable[node.target]
+            gm.meta["frontend"] = served
+            verify.verify(gm, task.prepared, task.call, expected, partial(_watch, task))
+            return gm
+        except TraceError as error:
+            if task.program is not None or not error.module or error.module in task.untraceable:
+                raise
+            task.untraceable[error.module] = error.what
+
+
+def _record(task: _Task) -> Recording:
     """Run copies of the model under a recorder until nothing that it meets is new to `untraceable`."""
     while True:
-        recording = _record_either(prepared, call, leaves, untraceable)
+        recording = _record_either(task)
         if not recording[0].untraceable:
             return recording
-        untraceable.update(recording[0].untraceable)
+        task.untraceable.update(recording[0].untraceable)
 
 
-def _record_either(
-    prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str], watch: bool = False
-) -> Recording:
+def _record_either(task: _Task, watch: bool = False) -> Recording:
     """Record what the model does, or, where that cannot be followed, what it does when it is being compiled.
 
     Libraries leave out their shortcuts on tensor values (a mask of ones, ...) where they believe to be compiled.
@@ -110,14 +154,14 @@ def _record_either(
     recording: Recording | None = None
     refusal: TraceError | None = None
     try:
-        recording = _record_once(prepared, call, leaves, opaque, watch)
+        recording = _record_once(task, watch)
         if not recording[0].untraceable:
             return recording
     except TraceError as error:
         refusal = error
     try:
         with _seen_as_compiling():
-            compiled = _record_once(prepared, call, leaves, opaque, watch)
+            compiled = _record_once(task, watch)
     except TraceError as error:
         if refusal is not None and error.what != refusal.what:
             what = f"{refusal.what}. Where it is told that it is being compiled: {error.what}"
@@ -131,18 +175,21 @@ def _record_either(
     return recording
 
 
-def _watch(prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str]) -> dict[str, torch.Tensor]:
+def _watch(task: _Task, call: verify.Call) -> dict[str, torch.Tensor]:
     """Return the value of each node on another call."""
-    return _record_either(prepared, call, leaves, opaque, watch=True)[0].watched or {}
+    return _record_either(replace(task, call=call), watch=True)[0].watched or {}
 
 
-def _record_once(
-    prepared: nn.Module, call: verify.Call, leaves: Leaves, opaque: Collection[str], watch: bool
-) -> Recording:
+def _record_once(task: _Task, watch: bool) -> Recording:
     """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
-    root = copy.deepcopy(prepared)
-    recorder = Recorder(root, leaves, opaque, watch)
-    args, kwargs = signature.place(recorder, signature.bind(prepared, *call))
+    root = copy.deepcopy(task.prepared)
+    exported = None
+    if task.program is not None:
+        exported = root.__dict__["forward"] = Exported(task.program, root)
+    recorder = Recorder(root, task.leaves, task.untraceable, watch)
+    if exported is not None:
+        exported.recorder = recorder
+    args, kwargs = signature.place(recorder, signature.bind(task.prepared, *task.call))
     torch.manual_seed(0)
     try:
         with _wrapped_functions(recorder):

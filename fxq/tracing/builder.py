@@ -30,7 +30,8 @@ class Builder:
     """The graph so far.
 
     `varying` nodes depend on the inputs; `pure` ones go again when nothing uses them; `paths` ends with the module that
-    is running; `busy` says that torch is used for the trace's own sake.
+    is running; `at` is the user's line where no code of theirs is running; `busy` says that torch is used for the
+    trace's own sake.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -50,10 +51,11 @@ class Builder:
         self.paths = [""]
         self.refusal: TraceError | None = None
         self.busy = False
+        self.at: str | None = None
 
     def line(self) -> str:
         """Return file:line of the user's code that is running."""
-        return user_line()
+        return user_line() if self.at is None else self.at
 
     def refuse(self, what: str) -> NoReturn:
         """Raise `TraceError` about the user's line; it stands even where the model's code catches it."""

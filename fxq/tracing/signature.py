@@ -6,7 +6,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -65,9 +65,9 @@ def place(recorder: Recorder, arguments: list[Argument]) -> tuple[tuple[Any, ...
         default = () if argument.default is _ABSENT else (_literal(argument.default),)
         nodes.append(recorder.placeholder(argument.name, default))
     set_signature(recorder.graph, [argument.kind for argument in arguments])
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for position, (argument, node) in enumerate(zip(arguments, nodes, strict=True)):
+    known = []
+    for argument, node in zip(arguments, nodes, strict=True):
+        known.append(argument)
         if not argument.given:
             default = _literal(argument.default)
             recorder.create(
@@ -76,11 +76,20 @@ def place(recorder: Recorder, arguments: list[Argument]) -> tuple[tuple[Any, ...
                 (node, default, f"the example inputs left argument `{argument.name}` at {default!r}"),
             )
             continue
-        value = _known(recorder, argument.value, node, argument.name)
-        if argument.kind is inspect.Parameter.KEYWORD_ONLY or len(args) < position:
-            kwargs[argument.name] = value
-        else:
-            args.append(value)
+        known[-1] = replace(argument, value=_known(recorder, argument.value, node, argument.name))
+    return spread(known)
+
+
+def spread(arguments: list[Argument]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments given as `place` hands them to the model."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if argument.given:
+            if argument.kind is inspect.Parameter.KEYWORD_ONLY or len(args) < position:
+                kwargs[argument.name] = argument.value
+            else:
+                args.append(argument.value)
     return tuple(args), kwargs
 
 
