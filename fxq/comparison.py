@@ -135,10 +135,12 @@ def _alone(
     """What `node` computes from the exact float values of its operands."""
 
     def exact(operand: Node) -> Any:
-        truth = expected.get(operand.meta.get("source", operand.name))
-        if operand.op == "get_attr" or not isinstance(truth, Tensor):
-            return actual[operand]
-        return quantize(truth, *qparams[operand]) if operand in qparams else truth
+        truth = expected.get(operand.meta.get("source", ""))
+        if isinstance(truth, Tensor):
+            return quantize(truth, *qparams[operand]) if operand in qparams else truth
+        if operand.op == "call_function" and operand in qparams and callable(operand.target):
+            return operand.target(*torch.fx.node.map_arg(operand.args, exact))  # scaled: no float value to compare with
+        return actual[operand]
 
     with torch.no_grad():
         args = torch.fx.node.map_arg(node.args, exact)

@@ -20,11 +20,11 @@ from fxq.errors import FileError, InputError
 from fxq.expansion import summary
 from fxq.graph import Value, constant, is_float_tensor, line_of, module_of, submodule, target_name
 from fxq.observers import Observer, WeightObserver
-from fxq.ops.linear import qlinear, qlinear_float
+from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.stages import quantized_nodes
 
 SUFFIXES = ("svg", "png", "pdf", "dot")
-BORDERS = frozenset({qdq.quantize, qdq.dequantize, qdq.quantize_weight, qdq.dequantize_weight})
+BORDERS = frozenset({qdq.quantize, quantize_scaled, qdq.dequantize, qdq.quantize_weight, qdq.dequantize_weight})
 COLOURS = {  # fill, line
     "int8": ("#d3f0d9", "#1e7a34"),
     "float": ("#d9e6fb", "#2b5fb0"),
@@ -107,7 +107,7 @@ def _label(gm: GraphModule, node: Node) -> str:
     lines = [target_name(node.target).removeprefix("fxq.")]
     if "inside" in node.meta:
         lines += [f"{op} {text}" for _, op, text in summary(gm, node)]
-    elif node.target in (qlinear, qlinear_float):
+    elif target_name(node.target).startswith("fxq.qlinear"):
         x = node.args[0]
         assert isinstance(x, Node)
         lines.append(f"{x.meta['value'].shape[-1]} -> {node.meta['value'].shape[-1]}")

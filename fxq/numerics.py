@@ -58,6 +58,11 @@ def quantize(x: F32, scale: float, zero_point: int) -> U8:
     return (np.clip(steps, ACT_QMIN - zero_point, ACT_QMAX - zero_point).astype(np.int32) + zero_point).astype(np.uint8)
 
 
+def quantize_scaled(x: F32, factor: F32, scale: float, zero_point: int) -> U8:
+    """q = quantize(f32(x * factor), scale, zero_point); factor: float32 [K], along the last dimension of x."""
+    return quantize(np.asarray(x, np.float32) * factor, scale, zero_point)
+
+
 def dequantize(q: U8, scale: float, zero_point: int) -> F32:
     """x = f32(f32(scale) * (q - zero_point)); q: uint8, any shape."""
     return (q.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -200,6 +201,58 @@ class Percentile(Histogram):
         return max(values[first] - half, self.low.item()), min(
             values[min(last, len(values) - 1)] + half, self.high.item()
         )
+
+
+class Edge(Histogram):
+    """What a product reads where a float island ends: the histogram, each channel's extremes and a sample of rows.
+
+    From these `balance` can try scales per channel and ranges on the products themselves. Rows are drawn at random, with
+    a fixed seed (a stride could fall in step with the sequence length): at most 128 of a batch, 1024 in all.
+    """
+
+    channel_low: Tensor
+    channel_high: Tensor
+    rows: Tensor
+    from_batch, most = 128, 1024
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        for name in ("channel_low", "channel_high", "rows"):
+            self.register_buffer(name, torch.zeros(0))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("channel_low", "channel_high", "rows"):  # their shapes are those of the data
+            if f"{prefix}{name}" in state:
+                setattr(self, name, torch.empty_like(state[f"{prefix}{name}"]))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def _observe(self, x: Tensor, low: float, high: float) -> None:
+        super()._observe(x, low, high)
+        rows = x.reshape(-1, x.shape[-1])
+        lows, highs = torch.aminmax(rows, dim=0)
+        first = not self.rows.numel()
+        self.channel_low = lows if first else torch.minimum(self.channel_low, lows)
+        self.channel_high = highs if first else torch.maximum(self.channel_high, highs)
+        drawn = _draw(rows, self.from_batch)
+        self.rows = _draw(drawn if first else torch.cat([self.rows, drawn]), self.most)
+
+
+def _draw(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of the rows, at random with a fixed seed, in memory of their own."""
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+    return rows[chosen]
+
+
+class Fixed(Observer):
+    """A range that is settled."""
+
+    def __init__(self, where: str, low: float, high: float) -> None:
+        super().__init__(where)
+        self.low.fill_(low)
+        self.high.fill_(high)
+
+    def _observe(self, x: Tensor, low: float, high: float) -> None:
+        pass
 
 
 OBSERVERS: dict[str, type[Observer]] = {

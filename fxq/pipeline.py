@@ -21,6 +21,7 @@ from fxq.errors import VerifyError
 from fxq.family import Family
 from fxq.graph import NodeError, find_state, propagate, tensors, unchanged
 from fxq.inputs import Call
+from fxq.observers import paused
 from fxq.qtypes import Spec
 from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
@@ -114,7 +115,8 @@ def verify_values(gm: GraphModule, ctx: Context, when: str) -> None:
     """Run the graph on the examples, record every value, and check the laws of its stage."""
     examples = ctx.examples.clone()
     try:
-        propagate(gm, examples.args, examples.kwargs)
+        with paused(gm):
+            propagate(gm, examples.args, examples.kwargs)
     except NodeError as failure:
         cause = failure.__cause__
         text = dump.neighbourhood(gm, failure.node)
@@ -129,7 +131,7 @@ def check_numbers(before: GraphModule, after: GraphModule, step: Pass, ctx: Cont
     """Raise `VerifyError` when the outputs on the examples differ by more than `step.numbers` allows."""
     if step.numbers in (Numbers.APPROXIMATE, Numbers.ONE_STEP):
         return
-    with torch.no_grad(), unchanged(before), unchanged(after):
+    with torch.no_grad(), unchanged(before), unchanged(after), paused(before), paused(after):
         a, b = ctx.examples.clone(), ctx.examples.clone()
         expected, actual = before(*a.args, **a.kwargs), after(*b.args, **b.kwargs)
     pairs = list(zip(tensors(expected), tensors(actual), strict=True))

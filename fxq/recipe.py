@@ -47,6 +47,8 @@ class Recipe:
     """How a model is quantized.
 
     scheme: "w8a8" (static int8 weights and activations). observer, weight: the defaults of `Rule`.
+    balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
+    "histogram" only).
     modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
     ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
 
@@ -56,6 +58,7 @@ class Recipe:
     scheme: str = "w8a8"
     observer: str = "histogram"
     weight: Granularity = "per_channel"
+    balance: bool = True
     modules: Mapping[str, Rule] = field(default_factory=dict)
     ops: Mapping[str, Rule] = field(default_factory=dict)
 

@@ -23,6 +23,9 @@ CLAMP = torch.clamp
 ADD = torch.add
 """add(a, b)."""
 
+MUL = torch.mul
+"""mul(a, b)."""
+
 BATCH_NORM = F.batch_norm
 """batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)."""
 

@@ -1,33 +1,39 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
-- (trace) normalize, fold_batch_norm, annotate: FLOAT
+- (trace) rewrite_einsum, normalize, fold_batch_norm, annotate: FLOAT
 - observe (then calibration data runs): OBSERVED
+- balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, fuse_chains, prune: INTEGER
+- lower, fuse_activation, fuse_chains, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
 from passes import (
     annotate,
+    balance,
     calibrate,
     fold_batch_norm,
     fold_qdq,
+    fuse_activation,
     fuse_chains,
     fuse_linear_relu,
     lower,
     normalize,
     observe,
     prune,
+    rewrite_einsum,
 )
 
-PREPARE: tuple[Pass, ...] = (normalize.PASS, fold_batch_norm.PASS, annotate.PASS, observe.PASS)
+PREPARE: tuple[Pass, ...] = (rewrite_einsum.PASS, normalize.PASS, fold_batch_norm.PASS, annotate.PASS, observe.PASS)
 """From the float trace to a graph that is ready for calibration data."""
 
 CONVERT: tuple[Pass, ...] = (
+    balance.PASS,
     calibrate.PASS,
     fuse_linear_relu.PASS,
     fold_qdq.PASS,
     lower.PASS,
+    fuse_activation.PASS,
     fuse_chains.PASS,
     prune.PASS,
 )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.graph import call, module_of, place_of
-from fxq.observers import OBSERVERS, WeightObserver
+from fxq.observers import OBSERVERS, Edge, WeightObserver
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, SharedSpec, Spec, WeightSpec
 from fxq.stages import Stage
@@ -35,10 +35,17 @@ class Observe:
         if ctx.specs and not hasattr(gm, HOLDER):
             gm.add_module(HOLDER, nn.Module())
         owners: dict[str, str] = {}
+        products = {
+            name for place, spec in ctx.specs.items() if isinstance(spec, WeightSpec) for name in place.readers or ()
+        }
         for place, spec in ctx.specs.items():
             value = nodes[place.value]
             readers = [nodes[name] for name in place.readers] if place.readers is not None else list(value.users)
-            path = owners[spec.owner] if isinstance(spec, SharedSpec) else _new(gm, place, value, readers, spec)
+            if isinstance(spec, SharedSpec):
+                path = owners[spec.owner]
+            else:
+                balance = ctx.recipe.balance and place.readers is not None and products.issuperset(place.readers)
+                path = _new(gm, place, value, readers, spec, balance)
             if place.readers is None:
                 owners[place.value] = path
             _insert(gm, value, readers, path, at_edge=place.readers is not None)
@@ -59,8 +66,8 @@ def _insert(gm: GraphModule, value: Node, readers: list[Node], path: str, *, at_
         reader.replace_input_with(value, observer)
 
 
-def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: Spec) -> str:
-    """Create the observer of `place`; returns its path."""
+def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: Spec, balance: bool) -> str:
+    """Create the observer of `place`, one that `balance` can use where asked; returns its path."""
     holder = gm.get_submodule(HOLDER)
     observer: nn.Module
     if isinstance(spec, WeightSpec):
@@ -73,7 +80,8 @@ def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: 
             where = f"the input {value.target!r}"
         else:
             where = f"the input of {module_of(readers[0]) or place_of(readers[0])}"
-        observer = OBSERVERS[spec.observer](where)
+        balanced = balance and spec.observer == "histogram"
+        observer = Edge(where) if balanced else OBSERVERS[spec.observer](where)
     name = f"{value.name}_{len(list(holder.children()))}"
     holder.add_module(name, observer)
     return f"{HOLDER}.{name}"

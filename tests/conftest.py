@@ -124,7 +124,7 @@ def text():
 def staged():
     """`gm, ctx = staged(model, inputs, until)`: the graph as it stands before the pass named `until`.
 
-    recipe: a `Recipe`. The examples calibrate.
+    recipe: a `Recipe`, by default one that does not balance. The examples calibrate.
     """
     from passes import CONVERT, PREPARE
 
@@ -133,10 +133,10 @@ def staged():
 
         call = Call(inputs if isinstance(inputs, tuple) else (inputs,))
         gm = tracing.trace(model.eval(), call.args, {})
-        ctx = Context(recipe or Recipe(), FAMILIES, call.clone(), check=True)
+        ctx = Context(recipe or Recipe(balance=False), FAMILIES, call.clone(), check=True)
         begin(gm, ctx)
         for step in (*PREPARE, *CONVERT):
-            if step.name == "calibrate":
+            if step is CONVERT[0]:
                 with torch.no_grad(), unchanged(gm):
                     gm(*call.clone().args)
             if step.name == until:

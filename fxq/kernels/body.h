@@ -83,6 +83,20 @@ static inline void for_each_vector(int64_t count, const Step& step) {
   if (i < count) step(i, count - i);
 }
 
+struct QuantizeScaled {
+  const float *x, *factor;
+  float inverse;
+  Rounding round;
+  uint8_t* q;
+  inline void operator()(int64_t i, int64_t count) const {
+    store_some(q + i, round(load_some<F>(x + i, count) * load_some<F>(factor + i, count) * inverse), count);
+  }
+};
+static void quantize_scaled(const float* x, const float* factor, uint8_t* q, int64_t count, float inverse,
+                            int32_t zero_point) {
+  for_each_vector(count, QuantizeScaled{x, factor, inverse, Rounding(zero_point, 0, 255), q});
+}
+
 struct Dequantize {
   Affine value;
   float* y;

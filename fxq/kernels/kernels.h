@@ -42,6 +42,8 @@ struct Term {
 struct Kernels {
   const char* isa;
   void (*quantize)(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point);
+  void (*quantize_scaled)(const float* x, const float* factor, uint8_t* q, int64_t count, float inverse,
+                          int32_t zero_point);
   void (*dequantize)(Term x, float* y, int64_t count);
   void (*requantize)(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
   void (*add)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);

@@ -57,7 +57,7 @@ static inline B narrow(I v) {
 #include "body.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx2", quantize, dequantize, requantize, add, gemm};
+const Kernels kernels = {"avx2", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx2
 FXQ_TARGET_END

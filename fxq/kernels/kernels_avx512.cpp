@@ -44,7 +44,7 @@ static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 #include "body.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx512", quantize, dequantize, requantize, add, gemm};
+const Kernels kernels = {"avx512", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx512
 FXQ_TARGET_END

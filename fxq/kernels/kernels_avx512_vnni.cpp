@@ -37,7 +37,7 @@ static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 #include "body.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx512_vnni", quantize, dequantize, requantize, add, gemm};
+const Kernels kernels = {"avx512_vnni", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx512_vnni
 FXQ_TARGET_END

@@ -43,7 +43,7 @@ static inline B narrow(I v) {
 #include "body.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {"avx_vnni", quantize, dequantize, requantize, add, gemm};
+const Kernels kernels = {"avx_vnni", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx_vnni
 FXQ_TARGET_END

@@ -42,6 +42,6 @@ static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 #include "body.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {"generic", quantize, dequantize, requantize, add, gemm};
+const Kernels kernels = {"generic", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::generic

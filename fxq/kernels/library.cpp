@@ -57,6 +57,26 @@ Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
   return y;
 }
 
+Tensor quantize_scaled(const Tensor& x, const Tensor& factor, double scale, int64_t zero_point) {
+  expect_dtype("quantize_scaled", "x", x, aoti_torch_dtype_float32(), "float32");
+  expect_dtype("quantize_scaled", "factor", factor, aoti_torch_dtype_float32(), "float32");
+  expect_range("quantize_scaled", zero_point, 0, 255);
+  const int64_t k = factor.numel();
+  if (factor.dim() != 1 || x.dim() < 1 || x.shape().sizes[x.dim() - 1] != k)
+    fail("quantize_scaled: factor has shape ", factor.shape(), ", x ", x.shape());
+  const Contiguous from(x), by(factor);
+  Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
+  if (!x.numel()) return y;
+  const float *source = from.data<float>(), *factors = by.data<float>();
+  uint8_t* target = y.data<uint8_t>();
+  parallel(x.numel() / k, std::max<int64_t>(1, kElementGrain / k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      active().quantize_scaled(source + row * k, factors, target + row * k, k, 1.0f / float(scale),
+                               int32_t(zero_point));
+  });
+  return y;
+}
+
 Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
   expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
   expect_range("dequantize", zero_point, 0, 255);
@@ -361,6 +381,7 @@ Tensor qchain_float(const Tensor& x, const Tensor& program) { return run_program
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("quantize", fxq::boxed<fxq::quantize>);
+  m.impl("quantize_scaled", fxq::boxed<fxq::quantize_scaled>);
   m.impl("dequantize", fxq::boxed<fxq::dequantize>);
   m.impl("requantize", fxq::boxed<fxq::requantize>);
   m.impl("qadd", fxq::boxed<fxq::qadd>);

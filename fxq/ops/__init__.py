@@ -4,6 +4,13 @@ A further family is one more file and one more entry here; `fxq.quantize(..., fa
 """
 
 from fxq.family import Family
-from fxq.ops import add, carry, clamp, linear, requantize
+from fxq.ops import add, carry, clamp, linear, quantize_scaled, requantize
 
-FAMILIES: tuple[Family, ...] = (linear.FAMILY, add.FAMILY, clamp.FAMILY, carry.FAMILY, requantize.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    linear.FAMILY,
+    add.FAMILY,
+    clamp.FAMILY,
+    carry.FAMILY,
+    requantize.FAMILY,
+    quantize_scaled.FAMILY,
+)

@@ -1,0 +1,165 @@
+"""balance: where a product reads from a float island, choose range and channel factors by the product's own error.
+
+    y = (x * f) (w / f)^T = x w^T        f: a power of two for each input channel
+
+Static int8 has one scale for all channels of x, and a few large channels spoil it for the rest, as in transformers.
+Dividing them out of x and into w moves the difficulty to the weight, whose scales are per output channel. For channel
+peaks x_k, w_k and a in 0.5..1, f_k = w_k**(1 - a) / x_k**a, rounded to a power of two so that both products above are
+exact (Xiao et al., SmoothQuant, 2022, with a sought per layer). Tried on a sample of calibration rows: no factors, each
+a, then narrower ranges; the smallest squared error of the products' outputs wins.
+
+A weight with other readers is not scaled; its product still gets its range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq.comparison import sqnr
+from fxq.graph import call, constant, get_attr, set_constant, submodule
+from fxq.numerics import activation_qparams
+from fxq.observers import Edge, Fixed, WeightObserver
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.spelling import LINEAR, MUL
+from fxq.stages import Stage
+
+EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHRINKS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to quantize an edge: factors per channel or none, the range of x * factors, the products' SQNR in dB."""
+
+    factors: Tensor | None
+    low: float
+    high: float
+    sqnr: float
+
+
+@dataclass(frozen=True)
+class Balance:
+    """See the module's docstring."""
+
+    name: str = "balance"
+    takes: Stage = Stage.OBSERVED
+    gives: Stage = Stage.OBSERVED
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Settles every `Edge`; the effect goes into the decisions of the report."""
+        edges = [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(submodule(gm, n), Edge)]
+        effects: dict[str, str] = {}
+        for node in edges:
+            observer = submodule(gm, node)
+            assert isinstance(observer, Edge)
+            if observer.rows.numel():
+                readers = [user for user in node.users if user.target is LINEAR]
+                plain, best = _choose(gm, observer, readers)
+                _apply(gm, node, observer, readers, best)
+                effects |= {reader.name: _effect(plain, best) for reader in readers}
+        ctx.report.decisions = [replace(d, detail=effects.get(d.node, d.detail)) for d in ctx.report.decisions]
+        return len(effects)
+
+
+def _effect(plain: Choice, best: Choice) -> str:
+    how = "balanced" if best.factors is not None else "range by error"
+    return f"{how}: {plain.sqnr:.1f} -> {best.sqnr:.1f} dB" if best is not plain else ""
+
+
+def _choose(gm: GraphModule, observer: Edge, readers: list[Node]) -> tuple[Choice, Choice]:
+    """The edge as its observer alone would have it, and the best way found."""
+    weights = [_weight(gm, reader) for reader in readers]
+    x = observer.rows
+    exact = torch.cat([x @ w.t() for w, _ in weights], 1)
+
+    def attempt(factors: Tensor | None, low: float, high: float) -> Choice:
+        qparams = activation_qparams(low, high)
+        operands = (qparams.scale, qparams.zero_point)
+        q_x = dequantize(quantize(x if factors is None else x * factors, *operands), *operands)
+        products = []
+        for w, granularity in weights:
+            observed = WeightObserver("", granularity)
+            scaled = observed(w if factors is None else w / factors)
+            q_w = dequantize_weight(quantize_weight(scaled, observed.scales), observed.scales)
+            products.append(q_x @ q_w.t())
+        return Choice(factors, low, high, sqnr(exact, torch.cat(products, 1)))
+
+    plain = attempt(None, *observer.range())
+    choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
+    if all(_exclusive(gm, reader) for reader in readers):
+        for exponent in EXPONENTS:
+            factors = _factors(observer, [w for w, _ in weights], exponent)
+            low, high = float((observer.channel_low * factors).min()), float((observer.channel_high * factors).max())
+            choices.append(attempt(factors, low, high))
+    best = max(choices, key=_quality)
+    choices = [best, *(attempt(best.factors, best.low * shrink, best.high * shrink) for shrink in SHRINKS)]
+    return plain, max(choices, key=_quality)
+
+
+def _quality(choice: Choice) -> float:
+    """The SQNR, with what cannot be measured (no signal) last."""
+    return choice.sqnr if choice.sqnr == choice.sqnr else -torch.inf
+
+
+def _factors(observer: Edge, weights: list[Tensor], exponent: float) -> Tensor:
+    """Powers of two, with a geometric mean near 1; 1 for a channel that is dead in x or in every weight."""
+    x_peak = torch.maximum(-observer.channel_low, observer.channel_high)
+    w_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    alive = (x_peak > 0) & (w_peak > 0)
+    logs = (1 - exponent) * torch.log2(w_peak) - exponent * torch.log2(x_peak)
+    logs = torch.where(alive, logs - logs[alive].mean(), torch.zeros_like(logs)) if bool(alive.any()) else logs * 0
+    return torch.exp2(torch.round(logs.nan_to_num(0)).clamp(-20, 20))
+
+
+def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, str]:
+    """The weight of a linear, and the granularity of its scales."""
+    observed = reader.args[1]
+    assert isinstance(observed, Node)
+    observer, source = submodule(gm, observed), observed.args[0]
+    assert isinstance(observer, WeightObserver) and isinstance(source, Node)
+    return constant(gm, source).detach(), observer.granularity
+
+
+def _exclusive(gm: GraphModule, reader: Node) -> bool:
+    """Whether the weight of `reader` is read nowhere else, under any name."""
+    observed = reader.args[1]
+    assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
+    memory = constant(gm, observed.args[0]).untyped_storage().data_ptr()
+    constants = [n for n in gm.graph.find_nodes(op="get_attr") if n.users]
+    holders = [n for n in constants if constant(gm, n).untyped_storage().data_ptr() == memory]
+    return holders == [observed.args[0]] and len(holders[0].users) == 1 and len(observed.users) == 1
+
+
+def _apply(gm: GraphModule, node: Node, observer: Edge, readers: list[Node], choice: Choice) -> None:
+    gm.set_submodule(str(node.target), Fixed(observer.where, choice.low, choice.high))
+    if choice.factors is None:
+        return
+    x = node.args[0]
+    assert isinstance(x, Node)
+    weight_paths = []
+    for reader in readers:
+        observed = reader.args[1]
+        assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
+        source, old = observed.args[0], submodule(gm, observed)
+        assert isinstance(old, WeightObserver)
+        path = set_constant(gm, f"{source.target}_balanced", constant(gm, source).detach() / choice.factors)
+        weight_paths.append(path)
+        with gm.graph.inserting_before(observed):
+            observed.replace_input_with(source, get_attr(gm, path, source))
+        gm.graph.erase_node(source)
+        gm.set_submodule(str(observed.target), WeightObserver(f"weight {path}", old.granularity))
+    with gm.graph.inserting_before(node):
+        factors = get_attr(gm, set_constant(gm, f"{weight_paths[0]}_factors", choice.factors), readers[0])
+        scaled = call(gm, MUL, (x, factors), node)
+    scaled.meta.pop("source", None)
+    node.meta.pop("source", None)
+    node.replace_input_with(x, scaled)
+
+
+PASS = Balance()
