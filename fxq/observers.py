@@ -206,7 +206,7 @@ class Percentile(Histogram):
 class Edge(Histogram):
     """What a product reads where a float island ends: the histogram, each channel's extremes and a sample of rows.
 
-    From these `balance` can try scales per channel and ranges on the products themselves. Rows are drawn at random, with
+    From these `balance` can try scales per channel and ranges on the products themselves. Rows are drawn at random with
     a fixed seed (a stride could fall in step with the sequence length): at most 128 of a batch, 1024 in all.
     """
 

@@ -25,6 +25,7 @@ from fxq.numerics import activation_qparams
 from fxq.observers import Edge, Fixed, WeightObserver
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.qtypes import Granularity
 from fxq.spelling import LINEAR, MUL
 from fxq.stages import Stage
 
@@ -117,7 +118,7 @@ def _factors(observer: Edge, weights: list[Tensor], exponent: float) -> Tensor:
     return torch.exp2(torch.round(logs.nan_to_num(0)).clamp(-20, 20))
 
 
-def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, str]:
+def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, Granularity]:
     """The weight of a linear, and the granularity of its scales."""
     observed = reader.args[1]
     assert isinstance(observed, Node)

@@ -28,7 +28,8 @@ def _quantize_scaled(x: Tensor, factor: Tensor, scale: float, zero_point: int) -
     expect_dtype("quantize_scaled", "factor", factor, torch.float32)
     if factor.shape != x.shape[-1:]:
         raise ValueError(f"fxq::quantize_scaled: factor has shape {list(factor.shape)}, x {list(x.shape)}")
-    return kernels.portable("quantize")(x * factor, scale, zero_point)
+    q: Tensor = kernels.portable("quantize")(x * factor, scale, zero_point)
+    return q
 
 
 quantize_scaled = kernels.define(
