@@ -37,8 +37,7 @@ class Refusal:
 class Family(Protocol):
     """The same op read several ways; see `fxq/ops/linear.py` for the fullest one.
 
-    name: what recipes and reports call it. clamped: the function that is the op with a clamp behind it, where the
-    clamp costs nothing (`None`: a clamp is not swallowed).
+    name: what recipes and reports call it. A family of one's own may subclass this one and inherit `fuse_clamp`.
     """
 
     @property
@@ -50,7 +49,7 @@ class Family(Protocol):
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """QDQ stage: swallow the clamp at `clamp`, where its operand is this family's; whether it did."""
-        ...
+        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """QDQ to INTEGER: rewrite the tree that ends at `node`; whether it did."""

