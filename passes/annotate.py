@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -231,17 +232,14 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason = Reason.FLOAT_DATA
     elif node in plan.refusals:
         reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
-    elif "aliases" in node.meta:
-        reason = Reason.ALIASED
-    elif not _has_numbers(node) or not _is_float(node):
-        form, reason = "aside", Reason.NON_FLOAT
-    elif not is_float_tensor(node):
-        reason, detail = (
-            Reason.NOT_FLOAT32,
-            str(node.meta["value"].dtype) if isinstance(node.meta["value"], Value) else "",
-        )
     elif node.op == "call_module" and not _is_torchs(gm.get_submodule(str(node.target))):
         reason = Reason.LEAF_MODULE
+    elif "aliases" in node.meta and not macs:
+        reason = Reason.ALIASED
+    elif not _has_numbers(node) or not (dtypes := _float_dtypes(node)):
+        form, reason = "aside", Reason.NON_FLOAT
+    elif dtypes != {torch.float32}:
+        reason, detail = Reason.NOT_FLOAT32, ", ".join(sorted(map(str, dtypes)))
     else:
         reason = Reason.NO_INTEGER_OP
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
@@ -252,10 +250,11 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _is_float(node: Node) -> bool:
+def _float_dtypes(node: Node) -> set[torch.dtype]:
+    """The floating-point types among a node's values."""
     value = node.meta["value"]
-    values = value if isinstance(value, tuple | list) else (value,)
-    return any(isinstance(v, Value) and v.dtype.is_floating_point for v in values)
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return {leaf.dtype for leaf in leaves if isinstance(leaf, Value) and leaf.dtype.is_floating_point}
 
 
 PASS = Annotate()
