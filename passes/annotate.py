@@ -220,6 +220,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
     claim = plan.claims.get(node)
     if "untraceable" in node.meta:
         reason, detail = Reason.UNTRACEABLE, node.meta["untraceable"]
+    elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.RNNBase | nn.RNNCellBase):
+        reason = Reason.RECURRENT
     elif claim is not None and claim.kind != "carry":
         form = "int8"
     elif node in plan.swallowed:

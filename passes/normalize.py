@@ -27,6 +27,7 @@ from fxq.graph import (
     bypass,
     constant,
     get_attr,
+    is_call,
     is_float_tensor,
     is_tensor,
     mutations,
@@ -386,6 +387,13 @@ PRODUCTS: dict[object, Callable[..., tuple[Any, Any, Any] | None]] = {
     "addmm": _addmm,
 }
 """Products of matrices: each gives (bias, x, w)."""
+PARTS = frozenset(
+    {
+        *(operator.getitem, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select),
+        *("chunk", "split", "unbind", "narrow", "select"),
+    }
+)
+"""What takes parts of a tensor, as functions and as methods."""
 IN_PLACE_ONLY = frozenset({operator.iadd, *(name for name in METHODS if name.endswith("_") and name[0] != "_")})
 
 
@@ -413,6 +421,7 @@ class Normalize:
         examples = ctx.examples.clone()
         mutated = mutations(gm, examples.args, examples.kwargs)
         changes = sum(_functionalize(gm, node, held) for node, held in mutated.items())
+        changes += sum(_part_of_constant(gm, node) for node in list(gm.graph.nodes) if not node._erased)
         for node in list(gm.graph.nodes):
             if not node._erased and ("aliases" not in node.meta or _is_linear(gm, node)):
                 changes += _normalize(gm, node)
@@ -535,6 +544,35 @@ def _transposed(gm: GraphModule, w: Node) -> str | None:
     if isinstance(known, Tensor) and known.data_ptr() == tensor.data_ptr() and known.stride() == tensor.stride():
         return path
     return set_constant(gm, path, tensor)
+
+
+def _part_of_constant(gm: GraphModule, node: Node) -> int:
+    """w[8:16] or w.chunk(3)[1] of a constant becomes a constant of its own, in the memory of the whole."""
+    part = _part(gm, node)
+    if not isinstance(part, Tensor) or node.op == "get_attr":
+        return 0
+    whole = node
+    while whole.op != "get_attr":
+        whole = whole.all_input_nodes[0]
+    path = set_constant(gm, f"{whole.target}_part", part.detach())
+    with gm.graph.inserting_before(node):
+        bypass(gm, node, get_attr(gm, path, node))
+    return 1
+
+
+def _part(gm: GraphModule, node: Node) -> Any:
+    """The value of a constant, of parts of it, or of one of them; None where `node` is something else."""
+    if "aliases" in node.meta:
+        return None
+    if node.op == "get_attr":
+        return constant(gm, node)
+    if not is_call(node) or node.target not in PARTS or len(node.all_input_nodes) != 1:
+        return None
+    whole = _part(gm, node.all_input_nodes[0])
+    if whole is None or not node.args or node.args[0] is not node.all_input_nodes[0]:
+        return None
+    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    return function(whole, *node.args[1:], **node.kwargs)
 
 
 def _functionalize(gm: GraphModule, node: Node, held: tuple[Node, ...]) -> int:

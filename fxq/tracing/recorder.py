@@ -41,7 +41,7 @@ from fxq.tracing.spelling import (
     spelling,
 )
 from fxq.tracing.symbols import Source, SymbolicFloat, SymbolicInt, is_symbol
-from fxq.tracing.values import ancestors, concrete, tensors, traced, version
+from fxq.tracing.values import ancestors, concrete, symbols, tensors, traced, version
 
 
 class Recorder(Builder):
@@ -167,6 +167,11 @@ class Recorder(Builder):
         if name == "is_same_size":
             node = self.create("call_function", function, self.arg(args), pure=True)
             return self.decide(self.symbol(self.execute(function, args, kwargs), node, name, Source.SIZE))
+        if name in COUNTED and args and not self.varies(args[0]):
+            # A parameter's parts (of q, k and v) have the sizes that they have, whichever input's they were taken from.
+            for symbol in symbols((args, kwargs)):
+                self.decide(symbol)
+            args, kwargs = concrete(args), concrete(kwargs)
         return self.record(function, args, kwargs, lambda: spelling(function, name, args, kwargs))
 
     def get(self, getter: Callable[..., Any], tensor: torch.Tensor) -> Any:
@@ -215,7 +220,7 @@ class Recorder(Builder):
         node = self.create(op, target, self.arg(args), self.arg(kwargs))
         if name.startswith("rand") or name.rstrip("_") in RANDOM:
             self.varying.add(node)
-        if name in COUNTED and isinstance(result, list | tuple):
+        if name in COUNTED and isinstance(result, list | tuple) and node in self.varying:
             count = self.create("call_function", length, (node,), pure=True)
             self.decide(self.symbol(len(result), count, f"len({self.text(node)})", Source.SIZE))
         return self.know(result, node, before)

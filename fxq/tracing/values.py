@@ -48,6 +48,18 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors(getattr(value, field.name))
 
 
+def symbols(value: Any) -> Iterator[Any]:
+    """Yield the symbols in a value."""
+    if is_symbol(value):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from symbols(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from symbols(item)
+
+
 def traced(value: Any) -> bool:
     """Tell whether a value holds a tensor or a symbol."""
     if isinstance(value, dict):
