@@ -15,7 +15,7 @@ from fxq.inputs import Call
 
 # What torch's own table of products lacks on CPUs; formulas take shapes and return operations, two per product.
 _MORE: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),  # type: ignore[no-untyped-call]
     torch.ops.aten._trilinear: lambda a, b, c, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(b[-2:]),
 }
 
@@ -41,7 +41,8 @@ class _Counter(Interpreter):
         if not isinstance(module, nn.RNNBase):
             return 0
         steps = math.prod(result[0].shape[:-1])
-        return steps * sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
+        products: int = steps * sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
+        return products
 
 
 def count_macs(gm: GraphModule, call: Call) -> dict[Node, int]:
