@@ -312,7 +312,7 @@ def _check_model(model: nn.Module, call: Call) -> None:
             raise InputError(f"{name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")
         if tensor.dtype in (torch.float64, torch.float16, torch.bfloat16):
             raise InputError(f"{name} has dtype {tensor.dtype}, the model is float32; convert it with .float()")
-        check_finite(call, "example_inputs")
+    check_finite(call, "example_inputs")
 
 
 def _refuse(report: Report, strict: bool) -> None:

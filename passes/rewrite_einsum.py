@@ -25,7 +25,7 @@ from fxq.stages import Stage
 class RewriteEinsum:
     """See the module's docstring."""
 
-    name: str = "rewrite_einsum"
+    name: str = "rewrite-einsum"
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
     numbers: Numbers = Numbers.ROUNDING

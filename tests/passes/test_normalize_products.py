@@ -21,7 +21,7 @@ def normalized(staged, text):
     """The text of a model's graph after rewrite_einsum and normalize, whose numbers were checked, twice the same."""
 
     def normalize_and_print(model, *inputs):
-        gm, ctx = staged(model, inputs, "rewrite_einsum")
+        gm, ctx = staged(model, inputs, "rewrite-einsum")
         steps = (rewrite_einsum.PASS, normalize.PASS)
         run(steps, gm, ctx)
         once = text(gm)
