@@ -9,30 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fxq.ops
 from fxq import kernels, numerics
 from fxq.numerics import ACTIVATIONS, pack
+from fxq.ops import FAMILIES, activation
 
-assert fxq.ops.FAMILIES  # its import registers the ops that are tested here
+assert FAMILIES
+assert activation.qlinear_act  # these imports register the ops that are tested here
 OPS = torch.ops.fxq
 EXTREMES = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 0.5, -0.5, 1.5, 2.5, 3e38, -3e38, 1e-45], np.float32)
-
-
-def _define(schema, reference):
-    """The ops with an activation are waiting for their op family: until then they are registered here."""
-    if not hasattr(OPS, schema.partition("(")[0]):
-
-        def portable(x, weight, bias, multiplier, *rest):
-            q_w = numerics.unpack(weight.numpy(), len(bias), x.shape[-1])
-            rest = [r.numpy() if isinstance(r, torch.Tensor) else r for r in rest]
-            return torch.from_numpy(reference(x.numpy(), q_w, bias.numpy(), multiplier.numpy(), *rest))
-
-        kernels.define(schema, portable, lambda x, *rest: x)
-
-
-_OPERANDS = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier, str activation"
-_define(f"qlinear_act({_OPERANDS}, Tensor? addend=None) -> Tensor", numerics.qlinear_act)
-_define(f"qlinear_act_quantize({_OPERANDS}, float scale, int zero_point) -> Tensor", numerics.qlinear_act_quantize)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
