@@ -63,6 +63,7 @@ def trace(
     return tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
 
 
+@torch.inference_mode(False)
 def prepare(
     model: nn.Module,
     example_inputs: Examples,
@@ -95,6 +96,7 @@ def prepare(
     return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
 
 
+@torch.inference_mode(False)
 def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | None = None) -> GraphModule:
     """Run calibration data through a prepared model; its observers learn. Returns the same object.
 
@@ -131,6 +133,7 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
     return prepared
 
 
+@torch.inference_mode(False)
 def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) -> QuantizedModule:
     """Turn a calibrated model into integers. `prepared` stays as it is.
 
@@ -208,6 +211,7 @@ def report(qmodel: nn.Module) -> Report:
     raise InputError(f"fxq.report: {type(qmodel).__name__} was not made by fxq.quantize, prepare or convert")
 
 
+@torch.inference_mode(False)
 def compare(
     model: nn.Module,
     qmodel: GraphModule,

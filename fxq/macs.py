@@ -30,7 +30,7 @@ class _Counter(Interpreter):
             result = super().run_node(n)
         operations = counter.get_total_flops()
         if n.op == "call_module":
-            operations += 2 * self._recurrent(n, result)
+            operations = max(operations, 2 * self._recurrent(n, result))  # torch counts some kinds itself
         if operations:
             self.counts[n] = operations // 2
         return result

@@ -50,7 +50,7 @@ class Balance:
     name: str = "balance"
     takes: Stage = Stage.OBSERVED
     gives: Stage = Stage.OBSERVED
-    numbers: Numbers = Numbers.SAME
+    numbers: Numbers = Numbers.ROUNDING  # x * f has strides of its own, for which torch may take another kernel
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Settles every `Edge`; the effect goes into the decisions of the report."""
