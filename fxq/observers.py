@@ -1,7 +1,8 @@
 """Observers: modules that stand in the graph, pass their input on, and learn what range a tensor takes.
 
-`min_max`, `moving_average`, `percentile` and `histogram` (minimal squared error, the default; `make observers` prints
-the measurement behind that choice). Statistics live in buffers, so a `state_dict` carries them.
+`min_max`, `moving_average`, `percentile` and `histogram` (minimal squared error), the default because it is within
+0.2 dB of the best on small classifiers and, with `passes.balance`, 4 dB ahead on a transformer, whose outliers
+`percentile` cuts off (`make observers` measures it). Statistics live in buffers, so a `state_dict` carries them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from fxq.qtypes import ACT_QMAX, ACT_QMIN, Granularity, QParams
 BINS = 4096
 CLIP_COST = 4.0
 """What the squared error of a clipped value counts: it has one sign, so it adds up in the next product, where errors of
-rounding cancel. Measured: with 1, `histogram` falls behind `min_max` by up to 0.4 dB; with 4 it is level or ahead."""
+rounding cancel. Measured without balance: with 1, `histogram` falls behind `min_max` by up to 0.4 dB; with 4 by
+0.1 at most."""
 
 
 class Observer(nn.Module):
