@@ -28,7 +28,7 @@ observers: $(VENV)/ready
 	$(BIN)/python benchmarks/observers.py
 
 bench: $(VENV)/ready-bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 # torch first and by exact version: a range would fetch the newest release, with gigabytes of CUDA libraries.
 $(VENV)/ready: pyproject.toml
