@@ -191,14 +191,11 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
 def _join_output(graph: nx.DiGraph[str]) -> None:
     """Lead the tensors that a container of the output holds past the container, which is not drawn."""
     output = next(name for name, data in graph.nodes(data=True) if data["op"] == "output")
-    inside = [name for name in graph.predecessors(output) if graph.nodes[name]["form"] == "aside"]
-    while inside:
-        container = inside.pop()
-        for source, _, data in list(graph.in_edges(container, data=True)):
-            if graph.nodes[source]["form"] == "aside":
-                inside.append(source)
-            else:
-                graph.add_edge(source, output, **data)
+    aside = [name for name, data in graph.nodes(data=True) if data["form"] == "aside"]
+    containers = nx.ancestors(graph.subgraph([*aside, output]), output)
+    for source, _, data in list(graph.in_edges(containers, data=True)):
+        if source not in containers:
+            graph.add_edge(source, output, **data)
 
 
 def _edge_label(data: dict[str, Any]) -> str:

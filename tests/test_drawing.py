@@ -81,6 +81,17 @@ def test_inputs_that_lead_nowhere_are_left_out(tmp_path):
     assert "-> output" in text, "through the dict that holds it"
 
 
+def test_sizes_computed_in_many_steps_are_walked_once(tmp_path):
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            a, b = x.shape
+            for _ in range(60):
+                a, b = a + b, a - b
+            return torch.relu(x), a
+
+    draw(fxq.trace(Sizes().eval(), torch.randn(2, 4)), tmp_path / "a.dot")  # 2**60 paths lead to the output
+
+
 @needs_dot
 @pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
 def test_pictures_are_written(qmodel, tmp_path, suffix):
