@@ -214,7 +214,8 @@ def line(row: Any) -> str:
         best = f", {t['best int8']:.2f}x torch int8" if t["best int8"] else ""
         parts.append(f"{count} thr {t['us']['fxq']:8.1f} us{best}, {t['ratio'].get('torch float32', 0):.1f}x float")
     if "of peak" in row:
-        parts.append(f"{row['of peak']:.0%} of peak, {row['of bandwidth']:.0%} of read")
+        read = f", {row['of bandwidth']:.0%} of read" if row["M"] == 1 else ""
+        parts.append(f"{row['of peak']:.0%} of peak{read}")
     return " | ".join(parts)
 
 

@@ -46,20 +46,21 @@ def markdown(results: Any) -> str:
 
 def _models(rows: list[Any]) -> Iterator[str]:
     names = list(dict.fromkeys(name for row in rows for name in (*row["sqnr"], *row["failed"])))
+    peers = [name for name in names if name != "torch float32"]  # which is what the others are held against
     for threads in rows[0]["threads"]:
         yield from (f"## Models, {threads} thread{'s' * (threads != '1')}, us", "")
         yield from table(["workload", *names], (_times(row, names, threads) for row in rows))
         yield ""
     yield from ("## SQNR in dB against float32, held-out inputs", "")
     yield from table(
-        ["workload", *names], ([_name(row), *(f"{row['sqnr'].get(name, '')}" for name in names)] for row in rows)
+        ["workload", *peers], ([_name(row), *(f"{row['sqnr'].get(name, '')}" for name in peers)] for row in rows)
     )
     yield ""
     embedding = [row for row in rows if row["cosine"]]
     if embedding:
         yield from ("## Mean cosine to the float32 embedding of a row of tokens", "")
-        lines = ([_name(row), *(f"{row['cosine'].get(name, '')}" for name in names)] for row in embedding)
-        yield from table(["workload", *names], lines)
+        lines = ([_name(row), *(f"{row['cosine'].get(name, '')}" for name in peers)] for row in embedding)
+        yield from table(["workload", *peers], lines)
         yield ""
     failures = dict.fromkeys(f"{row['model']}, {name}: {why}" for row in rows for name, why in row["failed"].items())
     if failures:
@@ -73,7 +74,7 @@ def _name(row: Any) -> str:
 def _times(row: Any, names: list[str], threads: str) -> list[str]:
     times = row["threads"][threads]["us"]
     best = min((name for name in ("fxq", best_peer(row, threads)) if name in times), key=times.__getitem__)
-    cells = [f"{times[name]:.4g}" if name in times else "failed" for name in names]
+    cells = [_us(times[name]) if name in times else "failed" for name in names]
     return [_name(row), *(f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True))]
 
 
@@ -88,11 +89,12 @@ def _layers(layers: Any) -> Iterator[str]:
         yield f"{row['M']}, {row['K']}, {row['N']}"
         for count in counts:
             result = row["threads"][count]
-            yield from (f"{result['us']['fxq']:.4g}", f"{result['gops']:.0f}")
+            yield from (_us(result["us"]["fxq"]), f"{result['gops']:.0f}")
             best = result["best int8"]
             yield from (f"{best:.2f}" if best else "", f"{result['ratio'].get('torch float32', 0):.1f}")
         yield f"{row['scaling']:.2f}x" if "scaling" in row else ""
-        yield from (f"{row[limit]:.0%}" if limit in row else "" for limit in ("of peak", "of bandwidth"))
+        yield f"{row['of peak']:.0%}" if "of peak" in row else ""
+        yield f"{row['of bandwidth']:.0%}" if "of bandwidth" in row and row["M"] == 1 else ""
 
     yield from table(header, map(cells, layers["rows"]))
     notes: dict[str, dict[str, None]] = {}
@@ -122,6 +124,10 @@ def snippet(results: Any) -> str:
             lines.append(cells)
     header = ["workload", "threads", "fxq", *shown, "the fastest peer takes"]
     return "\n".join([*table(header, lines), "", machine_text(results)])
+
+
+def _us(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
 def _time(us: float) -> str:

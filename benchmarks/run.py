@@ -68,6 +68,10 @@ def held_to_avx2() -> Any:
 
 def measure(full: bool) -> dict[str, Any]:
     """Run everything; what comes back is what the JSON file holds."""
+    if _load() > 0.5:
+        print(
+            f"load average {_load()}: others use this machine, and what needs all its threads suffers most", flush=True
+        )
     results: dict[str, Any] = {"machine": machine(), "held": " ".join(f"{k}={v}" for k, v in HELD_TO_AVX2.items())}
     print("models", flush=True)
     results["models"] = models.run(full, seconds=15.0 if full else 5.0)
