@@ -1,15 +1,19 @@
 """The text of a graph: exact, deterministic, without memory addresses; and the folder that dumps go to."""
 
 import copy
+import operator
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import fxq
-from fxq import dump
+from fxq import dump, qdq
+from fxq.graph import propagate
 from fxq.quantized import QuantizedModule
 from passes import CONVERT, PREPARE
 
@@ -21,15 +25,71 @@ def qmodel() -> QuantizedModule:
     return fxq.quantize(model, torch.linspace(-1, 1, 32).reshape(8, 4), recipe=fxq.Recipe(observer="min_max"))
 
 
+@pytest.fixture
+def pair() -> GraphModule:
+    """relu(x + 1) through integers and back, with values, scale and zero point."""
+    graph = torch.fx.Graph()
+    x, one = graph.placeholder("x"), graph.get_attr("one")
+    y = graph.call_function(torch.relu, (graph.call_function(operator.add, (x, one)),))
+    q = graph.create_node("call_function", qdq.quantize, (y, 1 / 32, 125), name="q")
+    q.meta["qparams"] = (1 / 32, 125)
+    graph.output({"y": graph.create_node("call_function", qdq.dequantize, (q, 1 / 32, 125), name="dq")})
+    root = nn.Module()
+    root.register_buffer("one", torch.tensor(1.0))
+    gm = GraphModule(root, graph)
+    propagate(gm, (torch.zeros(2, 8),), {})
+    return gm
+
+
+def test_the_whole_text(pair):
+    assert dump.text(pair, "after lower") == (
+        "# after lower\n"
+        "%x : float32[2, 8] = input x\n"
+        "%one : float32[] = constant one                         # 1\n"
+        "%add : float32[2, 8] = add(%x, %one)\n"
+        "%relu : float32[2, 8] = relu(%add)\n"
+        "%q : uint8[2, 8] = fxq.quantize(%relu, 0.03125, 125)    # 0.03125, 125\n"
+        "%dq : float32[2, 8] = fxq.dequantize(%q, 0.03125, 125)\n"
+        "return {'y': %dq}\n"
+    )
+
+
+def test_the_whole_neighbourhood(pair):
+    (node,) = pair.graph.find_nodes(op="call_function", target=qdq.quantize)
+    assert dump.neighbourhood(pair, node) == (
+        "  %relu : float32[2, 8] = relu(%add)\n"
+        "> %q : uint8[2, 8] = fxq.quantize(%relu, 0.03125, 125)    # 0.03125, 125\n"
+        "  %dq : float32[2, 8] = fxq.dequantize(%q, 0.03125, 125)"
+    )
+
+
+def test_a_graph_that_was_never_run_has_no_values():
+    graph = torch.fx.Graph()
+    x, inner = graph.placeholder("x"), graph.get_attr("inner")
+    graph.output((x, inner))
+    gm = GraphModule({"inner": torch.fx.symbolic_trace(nn.ReLU())}, graph)
+    assert dump.text(gm) == "%x = input x\n%inner = constant inner\nreturn (%x, %inner)\n"
+
+
+def test_long_lists_are_cut_short():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x", default_value=tuple(range(400)))
+    parts = graph.call_function(torch.unbind, (x,), {"dim": 0})
+    graph.output([graph.call_function(operator.getitem, (parts, i)) for i in range(400)])
+    gm = GraphModule(nn.Module(), graph)
+    propagate(gm, (torch.zeros(400, 1),), {})
+    lines = dump.text(gm).splitlines()
+    assert max(map(len, lines)) < 2 * dump.LONGEST
+    assert [line for line in lines if " ..." in line] == [lines[0], lines[1], lines[-1]]
+
+
 def test_a_chain_shows_its_layers(qmodel):
     text = dump.text(qmodel, "after prune")
     lines = text.splitlines()
     assert lines[0] == "# after prune"
     assert lines[1] == "%input_1 : float32[8, 4] = input input"
     (call,) = [i for i, line in enumerate(lines) if "fxq.qchain_float(" in line]
-    assert (
-        "%_2_qchain_float : float32[8, 2] = fxq.qchain_float(%input, %chain)" in lines[call] or "input_1" in lines[call]
-    )
+    assert lines[call].startswith("%_2_qchain_float : float32[8, 2] = fxq.qchain_float(%input_1, %chain)")
     inner = lines[call + 1 : call + 4]
     assert inner[0] == "    # quantize: quantize 0.00784, 127"
     assert inner[1].startswith("    # _0_qlinear: qlinear 4 -> 8, ")
@@ -77,6 +137,13 @@ def test_neighbourhood_marks_the_node(qmodel):
     assert any("%_2_qlinear_float :" in line for line in lines)
 
 
+def test_neighbourhood_marks_a_chain_once(qmodel):
+    (node,) = [n for n in qmodel.graph.nodes if "inside" in n.meta]
+    lines = dump.neighbourhood(qmodel, node).splitlines()
+    assert [line.startswith("> ") for line in lines] == ["%_2_qchain_float :" in line for line in lines]
+    assert sum(line.startswith("      # ") for line in lines) == 3
+
+
 def test_folder_writes_numbered_texts_diffs_and_dots(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
     (tmp_path / "99-old.txt").write_text("stale")
@@ -97,8 +164,39 @@ def test_folder_writes_numbered_texts_diffs_and_dots(tmp_path):
 def test_folder_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(fxq.FileError, match=r"cannot be made.*give a folder"):
+    with pytest.raises(fxq.FileError, match=r"cannot be used.*give a folder"):
         fxq.quantize(nn.Linear(2, 2).eval(), torch.randn(2, 2), dump=path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that not even root can write")
+def test_folder_that_cannot_be_written():
+    with pytest.raises(fxq.FileError, match=r"dump='/proc/self' cannot be used.*give a folder"):
+        dump.Folder("/proc/self", lambda gm, stem: None)
+
+
+def test_diff_against_the_pass_before(pair, tmp_path):
+    rendered = []
+    folder = dump.Folder(tmp_path, lambda gm, stem: rendered.append(stem.name))
+    folder.write(pair, "trace", "FLOAT")
+    (relu,) = pair.graph.find_nodes(op="call_function", target=torch.relu)
+    relu.replace_all_uses_with(relu.args[0])
+    pair.graph.erase_node(relu)
+    folder.write(pair, "drop", "FLOAT")
+    assert rendered == ["00-trace", "01-drop"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00-trace.txt", "01-drop.diff", "01-drop.txt"]
+    assert (tmp_path / "01-drop.txt").read_text() == dump.text(pair, "drop: FLOAT")
+    delta = (tmp_path / "01-drop.diff").read_text().splitlines()
+    assert delta[:2] == ["--- before", "+++ after drop"]
+    assert "-%relu : float32[2, 8] = relu(%add)" in delta
+    assert any(line.startswith("+%q : uint8[2, 8] = fxq.quantize(%add, 0.03125, 125)") for line in delta)
+
+
+@pytest.mark.parametrize(("name", "file"), [("my.pass", "00-my-pass.txt"), ("a/b: c", "00-a-b-c.txt")])
+def test_any_pass_name_is_a_file_that_a_later_run_removes(pair, tmp_path, name, file):
+    dump.Folder(tmp_path, lambda gm, stem: None).write(pair, name, "FLOAT")
+    assert (tmp_path / file).read_text().startswith(f"# {name}: FLOAT\n")
+    dump.Folder(tmp_path, lambda gm, stem: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_can_be_copied_with_its_context(tmp_path):

@@ -237,12 +237,14 @@ def test_case_21_addmm(check, model_of):
     product(21, check, model_of)
 
 
-def test_case_22_einsum_is_reported(model_of):
-    model = model_of(lambda s, x: torch.einsum("bi,oi->bo", x, s.w), w=W)
+def test_case_22_einsum_is_a_linear_or_reported(check, model_of):
+    qmodel = check(model_of(lambda s, x: torch.einsum("bi,oi->bo", x, s.w), w=W), X, others=[(OTHER,)])
+    assert forms(qmodel) == "linear int8"
+    model = model_of(lambda s, x: torch.einsum("bi,bi->b", x, x + s.w[0]), w=W)
     report = fxq.quantize(model, X).report
     (decision,) = report.refusals()
     assert (decision.op, decision.form, decision.reason) == ("einsum", "float", Reason.NO_INTEGER_OP)
-    assert decision.macs == 32 * 64
+    assert decision.macs == 32 * 8
     with pytest.raises(fxq.QuantizationError, match="einsum"):
         fxq.quantize(model, X, strict=True)
 

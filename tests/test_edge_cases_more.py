@@ -209,6 +209,7 @@ def test_case_52_decisions_on_data(forward, model_of):
     model = model_of(forward, l=linear(), k=linear())
     with pytest.raises(fxq.TraceError, match=rf"{HERE} .*hand over torch.nn.Sequential\(model\)"):
         fxq.quantize(model, X)
+    assert not vars(X)  # torch.export, which was tried, has not marked the user's tensor
     data = [X, -X, X + 1, X - 1, 4 * X]
     qmodel = fxq.quantize(nn.Sequential(model).eval(), X, calibration_data=data)  # the remedy
     for x in data:
