@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench observers pictures clean
+.PHONY: demo test lint check-types pytest sanitize bench observers conversion tracing-table pictures clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -23,6 +23,12 @@ pytest: $(VENV)/ready
 
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/kernels/sanitize.py
+
+tracing-table: $(VENV)/ready
+	$(BIN)/python docs/tracing_table.py
+
+conversion: $(VENV)/ready
+	$(BIN)/python benchmarks/conversion.py
 
 observers: $(VENV)/ready
 	$(BIN)/python benchmarks/observers.py

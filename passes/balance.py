@@ -57,6 +57,10 @@ class Balance:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Settles every `Edge`; the effect goes into the decisions of the report."""
+        holders: dict[int, list[Node]] = {}
+        for attribute in gm.graph.find_nodes(op="get_attr"):
+            if attribute.users:
+                holders.setdefault(_memory(gm, attribute), []).append(attribute)
         edges = [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(submodule(gm, n), Edge)]
         effects: dict[str, str] = {}
         for node in edges:
@@ -64,7 +68,7 @@ class Balance:
             assert isinstance(observer, Edge)
             if observer.rows.numel():
                 readers = [user for user in node.users if user.target is LINEAR]
-                plain, best = _choose(gm, observer, readers)
+                plain, best = _choose(gm, observer, readers, holders)
                 _apply(gm, node, observer, readers, best)
                 effects |= {reader.name: _effect(plain, best) for reader in readers}
         ctx.report.decisions = [replace(d, detail=effects.get(d.node, d.detail)) for d in ctx.report.decisions]
@@ -76,8 +80,10 @@ def _effect(plain: Choice, best: Choice) -> str:
     return f"{how}: {plain.sqnr:.1f} -> {best.sqnr:.1f} dB" if best is not plain else ""
 
 
-def _choose(gm: GraphModule, observer: Edge, readers: list[Node]) -> tuple[Choice, Choice]:
-    """The edge as its observer alone would have it, and the best way found."""
+def _choose(
+    gm: GraphModule, observer: Edge, readers: list[Node], holders: dict[int, list[Node]]
+) -> tuple[Choice, Choice]:
+    """The edge as its observer alone would have it, and the best way found; holders: constants by their memory."""
     weights = [_weight(gm, reader) for reader in readers]
 
     def attempt(factors: Tensor | None, low: float, high: float, x: Tensor = observer.rows[::2]) -> Choice:
@@ -94,7 +100,7 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node]) -> tuple[Choic
 
     plain = attempt(None, *observer.range())
     choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
-    if all(_exclusive(gm, reader) for reader in readers):
+    if all(_exclusive(gm, reader, holders) for reader in readers):
         for exponent in EXPONENTS:
             factors = _factors(observer, [w for w, _ in weights], exponent)
             low, high = float((observer.channel_low * factors).min()), float((observer.channel_high * factors).max())
@@ -131,14 +137,16 @@ def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, Granularity]:
     return constant(gm, source).detach(), observer.granularity
 
 
-def _exclusive(gm: GraphModule, reader: Node) -> bool:
+def _exclusive(gm: GraphModule, reader: Node, holders: dict[int, list[Node]]) -> bool:
     """Whether the weight of `reader` is read nowhere else, under any name."""
     observed = reader.args[1]
     assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
-    memory = constant(gm, observed.args[0]).untyped_storage().data_ptr()
-    constants = [n for n in gm.graph.find_nodes(op="get_attr") if n.users]
-    holders = [n for n in constants if constant(gm, n).untyped_storage().data_ptr() == memory]
-    return holders == [observed.args[0]] and len(holders[0].users) == 1 and len(observed.users) == 1
+    source = observed.args[0]
+    return holders[_memory(gm, source)] == [source] and len(source.users) == 1 and len(observed.users) == 1
+
+
+def _memory(gm: GraphModule, node: Node) -> int:
+    return constant(gm, node).untyped_storage().data_ptr()
 
 
 def _apply(gm: GraphModule, node: Node, observer: Edge, readers: list[Node], choice: Choice) -> None:

@@ -55,7 +55,8 @@ def export(model: nn.Module, call: Call) -> ExportedProgram:
 
     Raises `TraceError` with what `torch.export` says.
     """
-    args, kwargs = call
+    # Of the user's own tensors torch.export would mark the dynamic dimensions.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), tuple(call))
     dynamic = pytree.tree_map(
         lambda leaf: {0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] > 1 else None,
         (args, dict(kwargs)),
