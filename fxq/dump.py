@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import FileError
 from fxq.expansion import summary
-from fxq.graph import Value, constant, line_of, module_of, submodule, target_name
+from fxq.graph import Value, constant, is_tensor, line_of, module_of, submodule, target_name
 from fxq.observers import Observer, WeightObserver
 
 NUMBERED = re.compile(r"\d\d-[\w-]+\.(txt|diff|dot|svg)")
 LONGEST = 160
-"""Characters of a line's operands before they are cut short."""
+"""Characters of a line's value, and of its operands, before they are cut short."""
 
 Render = Callable[[GraphModule, Path], object]
 
@@ -39,34 +40,34 @@ def neighbourhood(gm: GraphModule, node: Node) -> str:
     """`node` between what it reads and who reads it, marked with `>`."""
     near = {node, *node.all_input_nodes, *node.users}
     nodes = [other for other in gm.graph.nodes if other in near]
-    return "\n".join(f"{'>' if n is node else ' '} {line}" for n in nodes for line in _lines(gm, [n]))
+    lines = [line.replace("\n", "\n  ") for line in _lines(gm, nodes)]
+    return "\n".join(f"{'>' if n is node else ' '} {line}" for n, line in zip(nodes, lines, strict=True))
 
 
 def _lines(gm: GraphModule, nodes: list[Node]) -> list[str]:
+    """One entry a node; that of a chain goes on with a line for each operation inside."""
     rows = [(_call(gm, node), _comment(gm, node)) for node in nodes]
     width = min(100, max((len(call) for call, _ in rows), default=0))
     lines = []
     for node, (call, comment) in zip(nodes, rows, strict=True):
-        lines.append(f"{call.ljust(width)}  # {comment}".rstrip() if comment else call)
-        if "inside" in node.meta:
-            lines += [f"    # {name}: {op} {text}" for name, op, text in summary(gm, node)]
+        line = f"{call.ljust(width)}  # {comment}" if comment else call
+        inside = summary(gm, node) if "inside" in node.meta else []
+        lines.append("\n".join([line, *(f"    # {name}: {op} {text}" for name, op, text in inside)]))
     return lines
 
 
 def _call(gm: GraphModule, node: Node) -> str:
     if node.op == "output":
-        return f"return {_show(node.args[0])}"
+        return f"return {_short(_show(node.args[0]))}"
     if node.op == "placeholder":
-        called = f"input {node.target}" + (f" = {_show(node.args[0])}" if node.args else "")
+        called = f"input {node.target}" + (f" = {_short(_show(node.args[0]))}" if node.args else "")
     elif node.op == "get_attr":
         called = f"constant {node.target}"
     else:
         named = [f"{key}={_show(value)}" for key, value in node.kwargs.items()]
-        operands = ", ".join([*map(_show, node.args), *named])
-        if len(operands) > LONGEST:
-            operands = operands[: LONGEST - 4] + " ..."
-        called = f"{_callee(gm, node)}({operands})"
-    return f"%{node.name} : {_show(node.meta.get('value', '?'))} = {called}"
+        called = f"{_callee(gm, node)}({_short(', '.join([*map(_show, node.args), *named]))})"
+    value = f" : {_short(_show(node.meta['value']))}" if "value" in node.meta else ""
+    return f"%{node.name}{value} = {called}"
 
 
 def _callee(gm: GraphModule, node: Node) -> str:
@@ -89,9 +90,13 @@ def _comment(gm: GraphModule, node: Node) -> str:
             parts.append(f"{module.where}, {module.granularity}")
     if node.op not in ("placeholder", "get_attr", "output"):
         parts += [part for part in (module_of(node), line_of(node)) if part]
-    if node.op == "get_attr" and constant(gm, node).numel() == 1:
+    if node.op == "get_attr" and is_tensor(node) and constant(gm, node).numel() == 1:
         parts.append(f"{constant(gm, node).item():.6g}")
     return "  ".join(parts)
+
+
+def _short(shown: str) -> str:
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
 
 
 def _show(value: Any) -> str:
@@ -120,7 +125,7 @@ def _show(value: Any) -> str:
 class Folder:
     """A folder of dumps: `NN-pass.txt`, `.diff`, and what `render` draws. Numbered files of an earlier run are removed.
 
-    Raises `FileError` where the folder cannot be made.
+    Raises `FileError` where the folder cannot be made or written.
     """
 
     def __init__(self, path: str | Path, render: Render) -> None:
@@ -130,24 +135,26 @@ class Folder:
         self.before: list[str] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=self.path).close()  # permission bits do not tell: read-only mounts, the super-user
+            for file in self.path.iterdir():
+                if NUMBERED.fullmatch(file.name):
+                    file.unlink()
         except OSError as error:
-            raise FileError(f"dump={str(path)!r} cannot be made: {error}; give a folder that can be written") from error
-        for file in self.path.iterdir():
-            if NUMBERED.fullmatch(file.name):
-                file.unlink()
+            raise FileError(f"dump={str(path)!r} cannot be used: {error}; give a folder that can be written") from error
 
     def write(self, gm: GraphModule, name: str, provenance: str) -> None:
         """The text, difference and picture of `gm` after the pass `name`."""
-        stem = self.path / f"{self.count:02}-{name}"
+        # A dot would be taken for the start of the suffix, and other signs are not for file names.
+        stem = self.path / f"{self.count:02}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}"
         lines = text(gm, f"{name}: {provenance}").splitlines(keepends=True)
-        stem.with_suffix(".txt").write_text("".join(lines))
+        stem.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
         if self.count:
             delta = difflib.unified_diff(self.before, lines, "before", f"after {name}")
-            stem.with_suffix(".diff").write_text("".join(delta))
+            stem.with_suffix(".diff").write_text("".join(delta), encoding="utf-8")
         self.before = lines
         self.render(gm, stem)
         self.count += 1
 
     def write_text(self, name: str, content: str) -> None:
         """One more file."""
-        (self.path / name).write_text(content.rstrip("\n") + "\n")
+        (self.path / name).write_text(content.rstrip("\n") + "\n", encoding="utf-8")
