@@ -21,6 +21,10 @@ from torch import fx
 from fxq.tracing.graph_functions import rounded, whole
 
 
+LONGEST_TEXT = 120
+"""Characters of an expression in messages."""
+
+
 class Source(Enum):
     """Why a number may differ at call time; the later of two sources wins when numbers combine."""
 
@@ -46,7 +50,9 @@ class Symbol:
     """A number's value on the examples, the node that computes it, and how the user wrote it."""
 
     def __init__(self, recording: Recording, value: Any, fx_node: fx.Node, text: str, source: Source) -> None:
-        self.recording, self.value, self.fx_node, self.text, self.source = recording, value, fx_node, text, source
+        self.recording, self.value, self.fx_node, self.source = recording, value, fx_node, source
+        # A number computed from itself again and again would double its text each time: its node names it then.
+        self.text = text if len(text) <= LONGEST_TEXT else fx_node.name
 
     @property
     def node(self) -> Any:
