@@ -20,7 +20,6 @@ from torch import fx
 
 from fxq.tracing.graph_functions import rounded, whole
 
-
 LONGEST_TEXT = 120
 """Characters of an expression in messages."""
 
