@@ -20,8 +20,11 @@ class RecipeError(FxqError):
 class TraceError(FxqError):
     """The model could not be captured as a graph, or the captured graph does not compute what the model computes.
 
-    what: the message without the remedy. module: the path of the module to blame, "" for the root.
+    what: the message without the remedy. module: the path of the module to blame, "" for the root. caught: whether the
+    model's own code caught it and went on, as it might with any other tracer's.
     """
+
+    caught = False
 
     def __init__(self, what: str, remedy: str = "", module: str = "") -> None:
         super().__init__(f"{what}; {remedy}" if remedy else what)

@@ -8,6 +8,7 @@ own code cannot be recorded, what `torch.export` makes of it is (`exported`). Th
 
 from __future__ import annotations
 
+import builtins
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ def trace(
         try:
             return _verified(_Task(prepared, call, leaves), expected, "value-carrying symbolic trace")
         except TraceError as error:
-            if frontend == "trace":
+            if frontend == "trace" or error.caught:
                 raise
             try:
                 return _export(prepared, call, expected, f"torch.export, since {error.what}")
@@ -165,7 +166,9 @@ def _record_either(task: _Task, watch: bool = False) -> Recording:
     except TraceError as error:
         if refusal is not None and error.what != refusal.what:
             what = f"{refusal.what}. Where it is told that it is being compiled: {error.what}"
-            raise TraceError(what, REMEDY, refusal.module) from refusal
+            both = TraceError(what, REMEDY, refusal.module)
+            both.caught = refusal.caught or error.caught
+            raise both from refusal
     else:
         if recording is None or not compiled[0].untraceable:
             return compiled
@@ -244,18 +247,19 @@ def _seen_as_compiling() -> Iterator[None]:
 
 @contextmanager
 def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
-    """Record the functions given to `torch.fx.wrap` as single calls, and refuse to compile while recording."""
+    """Record the functions given to `torch.fx.wrap` as single calls; refuse to compile, and warn of prints."""
     originals = []
     for (_, name), scope in fx._symbolic_trace._wrapped_fns_to_patch.items():
         if callable(function := scope.get(name)):
             originals.append((scope, name, function))
-    compile = torch.compile
+    compile, print = torch.compile, builtins.print
     try:
         for scope, name, function in originals:
             scope[name] = partial(recorder.wrapped, function)
         torch.compile = partial(recorder.compiling, compile)
+        builtins.print = partial(recorder.printing, print)
         yield
     finally:
-        torch.compile = compile
+        torch.compile, builtins.print = compile, print
         for scope, name, function in originals:
             scope[name] = function

@@ -97,7 +97,8 @@ class Recorder(Builder):
         try:
             result = forward(*args, **kwargs)
             if self.refusal is not None:
-                raise self.refusal  # The module's code has caught it.
+                self.refusal.caught = True
+                raise self.refusal
             return result
         except Exception as error:
             if not path:
@@ -123,6 +124,12 @@ class Recorder(Builder):
         if not self.busy and self.thread == threading.get_ident():
             self.refuse("compiles a part of itself (torch.cond, torch.compile)")
         return compile(*args, **kwargs)
+
+    def printing(self, print: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Stand in for `print`: the graph will not print."""
+        if not self.busy and self.thread == threading.get_ident():
+            warnings.warn(f"{self.line()} prints while it is traced; the graph does not", TracingWarning, stacklevel=2)
+        print(*args, **kwargs)
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for a torch function: answer what it asks, or execute and record it."""
