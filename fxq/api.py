@@ -23,7 +23,7 @@ from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, Input
 from fxq.expansion import expand
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind, mutations, place_of, target_name, unchanged
+from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.observers import paused
 from fxq.ops import FAMILIES
@@ -60,7 +60,11 @@ def trace(
     """
     call = as_call(example_inputs, example_kwargs)
     _check_model(model, call)
-    return tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
+    own = call.clone()
+    find_state(gm, own.args, own.kwargs)
+    propagate(gm, own.args, own.kwargs)  # dtypes and shapes, for texts and pictures
+    return gm
 
 
 @torch.inference_mode(False)

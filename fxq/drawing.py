@@ -34,6 +34,14 @@ COLOURS = {  # fill, line
     "aside": ("#ffffff", "#999999"),
     "io": ("#ffffff", "#222222"),
 }
+MEANINGS = {
+    "int8": "runs on integers",
+    "float": "float32",
+    "border": "float32 to integers, or back",
+    "observer": "observer",
+    "constant": "constant",
+    "aside": "sizes, ids, masks",
+}
 TALL = 40
 """Operations in a picture from which on it is drawn from top to bottom."""
 
@@ -132,16 +140,17 @@ def draw(
         raise InputError(f"cannot draw {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
     source = _dot(gm, direction, constants)
     text = path.with_suffix(".dot")
-    text.write_text(source.source)
+    drawable = shutil.which("dot") is not None
+    if suffix == "dot" or not drawable:
+        text.write_text(source.source, encoding="utf-8")
     if suffix == "dot":
-        return text
-    if shutil.which("dot") is None:
+        return path
+    if not drawable:
         raise FileError(
             f"{path} cannot be drawn: the program `dot` is missing; the graph is written to {text}. Install Graphviz "
             "(apt install graphviz, brew install graphviz, winget install graphviz)"
         )
     path.write_bytes(source.pipe(format=suffix))
-    text.unlink()
     return path
 
 
@@ -181,11 +190,24 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
         edge_attr={"fontname": "Helvetica", "fontsize": "9", "arrowsize": "0.6"},
     )
     _cluster(dot, graph, shown, "")
+    _legend(dot, {graph.nodes[name]["form"] for name in shown})
     for source, target, data in graph.edges(data=True):
         form = "aside" if data["dtype"] is None else "float" if data["scale"] is None else "int8"
         colour = COLOURS[form][1]
         dot.edge(source, target, label=_edge_label(data), color=colour, fontcolor=colour)
     return dot
+
+
+def _legend(dot: graphviz.Digraph, forms: set[str]) -> None:
+    """One box that says what the colours mean; no edge touches it, so it stands beside the graph."""
+    rows = "".join(
+        f'<TR><TD BGCOLOR="{fill}" COLOR="{line}" BORDER="1">{MEANINGS[form]}</TD></TR>'
+        for form, (fill, line) in COLOURS.items()
+        if form in forms and form in MEANINGS
+    )
+    if rows:
+        table = f'<<TABLE BORDER="0" CELLSPACING="3" CELLPADDING="3">{rows}</TABLE>>'
+        dot.node("(legend)", label=table, shape="plaintext", style="", fontsize="9")
 
 
 def _join_output(graph: nx.DiGraph[str]) -> None:

@@ -101,6 +101,26 @@ def test_pictures_are_written(qmodel, tmp_path, suffix):
     assert [file.name for file in tmp_path.iterdir()] == [f"a.{suffix}"]
 
 
+def test_a_traced_model_is_drawn(tmp_path):
+    text = draw(fxq.trace(TwoIslands().eval(), torch.randn(16, 4)), tmp_path / "a.dot").read_text()
+    assert text.count("label=Linear") == 3
+    assert "label=softmax" in text
+
+
+@needs_dot
+def test_a_picture_leaves_the_dot_text_beside_it_alone(qmodel, tmp_path):
+    draw(qmodel, tmp_path / "a.dot")
+    draw(qmodel, tmp_path / "a.svg")
+    assert (tmp_path / "a.dot").read_text().startswith("digraph")
+
+
+def test_the_legend_names_the_forms_that_are_drawn(qmodel, tmp_path):
+    text = draw(fxq.expand(qmodel), tmp_path / "a.dot").read_text()
+    assert "runs on integers" in text
+    assert ">float32<" in text
+    assert ">observer<" not in text
+
+
 def test_unknown_suffix(qmodel, tmp_path):
     with pytest.raises(fxq.InputError, match=r"a\.gif.*svg, png, pdf, dot"):
         draw(qmodel, tmp_path / "a.gif")
