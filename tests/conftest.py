@@ -35,6 +35,11 @@ def _seed():
     torch.manual_seed(0)
 
 
+def pytest_collectstart(collector):
+    """What a test module draws while it is imported is the same in every run."""
+    torch.manual_seed(0)
+
+
 def pytest_generate_tests(metafunc):
     """Tests of ops run on every instruction set of this processor, and on the portable kernels."""
     if "isa" in metafunc.fixturenames:
