@@ -1,7 +1,7 @@
 """The machine code behind the integer ops: built for this machine, or portable torch code where there is no compiler.
 
 `define` is the only door: an op family hands in its schema with a portable and a fake implementation. Where the C++
-library (library.cpp) has a kernel of that name, it serves the CPU from the first call on, with no Python in between;
+library (ops_*.cpp) has a kernel of that name, it serves the CPU from the first call on, with no Python in between;
 it is compiled then, unless a binary lies ready (binary.py). Both return the same bits.
 """
 

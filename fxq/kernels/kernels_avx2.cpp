@@ -9,6 +9,7 @@
 FXQ_TARGET("avx2")
 namespace fxq::avx2 {
 
+constexpr const char* kIsa = "avx2";
 constexpr int W = 8;
 constexpr int kRows = 4, kColumns = 2;  // 8 accumulators, 4 halves of weights, 2 of input, 1 product: 15 of 16
 using I = Vectors<W>::I;
@@ -55,9 +56,6 @@ static inline B narrow(I v) {
 }
 
 #include "body.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {"avx2", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx2
 FXQ_TARGET_END

@@ -9,6 +9,7 @@
 FXQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq")
 namespace fxq::avx512 {
 
+constexpr const char* kIsa = "avx512";
 constexpr int W = 16;
 constexpr int kRows = 4, kColumns = 4;  // 16 accumulators, 8 halves of weights, 2 of input: 26 of 32 registers
 using I = Vectors<W>::I;
@@ -42,9 +43,6 @@ static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {"avx512", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx512
 FXQ_TARGET_END

@@ -9,6 +9,7 @@
 FXQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 namespace fxq::avx512_vnni {
 
+constexpr const char* kIsa = "avx512_vnni";
 constexpr int W = 16;
 constexpr int kRows = 6, kColumns = 4;  // 24 accumulators, 4 weights, 1 input: 29 of 32 registers
 using I = Vectors<W>::I;
@@ -35,9 +36,6 @@ static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {"avx512_vnni", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx512_vnni
 FXQ_TARGET_END

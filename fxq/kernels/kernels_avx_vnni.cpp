@@ -9,6 +9,7 @@
 FXQ_TARGET("avx2")
 namespace fxq::avx_vnni {
 
+constexpr const char* kIsa = "avx_vnni";
 constexpr int W = 8;
 constexpr int kRows = 6, kColumns = 2;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
 using I = Vectors<W>::I;
@@ -41,9 +42,6 @@ static inline B narrow(I v) {
 }
 
 #include "body.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {"avx_vnni", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::avx_vnni
 FXQ_TARGET_END

@@ -5,6 +5,7 @@
 
 namespace fxq::generic {
 
+constexpr const char* kIsa = "generic";
 constexpr int W = 4;
 constexpr int kRows = 4, kColumns = 1;
 using I = Vectors<W>::I;
@@ -40,8 +41,5 @@ static inline I widen(B v) { return __builtin_convertvector(v, I); }
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "body.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {"generic", quantize, quantize_scaled, dequantize, requantize, add, gemm};
 
 }  // namespace fxq::generic

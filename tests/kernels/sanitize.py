@@ -26,7 +26,10 @@ def main() -> int:
     command = compiler()
     if command is None:
         sys.exit("no C++ compiler found")
-    sources = [Path(__file__).with_suffix(".cpp"), *(p for p in PACKAGE.glob("*.cpp") if p.name != "library.cpp")]
+    sources = [
+        Path(__file__).with_suffix(".cpp"),
+        *(p for p in PACKAGE.glob("*.cpp") if '"checks.h"' not in p.read_text()),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 

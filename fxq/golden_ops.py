@@ -1,0 +1,374 @@
+"""What each op of a golden model computes, in NumPy: the rows of `OPS`, `ELEMENTWISE` and `NUMBERS`.
+
+What is not there has no place here: softmax, means and float products round in an order of their own in every library,
+and torch's square root is off by a unit for one float in six. One bit is left open: where 0.0 meets -0.0 in a maximum,
+torch's sign depends on the position in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fxq import numerics
+from fxq.errors import GoldenError, GuardError
+from fxq.numerics import F32, I8, I32, U8, Array
+
+
+@dataclass(frozen=True)
+class Op:
+    """How a step computes, and what a trace shows of it.
+
+    run: from the step's operands to its value; parts: from the same operands to what lies inside, by name; result: the
+    name of the value beside its parts.
+    """
+
+    run: Callable[..., Any]
+    parts: Callable[..., dict[str, Array]] | None = None
+    result: str = ""
+
+
+# The integer ops. The order of their operands is that of the torch ops, whose weights are packed.
+
+
+def _quantize_scaled(x: F32, factor: F32, scale: float, zero_point: int) -> U8:
+    return numerics.quantize(x * factor, scale, zero_point)
+
+
+def _weight(x: Array, packed: I8, bias: I32) -> I8:
+    n, k = len(bias), x.shape[-1]
+    if len(packed) != numerics.packed_size(n, k):
+        raise ValueError(f"its input has {k} features, which is not what its weight takes")
+    return numerics.unpack(packed, n, k)
+
+
+def _qlinear(x: U8, weight: I8, bias: I32, multiplier: F32, zero_point: int, low: int, high: int) -> U8:
+    return numerics.qlinear(x, _weight(x, weight, bias), bias, multiplier, zero_point, low, high)
+
+
+def _qlinear_float(x: U8, weight: I8, bias: I32, multiplier: F32, addend: F32 | None = None) -> F32:
+    return numerics.qlinear_float(x, _weight(x, weight, bias), bias, multiplier, addend)
+
+
+def _qlinear_act(x: U8, weight: I8, bias: I32, multiplier: F32, activation: str, addend: F32 | None = None) -> F32:
+    return numerics.qlinear_act(x, _weight(x, weight, bias), bias, multiplier, activation, addend)
+
+
+def _qlinear_act_quantize(
+    x: U8, weight: I8, bias: I32, multiplier: F32, activation: str, scale: float, zero_point: int
+) -> U8:
+    w = _weight(x, weight, bias)
+    return numerics.qlinear_act_quantize(x, w, bias, multiplier, activation, scale, zero_point)
+
+
+def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> dict[str, Array]:
+    acc = numerics.accumulate(x, _weight(x, weight, bias))
+    return {"x_q": x, "acc": acc, "acc+bias": acc + bias}
+
+
+# Moves: the same numbers in another order or shape, as torch understands the arguments.
+
+
+def _sizes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+
+
+def _flatten(input: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
+    shape = input.shape or (1,)
+    start, end = start_dim % len(shape), end_dim % len(shape)
+    return input.reshape(*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
+
+
+def _unflatten(input: Array, dim: int, sizes: tuple[int, ...]) -> Array:
+    dim %= input.ndim
+    known = math.prod(size for size in sizes if size != -1)
+    whole = (input.shape[dim] // known if size == -1 else size for size in sizes)
+    return input.reshape(*input.shape[:dim], *whole, *input.shape[dim + 1 :])
+
+
+def _squeeze(input: Array, dim: int | tuple[int, ...] | None = None) -> Array:
+    dims = range(input.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    ones = tuple(d % input.ndim for d in dims if input.ndim and input.shape[d] == 1)
+    return np.squeeze(input, ones)
+
+
+def _permute(input: Array, *dims: Any) -> Array:
+    return np.transpose(input, _sizes(dims))
+
+
+def _narrow(input: Array, dim: int, start: int, length: int) -> Array:
+    start += input.shape[dim] if start < 0 else 0
+    if start + length > input.shape[dim]:
+        raise IndexError(f"narrow({dim}, {start}, {length}) reaches beyond the size {input.shape[dim]}")
+    return _slice(input, dim, start, start + length)
+
+
+def _slice(x: Array, dim: int, start: int, stop: int) -> Array:
+    index: list[slice] = [slice(None)] * x.ndim
+    index[dim] = slice(start, stop)
+    return x[tuple(index)]
+
+
+def _split(tensor: Array, split_size_or_sections: int | tuple[int, ...], dim: int = 0) -> tuple[Array, ...]:
+    total, sections = tensor.shape[dim], split_size_or_sections
+    if isinstance(sections, int):
+        sections = tuple(min(sections, total - start) for start in range(0, total, sections)) or (0,)
+    if sum(sections) != total:
+        raise ValueError(f"split sizes {list(sections)} do not add up to the size {total}")
+    stops = itertools.accumulate(sections)
+    return tuple(_slice(tensor, dim, stop - size, stop) for size, stop in zip(sections, stops, strict=True))
+
+
+def _chunk(input: Array, chunks: int, dim: int = 0) -> tuple[Array, ...]:
+    return _split(input, max(1, -(-input.shape[dim] // chunks)), dim)
+
+
+def _tensor_split(input: Array, indices_or_sections: int | tuple[int, ...], dim: int = 0) -> tuple[Array, ...]:
+    return tuple(np.array_split(input, indices_or_sections, dim))
+
+
+def _unbind(input: Array, dim: int = 0) -> tuple[Array, ...]:
+    return tuple(np.moveaxis(input, dim, 0))
+
+
+def _expand(input: Array, *size: Any) -> Array:
+    size = _sizes(size)
+    known = (1,) * (len(size) - input.ndim) + input.shape
+    return np.broadcast_to(input, tuple(k if s == -1 else s for s, k in zip(size, known, strict=True)))
+
+
+def _pixel_shuffle(input: Array, upscale_factor: int) -> Array:
+    *lead, c, h, w = input.shape
+    r, n = upscale_factor, len(lead)
+    blocks = input.reshape(*lead, c // (r * r), r, r, h, w)
+    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return blocks.transpose(order).reshape(*lead, c // (r * r), h * r, w * r)
+
+
+def _pixel_unshuffle(input: Array, downscale_factor: int) -> Array:
+    *lead, c, h, w = input.shape
+    r, n = downscale_factor, len(lead)
+    blocks = input.reshape(*lead, c, h // r, r, w // r, r)
+    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return blocks.transpose(order).reshape(*lead, c * r * r, h // r, w // r)
+
+
+def _max_pool(
+    input: Array,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    ceil_mode: bool = False,
+) -> Array:
+    """The largest of each window over the last dimensions; the first of equals, and NaN above all, as in torch."""
+    rank = len(kernel_size)
+    lowest: Any = -np.inf if input.dtype.kind == "f" else np.iinfo(input.dtype.name).min
+    counts, pads = [], [(0, 0)] * (input.ndim - rank)
+    for size, k, s, p, d in zip(input.shape[-rank:], kernel_size, stride, padding, dilation, strict=True):
+        room = size + 2 * p - d * (k - 1) - 1
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        if ceil_mode and (count - 1) * s >= size + p:
+            count -= 1  # a window may not begin in the padding on the right
+        if count < 1:
+            raise ValueError(f"its input of size {size} is smaller than the pooling window")
+        counts.append(count)
+        pads.append((p, max(p, (count - 1) * s + d * (k - 1) + 1 - size - p)))
+    padded: Any = np.pad(input, pads, constant_values=lowest)
+    best: Array = np.full((*input.shape[:-rank], *counts), lowest, input.dtype)
+    for offset in itertools.product(*(range(k) for k in kernel_size)):
+        starts = [o * d for o, d in zip(offset, dilation, strict=True)]
+        window = tuple(slice(b, b + s * (n - 1) + 1, s) for b, s, n in zip(starts, stride, counts, strict=True))
+        best = _larger(best, padded[(..., *window)])
+    return best
+
+
+def _max_pool1d(
+    input: Array, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool = False
+) -> Array:
+    return _max_pool(input, (kernel_size,), (stride,), (padding,), (dilation,), ceil_mode)
+
+
+def _embedding(
+    input: npt.NDArray[np.integer],
+    weight: Array,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Array:
+    if max_norm is not None:
+        raise GoldenError("an embedding with max_norm changes its weight at each call; a golden model does not")
+    if input.size and (input.min() < 0 or input.max() >= len(weight)):
+        raise IndexError(f"an index is outside the {len(weight)} rows of the embedding")
+    rows: Array = weight[input]
+    return rows
+
+
+# What IEEE 754 defines to the last bit, and torch and NumPy both keep. Operands come in the dtype of the result.
+
+
+def _larger(input: Any, other: Any) -> Array:
+    """The larger of two; the first of equals (0.0 and -0.0 are equal), and NaN above all, as in torch."""
+    larger: Array = np.where((other > input) | (other != other), other, input)
+    return larger
+
+
+def _smaller(input: Any, other: Any) -> Array:
+    smaller: Array = np.where((other < input) | (other != other), other, input)
+    return smaller
+
+
+def _clamp(input: Any, min: Any = None, max: Any = None) -> Any:
+    above = input if min is None else np.where(input < min, min, input)
+    return above if max is None else np.where(above > max, max, above)
+
+
+def _divide(input: Any, other: Any) -> Any:
+    # torch divides a number by a tensor in two roundings.
+    return np.true_divide(input, other) if isinstance(input, np.ndarray) else np.reciprocal(other) * input
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """`function` with torch's names for its operands; what takes more (alpha, rounding_mode) does not fit it."""
+    return lambda input, other: function(input, other)
+
+
+def _unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda input: function(input)
+
+
+# What a graph asks of a value besides its numbers.
+
+
+class Name(str):
+    """A dtype or device of torch, by name."""
+
+    __repr__ = str.__str__
+
+
+def _getattr(value: Any, name: str) -> Any:
+    if not isinstance(value, np.ndarray):
+        return getattr(value, name)
+    match name:
+        case "shape" | "ndim" | "T":
+            return getattr(value, name)
+        case "dtype":
+            return Name(f"torch.{value.dtype}")
+        case "device":
+            return Name("cpu")
+    raise ValueError(f"a golden model knows no attribute {name!r} of a tensor")
+
+
+def _size(input: Array, dim: int | None = None) -> Any:
+    return input.shape if dim is None else input.shape[dim]
+
+
+def _structure(value: object) -> str:
+    """`fxq.tracing.structure`, whose text a guard compares."""
+    if value is None:
+        return "None"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_structure(item)}" for key, item in value.items()) + "}"
+    if is_dataclass(value) and not isinstance(value, type):
+        items = (f"{field.name}={_structure(getattr(value, field.name))}" for field in fields(value))
+        return f"{type(value).__name__}({', '.join(items)})"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(_structure(item) for item in value)
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    return "*"
+
+
+def _guard(value: object, expected: object, message: str) -> None:
+    if value is expected or (not isinstance(value, np.ndarray) and value == expected):
+        return
+    described = f"a tensor {value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
+    raise GuardError(f"{message}; this call has {described}; quantize again with examples like this call")
+
+
+OPS: dict[str, Op] = {
+    "fxq.quantize": Op(numerics.quantize),
+    "fxq.quantize_scaled": Op(_quantize_scaled),
+    "fxq.dequantize": Op(numerics.dequantize),
+    "fxq.requantize": Op(numerics.requantize),
+    "fxq.qadd": Op(numerics.qadd),
+    "fxq.qlinear": Op(_qlinear, _linear_parts, "y_q"),
+    "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y"),
+    "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y"),
+    "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q"),
+    "reshape": Op(lambda input, shape: np.reshape(input, shape)),
+    "flatten": Op(_flatten),
+    "unflatten": Op(_unflatten),
+    "squeeze": Op(_squeeze),
+    "unsqueeze": Op(lambda input, dim: np.expand_dims(input, dim)),
+    "transpose": Op(lambda input, dim0, dim1: np.swapaxes(input, dim0, dim1)),
+    "permute": Op(_permute),
+    "movedim": Op(lambda input, source, destination: np.moveaxis(input, source, destination)),
+    "narrow": Op(_narrow),
+    "select": Op(lambda input, dim, index: np.take(input, index, dim)),
+    "flip": Op(lambda input, *dims: np.flip(input, _sizes(dims))),
+    "tile": Op(lambda input, *dims: np.tile(input, _sizes(dims))),
+    "expand": Op(_expand),
+    "pixel_shuffle": Op(_pixel_shuffle),
+    "pixel_unshuffle": Op(_pixel_unshuffle),
+    "cat": Op(lambda tensors, dim=0: np.concatenate(tensors, dim)),
+    "stack": Op(lambda tensors, dim=0: np.stack(tensors, dim)),
+    "split": Op(_split),
+    "chunk": Op(_chunk),
+    "tensor_split": Op(_tensor_split),
+    "unbind": Op(_unbind),
+    "getitem": Op(operator.getitem),
+    "max_pool1d": Op(_max_pool1d),
+    "max_pool2d": Op(_max_pool),
+    "max_pool3d": Op(_max_pool),
+    "embedding": Op(_embedding),
+    "clone": Op(lambda input: input),
+    "getattr": Op(_getattr),
+    "size": Op(_size),
+    "dim": Op(lambda input: input.ndim),
+    "numel": Op(lambda input: math.prod(input.shape if isinstance(input, np.ndarray) else input)),
+    "guard": Op(_guard),
+    "structure": Op(_structure),
+}
+"""The ops by name: those of fxq with their namespace, torch's functions and methods without."""
+
+ELEMENTWISE: dict[str, Op] = {
+    "add": Op(_binary(np.add)),
+    "sub": Op(_binary(np.subtract)),
+    "mul": Op(_binary(np.multiply)),
+    "div": Op(_binary(_divide)),
+    "truediv": Op(_binary(_divide)),
+    "true_divide": Op(_binary(_divide)),
+    "neg": Op(_unary(np.negative)),
+    "abs": Op(_unary(np.abs)),
+    "square": Op(_unary(np.square)),
+    "float": Op(_unary(np.asarray)),
+    "maximum": Op(_binary(_larger)),
+    "minimum": Op(_binary(_smaller)),
+    "clamp": Op(_clamp),
+    "relu": Op(_unary(lambda x: np.where(x < 0, x.dtype.type(0), x))),
+}
+"""The ops whose operands torch brings to the dtype of the result first."""
+
+NUMBERS: dict[str, Op] = {
+    **{
+        f"operator.{name}": Op(getattr(operator, name))
+        for name in (
+            *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "getitem"),
+            *("and_", "or_", "xor", "lshift", "rshift", "eq", "ne", "lt", "le", "gt", "ge"),
+        )
+    },
+    **{f"math.{name}": Op(getattr(math, name)) for name in ("floor", "ceil", "trunc")},
+    "whole": Op(int),
+    "rounded": Op(round),
+    "length": Op(len),
+}
+"""Python's arithmetic on sizes and other numbers."""

@@ -1,0 +1,45 @@
+// What the torch operators share: errors, checks of arguments, threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "tensor.h"
+
+namespace fxq {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "fxq::";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected) {
+  if (t.dtype() != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
+}
+
+inline void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high) {
+  if (zero_point < 0 || zero_point > 255 || low < 0 || low > high || high > 255)
+    fail(op, ": zero_point = ", zero_point, ", low = ", low, ", high = ", high, ", expected 0 <= low <= high <= 255");
+}
+
+// f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
+template <class Function>
+void parallel(int64_t count, int64_t grain, const Function& f) {
+  if (count <= grain)
+    f(int64_t(0), count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
+constexpr int64_t kElementGrain = 1 << 16;  // elements that are worth a thread
+constexpr int64_t kProductGrain = 200'000;  // multiply-adds that are worth a thread
+
+// threads.cpp: all rows of a product, shared among threads by panels of channels or by tiles of rows.
+void run_gemm(const Gemm& g, int64_t rows);
+
+}  // namespace fxq

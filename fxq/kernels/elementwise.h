@@ -1,0 +1,57 @@
+// Elementwise kernels; a part of body.h, compiled once per instruction set.
+
+static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
+  const Rounding round(zero_point, 0, 255);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(q + i, round(load<F>(x + i) * inverse));
+  if (i < count) store_some(q + i, round(load_some<F>(x + i, count - i) * inverse), count - i);
+}
+
+// step(i, count) for each vector; `count` is W, known to the compiler, in all but the last.
+template <class Step>
+static inline void for_each_vector(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) step(i, W);
+  if (i < count) step(i, count - i);
+}
+
+struct QuantizeScaled {
+  const float *x, *factor;
+  float inverse;
+  Rounding round;
+  uint8_t* q;
+  inline void operator()(int64_t i, int64_t count) const {
+    store_some(q + i, round(load_some<F>(x + i, count) * load_some<F>(factor + i, count) * inverse), count);
+  }
+};
+static void quantize_scaled(const float* x, const float* factor, uint8_t* q, int64_t count, float inverse,
+                            int32_t zero_point) {
+  for_each_vector(count, QuantizeScaled{x, factor, inverse, Rounding(zero_point, 0, 255), q});
+}
+
+struct Dequantize {
+  Affine value;
+  float* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, value(i, count), count); }
+};
+static void dequantize(Term x, float* y, int64_t count) { for_each_vector(count, Dequantize{Affine(x), y}); }
+
+struct Requantize {
+  Affine value;
+  Rounding round;
+  uint8_t* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(value(i, count)), count); }
+};
+static void requantize(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
+  for_each_vector(count, Requantize{Affine(x), Rounding(zero_point, low, high), y});
+}
+
+struct Add {
+  Affine a, b;
+  Rounding round;
+  uint8_t* y;
+  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(a(i, count) + b(i, count)), count); }
+};
+static void add(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
+  for_each_vector(count, Add{Affine(a), Affine(b), Rounding(zero_point, low, high), y});
+}

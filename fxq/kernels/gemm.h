@@ -1,0 +1,193 @@
+// The integer product with its epilogues; a part of body.h, compiled once per instruction set.
+
+// Where one tile finds its operands and leaves its result; each pointer stands at the tile's first row and channel.
+struct Place {
+  const uint8_t* x;
+  const int8_t* weight;
+  int64_t step;  // bytes from one group of four k to the next
+  const int32_t* bias;
+  const float* multiplier;
+  const float* addend;
+  int64_t addend_stride;
+  void* y;
+  int64_t y_stride;
+};
+
+static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
+  uint32_t group = 0;
+  for (int64_t i = 0; i < count; ++i) group |= uint32_t(x[i]) << (8 * i);
+  return group;
+}
+
+// R rows of 4 * count bytes, read four at a time.
+template <int R>
+struct Rows {
+#ifdef WIDEN_ROWS
+  static constexpr int64_t kMost = 256;
+  uint32_t pairs[R][kMost][2];  // widened here once, and not again for every vector of channels
+
+  Rows(const uint8_t* x, int64_t stride, int64_t count) {
+    for (int r = 0; r < R; ++r, x += stride) {
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t group = load<uint32_t>(x + 4 * i);
+        pairs[r][i][0] = group & 0x00FF00FF;
+        pairs[r][i][1] = group >> 8 & 0x00FF00FF;
+      }
+    }
+  }
+  Input operator()(int r, int64_t i) const { return input(pairs[r][i][0], pairs[r][i][1]); }
+#else
+  static constexpr int64_t kMost = INT64_MAX;
+  const uint8_t* x;
+  int64_t stride;
+
+  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
+  Input operator()(int r, int64_t i) const { return input(load<uint32_t>(x + r * stride + 4 * i)); }
+#endif
+};
+
+// R rows x C vectors of channels: summed up in registers from the bias on, and the epilogue in registers as well.
+template <int R, int C, bool kFloatOutput>
+static void tile(const Gemm& g, const Place& at) {
+  I acc[R][C];
+  UNROLL for (int c = 0; c < C; ++c) {
+    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = load<I>(at.bias + c * W);
+  }
+  const uint8_t* x = at.x;
+  const int8_t* w = at.weight;
+  const int64_t stride = g.x_stride, step = at.step;
+  for (int64_t groups = g.k / 4, count; groups > 0; groups -= count, x += 4 * count) {
+    count = groups < Rows<R>::kMost ? groups : Rows<R>::kMost;
+    const Rows<R> rows(x, stride, count);
+    for (int64_t i = 0; i < count; ++i, w += step) {
+      Weights b[C];
+      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Input a = rows(r, i);
+        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+      }
+    }
+  }
+  if (g.k % 4) {  // the packed weights end in zeros, but x ends
+    UNROLL for (int r = 0; r < R; ++r) {
+      const Input a = input(load_group(x + r * stride, g.k % 4));
+      UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, weights(w + 4 * W * c));
+    }
+  }
+  const Rounding round(g.zero_point, g.low, g.high);
+  UNROLL for (int c = 0; c < C; ++c) {
+    const F multiplier = load<F>(at.multiplier + c * W);
+    UNROLL for (int r = 0; r < R; ++r) {
+      F value = __builtin_convertvector(acc[r][c], F) * multiplier;
+      const int64_t i = r * at.y_stride + c * W;
+      if (kFloatOutput) {
+        if (at.addend) value += load<F>(at.addend + r * at.addend_stride + c * W);
+        store(static_cast<float*>(at.y) + i, value);
+      } else {
+        store(static_cast<uint8_t*>(at.y) + i, round(value));
+      }
+    }
+  }
+}
+
+using Tile = void (*)(const Gemm&, const Place&);
+
+template <int R, bool kFloatOutput>
+static Tile tile_of(int64_t columns) {
+  if constexpr (kColumns == 4) {
+    if (columns == 4) return tile<R, 4, kFloatOutput>;
+    if (columns == 3) return tile<R, 3, kFloatOutput>;
+  }
+  if constexpr (kColumns >= 2)
+    if (columns == 2) return tile<R, 2, kFloatOutput>;
+  return tile<R, 1, kFloatOutput>;
+}
+
+template <bool kFloatOutput>
+static Tile tile_of(int64_t rows, int64_t columns) {
+  if constexpr (kRows == 6) {
+    if (rows == 6) return tile_of<6, kFloatOutput>(columns);
+    if (rows == 5) return tile_of<5, kFloatOutput>(columns);
+  }
+  if (rows == 4) return tile_of<4, kFloatOutput>(columns);
+  if (rows == 3) return tile_of<3, kFloatOutput>(columns);
+  if (rows == 2) return tile_of<2, kFloatOutput>(columns);
+  return tile_of<1, kFloatOutput>(columns);
+}
+
+// memcpy without a call: rows of a strip are short and many.
+static inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  if (bytes < 16) return void(memcpy(to, from, bytes));
+  for (int64_t i = 0; i + 16 < bytes; i += 16) memcpy(to + i, from + i, 16);
+  memcpy(to + bytes - 16, from + bytes - 16, 16);
+}
+
+// A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time.
+static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, const int8_t* weight,
+                  int64_t step) {
+  constexpr int64_t kWidth = kColumns * W;
+  const int64_t size = g.output == Output::kFloat || g.output == Output::kActivation ? sizeof(float) : 1;
+  const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
+  const bool ragged = valid < width;  // the arrays end within the last vector: work on padded copies
+  const bool staged = ragged || g.output == Output::kActivation || g.output == Output::kActivationUint8;
+
+  Place at = {nullptr, weight, step, g.bias + channel, g.multiplier + channel, nullptr, g.addend_stride, nullptr, 0};
+  alignas(64) int32_t bias[kWidth];
+  alignas(64) float multiplier[kWidth];
+  if (ragged) {
+    memset(bias, 0, sizeof bias);
+    memset(multiplier, 0, sizeof multiplier);
+    at.bias = static_cast<int32_t*>(memcpy(bias, at.bias, valid * sizeof(int32_t)));
+    at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
+  }
+  alignas(64) float stage[kRows * kWidth];
+  alignas(64) float addend[kRows * kWidth];
+
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    uint8_t* y = static_cast<uint8_t*>(g.y) + (row * g.y_stride + channel) * size;
+    at.x = g.x + row * g.x_stride;
+    at.y = staged ? static_cast<void*>(stage) : y;
+    at.y_stride = staged ? width : g.y_stride;
+    if (g.addend) {
+      at.addend = g.addend + row * g.addend_stride + channel;
+      if (ragged) {
+        for (int64_t r = 0; r < rows; ++r)
+          memcpy(addend + r * width, at.addend + r * g.addend_stride, valid * sizeof(float));
+        at.addend = addend;
+        at.addend_stride = width;
+      }
+    }
+    (g.output == Output::kUint8 ? tile_of<false>(rows, columns) : tile_of<true>(rows, columns))(g, at);
+    if (!staged) continue;
+
+    if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
+      activate(g.activation, stage, rows * width);
+    for (int64_t r = 0; r < rows; ++r, y += g.y_stride * size) {
+      if (g.output == Output::kActivationUint8)
+        quantize(stage + r * width, y, valid, g.inverse, g.zero_point);
+      else
+        copy(y, reinterpret_cast<uint8_t*>(stage) + r * width * size, valid * size);
+    }
+  }
+}
+
+static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+  // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
+  const int64_t fit = 384 * 1024 / (g.k + 1), most = fit < 96 ? 96 : fit > 960 ? 960 : fit;
+  const int64_t blocks = (row_end - row + most - 1) / most;
+  const int64_t tiles = blocks ? (row_end - row + blocks * kRows - 1) / (blocks * kRows) : 0;
+  const int64_t height = tiles * kRows;
+  const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;
+  for (int64_t block = row; block < row_end; block += height) {
+    const int64_t block_end = block + height < row_end ? block + height : row_end;
+    for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
+      const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
+      const int8_t* weight = g.weight + first * padded_k;
+      for (int64_t c = 0; c < width && first + c < g.n; c += kColumns * W) {
+        const int64_t columns = (width - c) / W < kColumns ? (width - c) / W : kColumns;
+        strip(g, block, block_end, first + c, columns, weight + 4 * c, 4 * width);
+      }
+    }
+  }
+}

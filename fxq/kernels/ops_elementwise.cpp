@@ -1,0 +1,163 @@
+// The elementwise kernels as torch operators: quantize, dequantize, requantize, add.
+#include <algorithm>
+
+#include "checks.h"
+
+namespace fxq {
+namespace {
+
+Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
+  expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
+  expect_range("quantize", zero_point, 0, 255);
+  const Contiguous from(x);
+  Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
+  const float* source = from.data<float>();
+  uint8_t* target = y.data<uint8_t>();
+  parallel(x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().quantize(source + begin, target + begin, end - begin, 1.0f / float(scale), int32_t(zero_point));
+  });
+  return y;
+}
+
+Tensor quantize_scaled(const Tensor& x, const Tensor& factor, double scale, int64_t zero_point) {
+  expect_dtype("quantize_scaled", "x", x, aoti_torch_dtype_float32(), "float32");
+  expect_dtype("quantize_scaled", "factor", factor, aoti_torch_dtype_float32(), "float32");
+  expect_range("quantize_scaled", zero_point, 0, 255);
+  const int64_t k = factor.numel();
+  if (factor.dim() != 1 || x.dim() < 1 || x.shape().sizes[x.dim() - 1] != k)
+    fail("quantize_scaled: factor has shape ", factor.shape(), ", x ", x.shape());
+  const Contiguous from(x), by(factor);
+  Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
+  if (!x.numel()) return y;
+  const float *source = from.data<float>(), *factors = by.data<float>();
+  uint8_t* target = y.data<uint8_t>();
+  parallel(x.numel() / k, std::max<int64_t>(1, kElementGrain / k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      active().quantize_scaled(source + row * k, factors, target + row * k, k, 1.0f / float(scale),
+                               int32_t(zero_point));
+  });
+  return y;
+}
+
+Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
+  expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("dequantize", zero_point, 0, 255);
+  const Contiguous from(q);
+  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_float32());
+  const uint8_t* source = from.data<uint8_t>();
+  float* target = y.data<float>();
+  parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().dequantize({source + begin, int32_t(zero_point), float(scale)}, target + begin, end - begin);
+  });
+  return y;
+}
+
+Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_point, int64_t low, int64_t high) {
+  expect_dtype("requantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("requantize", zero_point, low, high);
+  expect_range("requantize (z_x)", z_x, 0, 255);
+  const Contiguous from(q);
+  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
+  const uint8_t* source = from.data<uint8_t>();
+  uint8_t* target = y.data<uint8_t>();
+  parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().requantize({source + begin, int32_t(z_x), float(multiplier)}, target + begin, end - begin,
+                        int32_t(zero_point), int32_t(low), int32_t(high));
+  });
+  return y;
+}
+
+// An operand of a broadcast: strides over the dimensions of the result, 0 where the operand repeats.
+struct Broadcast {
+  const uint8_t* q;
+  int64_t strides[Tensor::kMaxDim];
+
+  Broadcast(const Tensor& t, Shape result) : q(t.data<uint8_t>()) {
+    const Shape own = t.shape();
+    const int64_t* own_strides = t.strides();
+    for (int64_t i = 0, missing = result.dim - own.dim; i < result.dim; ++i)
+      strides[i] = i < missing || own.sizes[i - missing] == 1 ? 0 : own_strides[i - missing];
+  }
+  // `count` elements from `index` on in the innermost dimension: where they lie, or gathered into `buffer`.
+  const uint8_t* row(int64_t offset, int64_t index, int64_t count, int64_t stride, uint8_t* buffer) const {
+    const uint8_t* p = q + offset + index * stride;
+    if (stride == 1) return p;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i * stride];
+    return buffer;
+  }
+};
+
+void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term term_b, uint8_t* y, Shape shape,
+                   int32_t zero_point, int32_t low, int32_t high) {
+  constexpr int64_t kChunk = 1024;
+  uint8_t buffer_a[kChunk], buffer_b[kChunk];
+  const int64_t dim = shape.dim;
+  const int64_t* sizes = shape.sizes;
+  const int64_t inner = sizes[dim - 1];
+  int64_t rows = 1, index[Tensor::kMaxDim] = {}, offset_a = 0, offset_b = 0;
+  for (int64_t d = 0; d < dim - 1; ++d) rows *= sizes[d];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0, count; i < inner; i += count, y += count) {
+      count = std::min(inner - i, kChunk);
+      term_a.q = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
+      term_b.q = b.row(offset_b, i, count, b.strides[dim - 1], buffer_b);
+      active().add(term_a, term_b, y, count, zero_point, low, high);
+    }
+    for (int64_t d = dim - 2; d >= 0; --d) {  // an odometer over the outer dimensions
+      offset_a += a.strides[d];
+      offset_b += b.strides[d];
+      if (++index[d] < sizes[d]) break;
+      offset_a -= sizes[d] * a.strides[d];
+      offset_b -= sizes[d] * b.strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
+            int64_t low, int64_t high) {
+  expect_dtype("qadd", "a", a, aoti_torch_dtype_uint8(), "uint8");
+  expect_dtype("qadd", "b", b, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("qadd", zero_point, low, high);
+  expect_range("qadd (z_a)", z_a, 0, 255);
+  expect_range("qadd (z_b)", z_b, 0, 255);
+  const Shape shape_a = a.shape(), shape_b = b.shape();
+  const int64_t dim = std::max(shape_a.dim, shape_b.dim);
+  int64_t sizes[Tensor::kMaxDim];
+  bool same = shape_a.dim == shape_b.dim;
+  for (int64_t i = 1; i <= dim; ++i) {
+    const int64_t size_a = i <= shape_a.dim ? shape_a.sizes[shape_a.dim - i] : 1;
+    const int64_t size_b = i <= shape_b.dim ? shape_b.sizes[shape_b.dim - i] : 1;
+    if (size_a != size_b && size_a != 1 && size_b != 1)
+      fail("qadd: a", shape_a, " and b", shape_b, " do not broadcast");
+    same = same && size_a == size_b;
+    sizes[dim - i] = size_a == 1 ? size_b : size_a;
+  }
+  const Shape shape = {sizes, dim};
+  Tensor y = Tensor::empty(shape, aoti_torch_dtype_uint8());
+  uint8_t* target = y.data<uint8_t>();
+  const Term term_a = {a.data<uint8_t>(), int32_t(z_a), float(m_a)};
+  const Term term_b = {b.data<uint8_t>(), int32_t(z_b), float(m_b)};
+  const int32_t zero = int32_t(zero_point), lo = int32_t(low), hi = int32_t(high);
+  if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
+    parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+      const Term part_a = {term_a.q + begin, term_a.zero_point, term_a.multiplier};
+      const Term part_b = {term_b.q + begin, term_b.zero_point, term_b.multiplier};
+      active().add(part_a, part_b, target + begin, end - begin, zero, lo, hi);
+    });
+  } else if (y.numel() > 0) {
+    add_broadcast(Broadcast(a, shape), Broadcast(b, shape), term_a, term_b, target, shape, zero, lo, hi);
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace fxq
+
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
+  m.impl("quantize", fxq::boxed<fxq::quantize>);
+  m.impl("quantize_scaled", fxq::boxed<fxq::quantize_scaled>);
+  m.impl("dequantize", fxq::boxed<fxq::dequantize>);
+  m.impl("requantize", fxq::boxed<fxq::requantize>);
+  m.impl("qadd", fxq::boxed<fxq::qadd>);
+}

@@ -1,0 +1,130 @@
+// The products as torch operators.
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "checks.h"
+
+namespace fxq {
+namespace {
+
+// Whether x lies in rows of adjacent values, each at the same distance `stride` from the one before.
+bool is_rows(const Tensor& x, int64_t* stride) {
+  const int64_t *sizes = x.shape().sizes, *strides = x.strides();
+  const int64_t last = x.dim() - 1;
+  bool regular = strides[last] == 1 || sizes[last] <= 1;
+  int64_t expected = -1;  // distance that the next dimension outwards must have
+  *stride = sizes[last];
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (expected < 0)
+      *stride = strides[i];
+    else
+      regular = regular && strides[i] == expected;
+    expected = strides[i] * sizes[i];
+  }
+  return regular;
+}
+
+// What the four linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
+Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+              const Tensor* addend, Gemm& g) {
+  expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
+  expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
+  expect_dtype(op, "bias", bias, aoti_torch_dtype_int32(), "int32");
+  expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_float32(), "float32");
+  const Shape shape = x.shape();
+  if (shape.dim == 0) fail(op, ": x is a scalar, expected [..., K]");
+  g.k = shape.sizes[shape.dim - 1];
+  g.n = bias.numel();
+  if (weight.numel() != packed_size(g.n, g.k) || weight.dim() != 1)
+    fail(op, ": weight", weight.shape(), ", expected [", packed_size(g.n, g.k), "], the packed size of N = ", g.n,
+         " (bias) and K = ", g.k, " (x", shape, ")");
+  if (bias.dim() != 1 || multiplier.dim() != 1 || multiplier.numel() != g.n)
+    fail(op, ": multiplier", multiplier.shape(), " and bias", bias.shape(), ", expected both of one size [N]");
+
+  const Contiguous w(weight), b(bias), m(multiplier);
+  std::optional<Tensor> copy;
+  if (!is_rows(x, &g.x_stride)) {
+    copy.emplace(x.contiguous());
+    g.x_stride = g.k;
+  }
+  g.x = (copy ? *copy : x).data<uint8_t>();
+  g.weight = w.data<int8_t>();
+  g.bias = b.data<int32_t>();
+  g.multiplier = m.data<float>();
+
+  int64_t sizes[Tensor::kMaxDim], count = 1;
+  for (int64_t i = 0; i < shape.dim - 1; ++i) count *= sizes[i] = shape.sizes[i];
+  sizes[shape.dim - 1] = g.n;
+  const bool is_float = g.output == Output::kFloat || g.output == Output::kActivation;
+  Tensor y = Tensor::empty({sizes, shape.dim}, is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8());
+  g.y = y.data<void>();
+  g.y_stride = g.n;
+
+  std::optional<Contiguous> added;
+  if (addend) {
+    expect_dtype(op, "addend", *addend, aoti_torch_dtype_float32(), "float32");
+    const Shape own = addend->shape();
+    const bool row = own.dim == 1 && own.sizes[0] == g.n;
+    if (!row && !(own.dim == shape.dim && std::equal(sizes, sizes + shape.dim, own.sizes)))
+      fail(op, ": addend", own, ", expected [", g.n, "] or the shape of the result");
+    g.addend = added.emplace(*addend).data<float>();
+    g.addend_stride = row ? 0 : g.n;
+  }
+  run_gemm(g, count);
+  return y;
+}
+
+Tensor qlinear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier, int64_t zero_point,
+               int64_t low, int64_t high) {
+  expect_range("qlinear", zero_point, low, high);
+  Gemm g;
+  g.zero_point = int32_t(zero_point);
+  g.low = int32_t(low);
+  g.high = int32_t(high);
+  return linear("qlinear", x, weight, bias, multiplier, nullptr, g);
+}
+
+Tensor qlinear_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                     const std::optional<Tensor>& addend) {
+  Gemm g;
+  g.output = Output::kFloat;
+  return linear("qlinear_float", x, weight, bias, multiplier, addend ? &*addend : nullptr, g);
+}
+
+Activation activation_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu"};
+  for (int i = 0; i < 6; ++i)
+    if (name == kNames[i]) return Activation(i);
+  fail(op, ": activation '", name, "', expected gelu, gelu_tanh, silu, tanh, sigmoid or relu");
+}
+
+Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                   const std::string& activation, const std::optional<Tensor>& addend) {
+  Gemm g;
+  g.output = Output::kActivation;
+  g.activation = activation_named("qlinear_act", activation);
+  return linear("qlinear_act", x, weight, bias, multiplier, addend ? &*addend : nullptr, g);
+}
+
+Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                            const std::string& activation, double scale, int64_t zero_point) {
+  expect_range("qlinear_act_quantize", zero_point, 0, 255);
+  Gemm g;
+  g.output = Output::kActivationUint8;
+  g.activation = activation_named("qlinear_act_quantize", activation);
+  g.inverse = 1.0f / float(scale);
+  g.zero_point = int32_t(zero_point);
+  return linear("qlinear_act_quantize", x, weight, bias, multiplier, nullptr, g);
+}
+
+}  // namespace
+}  // namespace fxq
+
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
+  m.impl("qlinear", fxq::boxed<fxq::qlinear>);
+  m.impl("qlinear_float", fxq::boxed<fxq::qlinear_float>);
+  m.impl("qlinear_act", fxq::boxed<fxq::qlinear_act>);
+  m.impl("qlinear_act_quantize", fxq::boxed<fxq::qlinear_act_quantize>);
+}

@@ -1,0 +1,50 @@
+"""The one layout of packed weights, the same for all instruction sets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fxq.numerics.affine import I8
+
+PANEL = 64
+"""Output channels in a full panel of the packed layout."""
+
+
+def panel_widths(n: int) -> list[int]:
+    """Widths of the panels that hold `n` output channels: 64 each, the last rounded up to a multiple of 16."""
+    full, rest = divmod(n, PANEL)
+    return [PANEL] * full + ([-(-rest // 16) * 16] if rest else [])
+
+
+def packed_size(n: int, k: int) -> int:
+    """Bytes of an [n, k] weight once packed: both rounded up, n to a multiple of 16 and k of 4."""
+    return sum(panel_widths(n)) * (-(-k // 4) * 4)
+
+
+def pack(q_w: I8) -> I8:
+    """The one packed layout, for every instruction set: panels of 64 output channels, [panel][K/4][width][4].
+
+    q_w: int8 [N, K]. Four consecutive k of one channel lie together (what `vpdpbusd` multiplies), then the channels of
+    the panel, then k. The last panel is as wide as N needs, in steps of 16; padding is 0. Returns int8 [packed_size].
+    """
+    n, k = q_w.shape
+    k4 = -(-k // 4)
+    panels = []
+    for i, width in enumerate(panel_widths(n)):
+        panel = np.zeros((width, k4 * 4), np.int8)
+        rows = q_w[i * PANEL : i * PANEL + width]
+        panel[: len(rows), :k] = rows
+        panels.append(panel.reshape(width, k4, 4).transpose(1, 0, 2).reshape(-1))
+    return np.concatenate(panels) if panels else np.zeros(0, np.int8)
+
+
+def unpack(packed: I8, n: int, k: int) -> I8:
+    """The inverse of `pack`: int8 [n, k]."""
+    assert packed.shape == (packed_size(n, k),), (packed.shape, n, k)
+    k4 = -(-k // 4)
+    rows, start = [], 0
+    for width in panel_widths(n):
+        panel = packed[start : start + width * k4 * 4].reshape(k4, width, 4)
+        rows.append(panel.transpose(1, 0, 2).reshape(width, k4 * 4))
+        start += width * k4 * 4
+    return np.ascontiguousarray(np.concatenate(rows)[:n, :k]) if rows else np.zeros((n, k), np.int8)
