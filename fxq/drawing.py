@@ -138,6 +138,8 @@ def draw(
     suffix = path.suffix.removeprefix(".")
     if suffix not in SUFFIXES:
         raise InputError(f"cannot draw {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise FileError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
     source = _dot(gm, direction, constants)
     text = path.with_suffix(".dot")
     drawable = shutil.which("dot") is not None
@@ -150,15 +152,26 @@ def draw(
             f"{path} cannot be drawn: the program `dot` is missing; the graph is written to {text}. Install Graphviz "
             "(apt install graphviz, brew install graphviz, winget install graphviz)"
         )
-    path.write_bytes(source.pipe(format=suffix))
+    path.write_bytes(_rendered(source, suffix, path))
     return path
+
+
+def _rendered(source: graphviz.Digraph, suffix: str, path: Path) -> bytes:
+    """The picture that the program `dot` makes; raises `FileError` with its own words where it fails."""
+    try:
+        picture: bytes = source.pipe(format=suffix)
+    except graphviz.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip() if error.stderr else str(error)
+        raise FileError(f"{path} cannot be drawn: `dot` fails: {said}; draw a .dot file instead") from error
+    return picture
 
 
 def draw_step(gm: GraphModule, stem: Path) -> None:
     """The pictures of a dump: always the dot text, and an svg where the `dot` program is there."""
     draw(gm, stem.with_suffix(".dot"))
     if shutil.which("dot") is not None:
-        stem.with_suffix(".svg").write_bytes(_dot(gm, None, False).pipe(format="svg"))
+        svg = stem.with_suffix(".svg")
+        svg.write_bytes(_rendered(_dot(gm, None, False), "svg", svg))
 
 
 def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Digraph:
@@ -170,10 +183,10 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
         [name for name, data in graph.nodes(data=True) if data["form"] == "io" and not graph.degree(name)]
     )
     shown = list(graph)
-    tall = len(shown) > TALL
+    direction = direction or ("TB" if len(shown) > TALL else "LR")
     dot = graphviz.Digraph(
         graph_attr={
-            "rankdir": direction or ("TB" if tall else "LR"),
+            "rankdir": direction,
             "fontname": "Helvetica",
             "fontsize": "11",
             "nodesep": "0.25",
@@ -192,9 +205,13 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
     _cluster(dot, graph, shown, "")
     _legend(dot, {graph.nodes[name]["form"] for name in shown})
     for source, target, data in graph.edges(data=True):
-        form = "aside" if data["dtype"] is None else "float" if data["scale"] is None else "int8"
+        integers = data["scale"] is not None or data["dtype"] in ("int8", "uint8")
+        form = "aside" if data["dtype"] is None else "int8" if integers else "float"
         colour = COLOURS[form][1]
-        dot.edge(source, target, label=_edge_label(data), color=colour, fontcolor=colour)
+        label = _edge_label(data)
+        if direction == "TB":  # the label stands to the right of the line, which it would touch
+            label = "\n".join(f"   {line}" for line in label.splitlines())
+        dot.edge(source, target, label=label, color=colour, fontcolor=colour)
     return dot
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxq
-from fxq.drawing import draw, islands, to_networkx
+from fxq.drawing import COLOURS, draw, islands, to_networkx
 from fxq.quantized import QuantizedModule
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
@@ -133,3 +133,24 @@ def test_without_the_dot_program_the_text_is_written_all_the_same(qmodel, tmp_pa
     assert (tmp_path / "a.dot").read_text().startswith("digraph")
     fxq.quantize(nn.Linear(2, 2).eval(), torch.randn(2, 2), dump=tmp_path / "d", on_low_sqnr="ignore")
     assert (tmp_path / "d" / "00-trace.dot").exists()
+
+
+def test_a_folder_that_is_not_there(qmodel, tmp_path):
+    with pytest.raises(fxq.FileError, match="no folder .*nowhere; create it"):
+        draw(qmodel, tmp_path / "nowhere" / "a.dot")
+
+
+def test_a_dot_program_that_fails(qmodel, tmp_path, monkeypatch):
+    program = tmp_path / "dot"
+    program.write_text("#!/bin/sh\necho out of paper >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(fxq.FileError, match="out of paper"):
+        draw(qmodel, tmp_path / "a.svg")
+    assert not (tmp_path / "a.svg").exists()
+
+
+def test_integer_weights_are_integers_in_colour(qmodel, tmp_path):
+    text = draw(fxq.expand(qmodel), tmp_path / "a.dot", constants=True).read_text()
+    (edge,) = [line for line in text.splitlines() if '"int8[' in line][:1]
+    assert COLOURS["int8"][1] in edge
