@@ -136,7 +136,7 @@ def test_without_the_dot_program_the_text_is_written_all_the_same(qmodel, tmp_pa
 
 
 def test_a_folder_that_is_not_there(qmodel, tmp_path):
-    with pytest.raises(fxq.FileError, match="no folder .*nowhere; create it"):
+    with pytest.raises(fxq.FileError, match=r"no folder .*nowhere; create it"):
         draw(qmodel, tmp_path / "nowhere" / "a.dot")
 
 
