@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         convert,
         golden,
         prepare,
+        profile,
         quantize,
         report,
         trace,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from fxq.expansion import expand
     from fxq.golden_model import GoldenModel
+    from fxq.profiling import Profile
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
 
@@ -54,6 +56,7 @@ _HOMES = {
         "convert",
         "golden",
         "prepare",
+        "profile",
         "quantize",
         "report",
         "trace",
@@ -74,6 +77,7 @@ _HOMES = {
     ),
     "fxq.expansion": ("expand",),
     "fxq.golden_model": ("GoldenModel",),
+    "fxq.profiling": ("Profile",),
     "fxq.quantized": ("QuantizedModule", "load", "save"),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.decisions": ("Decision", "Reason", "Report"),
@@ -93,6 +97,7 @@ __all__ = [
     "InputError",
     "KeptFloatWarning",
     "KernelError",
+    "Profile",
     "QuantizationError",
     "QuantizedModule",
     "Reason",
@@ -110,6 +115,7 @@ __all__ = [
     "golden",
     "load",
     "prepare",
+    "profile",
     "quantize",
     "report",
     "save",

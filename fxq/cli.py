@@ -1,4 +1,4 @@
-"""The command line: `python -m fxq info` and `python -m fxq build`."""
+"""The command line: `python -m fxq info`, `build` and `costs`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxq import __version__, kernels
+from fxq.costs import Costs, costs_path
 from fxq.errors import FxqError
 
 
@@ -21,10 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "build", help="compile the native kernels ahead of time, for images and read-only systems"
     )
     build.add_argument("directory", nargs="?", type=Path, help="where to (default: beside the installed package)")
+    costs = commands.add_parser("costs", help="the measured times of operations on this machine")
+    costs.add_argument("--clear", action="store_true", help="delete the file: everything is measured anew")
     options = parser.parse_args(arguments)
     try:
         if options.command == "build":
             print(kernels.build(options.directory))
+        elif options.command == "costs":
+            _costs(options.clear)
         else:
             _info()
     except FxqError as error:
@@ -47,3 +52,14 @@ def _info() -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name.ljust(width)}  {value}")
+
+
+def _costs(clear: bool) -> None:
+    path = costs_path()
+    if clear:
+        path.unlink(missing_ok=True)
+        print(f"{path} is deleted")
+        return
+    print(path)
+    for key, seconds in sorted(Costs(path).seconds.items()):
+        print(f"{1e6 * seconds:12.1f} us  {key}")

@@ -21,6 +21,7 @@ from fxq.expansion import summary
 from fxq.graph import Value, constant, is_float_tensor, line_of, module_of, submodule, target_name
 from fxq.observers import Observer, WeightObserver
 from fxq.ops.quantize_scaled import quantize_scaled
+from fxq.profiling import Profile
 from fxq.stages import quantized_nodes
 
 SUFFIXES = ("svg", "png", "pdf", "dot")
@@ -126,11 +127,17 @@ def _label(gm: GraphModule, node: Node) -> str:
 
 
 def draw(
-    gm: GraphModule, path: str | Path, *, direction: Literal["LR", "TB"] | None = None, constants: bool = False
+    gm: GraphModule,
+    path: str | Path,
+    *,
+    direction: Literal["LR", "TB"] | None = None,
+    constants: bool = False,
+    profile: Profile | None = None,
 ) -> Path:
     """Draw `gm` into an svg, png, pdf or dot file, by the suffix of `path`; returns the path.
 
     direction: left to right, or top to bottom (by size if not given). constants: also weights and scales.
+    profile: what `fxq.profile` found for `gm`: boxes then carry their time, and are the redder the longer they take.
     Raises `InputError` for another suffix, and `FileError` where the `dot` program is missing: the dot text is written
     all the same.
     """
@@ -140,7 +147,7 @@ def draw(
         raise InputError(f"cannot draw {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise FileError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
-    source = _dot(gm, direction, constants)
+    source = _dot(gm, direction, constants, profile)
     text = path.with_suffix(".dot")
     drawable = shutil.which("dot") is not None
     if suffix == "dot" or not drawable:
@@ -174,8 +181,10 @@ def draw_step(gm: GraphModule, stem: Path) -> None:
         svg.write_bytes(_rendered(_dot(gm, None, False), "svg", svg))
 
 
-def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Digraph:
+def _dot(gm: GraphModule, direction: str | None, constants: bool, profile: Profile | None = None) -> graphviz.Digraph:
     graph = to_networkx(gm)
+    if profile is not None:
+        _colour_by_time(graph, profile)
     _join_output(graph)
     hidden = {"aside"} if constants else {"aside", "constant"}
     graph = nx.DiGraph(graph.subgraph(name for name, data in graph.nodes(data=True) if data["form"] not in hidden))
@@ -213,6 +222,18 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool) -> graphviz.Di
             label = "\n".join(f"   {line}" for line in label.splitlines())
         dot.edge(source, target, label=label, color=colour, fontcolor=colour)
     return dot
+
+
+def _colour_by_time(graph: nx.DiGraph[str], profile: Profile) -> None:
+    """White for no time, red for the longest of all; the label ends in the time and its share."""
+    total = sum(timing.measured for timing in profile.timings)
+    longest = max((timing.measured for timing in profile.timings), default=1.0)
+    for timing in profile.timings:
+        if timing.node not in graph:
+            raise InputError(f"the profile knows {timing.node!r}, which this graph does not have: profile this one")
+        data, pale = graph.nodes[timing.node], round(255 - 160 * timing.measured / longest)
+        data["fill"] = f"#ff{pale:02x}{pale:02x}"
+        data["label"] += f"\n{1e6 * timing.measured:.0f} us, {100 * timing.measured / total:.0f} %"
 
 
 def _legend(dot: graphviz.Digraph, forms: set[str]) -> None:
@@ -256,7 +277,7 @@ def _cluster(dot: graphviz.Digraph, graph: nx.DiGraph[str], names: Iterable[str]
             children.setdefault(rest[0], []).append(name)
         else:
             fill, line = COLOURS[data["form"]]
-            dot.node(name, label=data["label"], fillcolor=fill, color=line)
+            dot.node(name, label=data["label"], fillcolor=data.get("fill", fill), color=line)
     for child, inside in children.items():
         path = f"{prefix}.{child}" if prefix else child
         label = child

@@ -23,6 +23,8 @@ LAYERS = [
         "fxq.dump",
         "fxq.drawing",
         "fxq.comparison",
+        "fxq.costs",
+        "fxq.profiling",
         "fxq.quantized",
     },
     {"fxq.pipeline", "fxq.leaves"},
