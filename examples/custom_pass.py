@@ -29,7 +29,7 @@ from fxq.pattern import Any, Match, Op
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize
 from fxq.stages import Stage
-from passes import CONVERT, PREPARE, normalize
+from passes import CONVERT, PREPARE, normalize_pointwise
 
 FOLDER = Path("build/custom_pass")
 
@@ -130,7 +130,7 @@ def main() -> None:
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(256, 16)
 
-    position = PREPARE.index(normalize.PASS) + 1
+    position = PREPARE.index(normalize_pointwise.PASS) + 1
     qmodel = fxq.quantize(
         model,
         x,

@@ -1,4 +1,4 @@
-"""The one spelling per operation that `normalize` leaves, so that every pattern is written once.
+"""The one spelling per operation that the normalize passes leave, so that every pattern is written once.
 
 Operands are positional; an operation that is not listed keeps the spelling that the user gave it.
 """

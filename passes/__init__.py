@@ -1,6 +1,7 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
-- (trace) rewrite_einsum, normalize, fold_batch_norm, annotate: FLOAT
+- (trace) functionalize, remove_identities, fold_constants, normalize_moves, normalize_pointwise, rewrite_einsum,
+  normalize_linears, normalize_convolutions, fold_batch_norm, annotate: FLOAT
 - observe (then calibration data runs): OBSERVED
 - balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
@@ -13,18 +14,36 @@ from passes import (
     balance,
     calibrate,
     fold_batch_norm,
+    fold_constants,
     fold_qdq,
+    functionalize,
     fuse_activation,
     fuse_chains,
     fuse_linear_relu,
     lower,
-    normalize,
+    normalize_convolutions,
+    normalize_linears,
+    normalize_moves,
+    normalize_pointwise,
     observe,
     prune,
+    remove_identities,
     rewrite_einsum,
 )
 
-PREPARE: tuple[Pass, ...] = (rewrite_einsum.PASS, normalize.PASS, fold_batch_norm.PASS, annotate.PASS, observe.PASS)
+PREPARE: tuple[Pass, ...] = (
+    functionalize.PASS,
+    remove_identities.PASS,
+    fold_constants.PASS,
+    normalize_moves.PASS,
+    normalize_pointwise.PASS,
+    rewrite_einsum.PASS,
+    normalize_linears.PASS,
+    normalize_convolutions.PASS,
+    fold_batch_norm.PASS,
+    annotate.PASS,
+    observe.PASS,
+)
 """From the float trace to a graph that is ready for calibration data."""
 
 CONVERT: tuple[Pass, ...] = (

@@ -1,4 +1,4 @@
-"""rewrite_einsum: an einsum that is a linear becomes a product of matrices, which normalize writes as a linear.
+"""rewrite_einsum: an einsum that is a linear becomes a product of matrices, which normalize_linears writes as a linear.
 
     einsum('bi,oi->bo', x, w), einsum('...i,oi->...o', x, w)  -> x @ w.t()
     einsum('btc,cd->btd', x, w)                               -> x @ w

@@ -377,10 +377,10 @@ class TestBadInput:
     def test_a_broken_promise_of_a_pass_is_found(self):
         from dataclasses import dataclass
 
-        from passes import CONVERT, PREPARE, normalize
+        from passes import CONVERT, PREPARE, remove_identities
 
         @dataclass(frozen=True)
-        class Broken(normalize.Normalize):
+        class Broken(remove_identities.RemoveIdentities):
             name: str = "broken"
 
             def run(self, gm, ctx):

@@ -48,7 +48,7 @@ class Clamp:
             match = pattern.match(node)
             if isinstance(match, Match):
                 bounds = float_bounds(match.node("clamp"))
-                assert bounds is not None, "normalize leaves constant bounds, claim took no others"
+                assert bounds is not None, "normalize_pointwise leaves constant bounds, claim took no others"
                 qparams = match["scale"], match["zero_point"]
                 replace(gm, node, CLAMP, (match["q"], *integer_bounds(bounds, *qparams)), qparams)
                 return True

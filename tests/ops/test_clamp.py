@@ -33,7 +33,7 @@ def node(target, *rest, source=FLOAT):
         (torch.clamp, (None, 1.5), (None, 1.5)),
         (torch.clamp, (2.0, -1.0), (-1.0, -1.0)),
         (torch.sigmoid, (), None),
-        (F.relu6, (), None),  # normalize leaves none
+        (F.relu6, (), None),  # normalize_pointwise leaves none
     ],
 )
 def test_bounds(target, rest, bounds):
