@@ -1,6 +1,6 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
-- (trace) functionalize, remove_identities, fold_constants, normalize_moves, normalize_pointwise, rewrite_einsum,
+- (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
   normalize_linears, normalize_convolutions, fold_batch_norm, annotate: FLOAT
 - observe (then calibration data runs): OBSERVED
 - balance: OBSERVED
@@ -33,9 +33,9 @@ from passes import (
 
 PREPARE: tuple[Pass, ...] = (
     functionalize.PASS,
-    remove_identities.PASS,
     fold_constants.PASS,
     normalize_moves.PASS,
+    remove_identities.PASS,
     normalize_pointwise.PASS,
     rewrite_einsum.PASS,
     normalize_linears.PASS,

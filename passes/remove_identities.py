@@ -1,4 +1,7 @@
-"""remove_identities: what hands back its operand's numbers goes: dropout, identity, contiguous, detach, to."""
+"""remove_identities: what hands back its operand's numbers goes: dropout, identity, contiguous, detach, to.
+
+`contiguous` stays in a graph that looks at the order of numbers in memory (`as_strided`, a `view` of modified memory).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ MODULES = (
 DROPOUTS = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 )
+STRIDED = frozenset(
+    {torch.as_strided, *("as_strided", "data_ptr", "is_contiguous", "storage_offset", "stride", "view", "view_as")}
+)
 CONVERSIONS = ("float", "to", "type", "type_as")
 
 
@@ -39,7 +45,13 @@ class RemoveIdentities:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of nodes that went."""
-        found = [n for n in gm.graph.nodes if "aliases" not in n.meta and _is_identity(gm, n)]
+        strided = any(node.target in STRIDED for node in gm.graph.nodes)
+        found = [
+            node
+            for node in gm.graph.nodes
+            if "aliases" not in node.meta
+            and (_is_identity(gm, node) or (node.op == "call_method" and node.target == "contiguous" and not strided))
+        ]
         for node in found:
             source = node.args[0] if node.args else next(iter(node.kwargs.values()))
             assert isinstance(source, Node)
@@ -52,7 +64,7 @@ def _is_identity(gm: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
         module = submodule(gm, node)
         return type(module) in MODULES and (isinstance(module, nn.Identity) or module.training is False)
-    if node.op == "call_method" and node.target in ("contiguous", "detach"):
+    if node.op == "call_method" and node.target == "detach":
         return True
     if node.op == "call_method" and node.target in CONVERSIONS and is_tensor(node):
         source = node.args[0]

@@ -157,7 +157,7 @@ def test_folder_writes_numbered_texts_diffs_and_dots(tmp_path):
     assert texts == expected
     assert {name.removesuffix(".txt") for name in texts[1:]} == {n.removesuffix(".diff") for n in names if ".diff" in n}
     assert {name.removesuffix(".txt") for name in texts} == {n.removesuffix(".dot") for n in names if ".dot" in n}
-    assert "-" in (tmp_path / "05-normalize-pointwise.diff").read_text()
+    assert "-" in (tmp_path / "03-normalize-moves.diff").read_text()
     assert "int8" in (tmp_path / "report.txt").read_text()
 
 

@@ -1,5 +1,6 @@
 """remove_identities: what hands back its operand goes."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,3 +19,15 @@ def test_nothings_go(model_of, normalized):
 def test_conversions_stay(model_of, normalized):
     found = normalized(model_of(lambda s, x: x.double().to(torch.float32)), X)
     assert found == "%0 = .double(x)\n%1 = .to(%0, torch.float32)\nreturn %1"
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: x.t().contiguous().as_strided((4, 4), (5, 1)),
+        lambda s, x: x.t().contiguous().view_as(x),
+        lambda s, x: x.t().contiguous().unsqueeze(0).view(torch.int32),
+    ],
+)
+def test_contiguous_stays_where_strides_matter(forward, model_of, normalized):
+    assert ".contiguous(" in normalized(model_of(forward), X)
