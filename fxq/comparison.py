@@ -107,7 +107,9 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
     qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
 
     def real(node: Node, value: Tensor) -> Tensor:
-        return dequantize(value, *qparams[node]) if node in qparams else value
+        factor = _factor(node, actual)
+        found = dequantize(value, *qparams[node]) if node in qparams else value
+        return found if factor is None else found / factor
 
     layers = []
     for node in quantized.graph.nodes:
@@ -129,6 +131,16 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
     return Comparison(layers, output_sqnr(expected[first.name], actual[second]))
 
 
+def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:
+    """What the integers of `node` were multiplied by, per channel, before they became integers."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.name == "factor" and isinstance(value, Node):
+                factor: Tensor = actual[value]
+                return factor
+    return None
+
+
 def _alone(
     node: Node, expected: Mapping[str, Any], actual: Mapping[Node, Any], qparams: Mapping[Node, tuple[float, int]]
 ) -> Tensor:
@@ -137,7 +149,9 @@ def _alone(
     def exact(operand: Node) -> Any:
         truth = expected.get(operand.meta.get("source", ""))
         if isinstance(truth, Tensor):
-            return quantize(truth, *qparams[operand]) if operand in qparams else truth
+            factor = _factor(operand, actual)
+            scaled = truth if factor is None else truth * factor
+            return quantize(scaled, *qparams[operand]) if operand in qparams else truth
         if operand.op == "call_function" and operand in qparams and callable(operand.target):
             return operand.target(*torch.fx.node.map_arg(operand.args, exact))  # scaled: no float value to compare with
         return actual[operand]

@@ -62,10 +62,17 @@ def _qlinear_act(x: U8, weight: I8, bias: I32, multiplier: F32, activation: str,
 
 
 def _qlinear_act_quantize(
-    x: U8, weight: I8, bias: I32, multiplier: F32, activation: str, scale: float, zero_point: int
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    activation: str,
+    scale: float,
+    zero_point: int,
+    factor: F32 | None = None,
 ) -> U8:
     w = _weight(x, weight, bias)
-    return numerics.qlinear_act_quantize(x, w, bias, multiplier, activation, scale, zero_point)
+    return numerics.qlinear_act_quantize(x, w, bias, multiplier, activation, scale, zero_point, factor)
 
 
 def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> dict[str, Array]:

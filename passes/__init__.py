@@ -5,7 +5,7 @@
 - observe (then calibration data runs): OBSERVED
 - balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, fuse_activation, fuse_chains, prune: INTEGER
+- lower, fuse_residual, fuse_activation, fuse_chains, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -20,6 +20,7 @@ from passes import (
     fuse_activation,
     fuse_chains,
     fuse_linear_relu,
+    fuse_residual,
     lower,
     normalize_convolutions,
     normalize_linears,
@@ -52,6 +53,7 @@ CONVERT: tuple[Pass, ...] = (
     fuse_linear_relu.PASS,
     fold_qdq.PASS,
     lower.PASS,
+    fuse_residual.PASS,
     fuse_activation.PASS,
     fuse_chains.PASS,
     prune.PASS,

@@ -164,10 +164,12 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
       activate(g.activation, stage, rows * width);
     for (int64_t r = 0; r < rows; ++r, y += g.y_stride * size) {
-      if (g.output == Output::kActivationUint8)
-        quantize(stage + r * width, y, valid, g.inverse, g.zero_point);
-      else
+      if (g.output != Output::kActivationUint8)
         copy(y, reinterpret_cast<uint8_t*>(stage) + r * width * size, valid * size);
+      else if (g.factor)
+        quantize_scaled(stage + r * width, g.factor + channel, y, valid, g.inverse, g.zero_point);
+      else
+        quantize(stage + r * width, y, valid, g.inverse, g.zero_point);
     }
   }
 }

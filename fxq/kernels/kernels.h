@@ -30,6 +30,7 @@ struct Gemm {
   int64_t addend_stride = 0;                    // 0 adds one row to all
   Activation activation = Activation::kRelu;    // kActivation, kActivationUint8
   float inverse = 1;                            // kActivationUint8: f32(1 / scale) of the output
+  const float* factor = nullptr;                // kActivationUint8: per channel, before the scale; or none
 };
 
 // One term of qadd: f32((q - zero_point) * multiplier).

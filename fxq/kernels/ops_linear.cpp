@@ -26,6 +26,50 @@ bool is_rows(const Tensor& x, int64_t* stride) {
   return regular;
 }
 
+// A copy of `t` with the shape `to`, repeated along dimensions that it lacks or where its size is 1.
+template <class T>
+Tensor repeated(const Tensor& t, Shape to) {
+  Tensor copy = Tensor::empty(to, t.dtype());
+  const Shape own = t.shape();
+  const int64_t *strides = t.strides(), missing = to.dim - own.dim;
+  const T* from = t.data<T>();
+  T* target = copy.data<T>();
+  for (int64_t i = 0, count = copy.numel(); i < count; ++i) {
+    int64_t offset = 0;
+    for (int64_t d = to.dim - 1, rest = i; d >= missing; rest /= to.sizes[d--])
+      if (own.sizes[d - missing] != 1) offset += rest % to.sizes[d] * strides[d - missing];
+    target[i] = from[offset];
+  }
+  return copy;
+}
+
+// The common shape of x [..., K] and addend [..., N or 1], up to the last dimension; false where they have none.
+bool broadcast_rows(Shape x, Shape addend, int64_t n, int64_t* sizes, int64_t* dim) {
+  *dim = std::max(x.dim, addend.dim);
+  for (int64_t i = 2; i <= *dim; ++i) {
+    const int64_t a = i <= x.dim ? x.sizes[x.dim - i] : 1, b = i <= addend.dim ? addend.sizes[addend.dim - i] : 1;
+    if (a != b && a != 1 && b != 1) return false;
+    sizes[*dim - i] = a == 1 ? b : a;
+  }
+  return addend.dim == 0 || addend.sizes[addend.dim - 1] == n || addend.sizes[addend.dim - 1] == 1;
+}
+
+Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+              const Tensor* addend, Gemm& g);
+
+// `linear` with an addend that has not the shape of the result: both are written out in the shape that they share.
+Tensor broadcast_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                        const Tensor& multiplier, const Tensor& addend, Gemm& g) {
+  int64_t sizes[Tensor::kMaxDim], dim;
+  if (!broadcast_rows(x.shape(), addend.shape(), g.n, sizes, &dim))
+    fail(op, ": addend", addend.shape(), " and x", x.shape(), " with N = ", g.n, " (bias) have no common shape");
+  sizes[dim - 1] = g.k;
+  const Tensor rows = repeated<uint8_t>(x, {sizes, dim});
+  sizes[dim - 1] = g.n;
+  const Tensor added = repeated<float>(addend, {sizes, dim});
+  return linear(op, rows, weight, bias, multiplier, &added, g);
+}
+
 // What the four linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
 Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
               const Tensor* addend, Gemm& g) {
@@ -42,6 +86,15 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
          " (bias) and K = ", g.k, " (x", shape, ")");
   if (bias.dim() != 1 || multiplier.dim() != 1 || multiplier.numel() != g.n)
     fail(op, ": multiplier", multiplier.shape(), " and bias", bias.shape(), ", expected both of one size [N]");
+  bool one_row = false;
+  if (addend) {
+    expect_dtype(op, "addend", *addend, aoti_torch_dtype_float32(), "float32");
+    const Shape own = addend->shape();
+    one_row = own.dim == 1 && own.sizes[0] == g.n;
+    if (!one_row && !(own.dim == shape.dim && own.sizes[own.dim - 1] == g.n &&
+                      std::equal(own.sizes, own.sizes + own.dim - 1, shape.sizes)))
+      return broadcast_linear(op, x, weight, bias, multiplier, *addend, g);
+  }
 
   const Contiguous w(weight), b(bias), m(multiplier);
   std::optional<Tensor> copy;
@@ -64,13 +117,8 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
 
   std::optional<Contiguous> added;
   if (addend) {
-    expect_dtype(op, "addend", *addend, aoti_torch_dtype_float32(), "float32");
-    const Shape own = addend->shape();
-    const bool row = own.dim == 1 && own.sizes[0] == g.n;
-    if (!row && !(own.dim == shape.dim && std::equal(sizes, sizes + shape.dim, own.sizes)))
-      fail(op, ": addend", own, ", expected [", g.n, "] or the shape of the result");
     g.addend = added.emplace(*addend).data<float>();
-    g.addend_stride = row ? 0 : g.n;
+    g.addend_stride = one_row ? 0 : g.n;
   }
   run_gemm(g, count);
   return y;
@@ -109,13 +157,21 @@ Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, co
 }
 
 Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                            const std::string& activation, double scale, int64_t zero_point) {
+                            const std::string& activation, double scale, int64_t zero_point,
+                            const std::optional<Tensor>& factor) {
   expect_range("qlinear_act_quantize", zero_point, 0, 255);
   Gemm g;
   g.output = Output::kActivationUint8;
   g.activation = activation_named("qlinear_act_quantize", activation);
   g.inverse = 1.0f / float(scale);
   g.zero_point = int32_t(zero_point);
+  std::optional<Contiguous> factors;
+  if (factor) {
+    expect_dtype("qlinear_act_quantize", "factor", *factor, aoti_torch_dtype_float32(), "float32");
+    if (factor->dim() != 1 || factor->numel() != bias.numel())
+      fail("qlinear_act_quantize: factor", factor->shape(), ", expected the shape of bias", bias.shape());
+    g.factor = factors.emplace(*factor).data<float>();
+  }
   return linear("qlinear_act_quantize", x, weight, bias, multiplier, nullptr, g);
 }
 

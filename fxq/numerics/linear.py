@@ -71,7 +71,7 @@ def qlinear(q_x: U8, q_w: I8, bias: I32, multiplier: F32, zero_point: int, low: 
 def qlinear_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, addend: F32 | None = None) -> F32:
     """y = f32(f32(acc + bias) * m), then f32(y + addend) where one is given; shapes as in `qlinear`.
 
-    addend: float32 [N], a bias that does not fit int32; or float32 [..., N], a residual.
+    addend: float32, a bias [N] that does not fit int32 or a residual [..., N]; it broadcasts, but never over N.
     """
     y = (accumulate(q_x, q_w) + bias).astype(np.float32) * multiplier
     return y if addend is None else y + addend
@@ -83,7 +83,15 @@ def qlinear_act(q_x: U8, q_w: I8, bias: I32, multiplier: F32, activation: str, a
 
 
 def qlinear_act_quantize(
-    q_x: U8, q_w: I8, bias: I32, multiplier: F32, activation: str, scale: float, zero_point: int
+    q_x: U8,
+    q_w: I8,
+    bias: I32,
+    multiplier: F32,
+    activation: str,
+    scale: float,
+    zero_point: int,
+    factor: F32 | None = None,
 ) -> U8:
-    """q_y = quantize(act(qlinear_float(...)), scale, zero_point)."""
-    return quantize(qlinear_act(q_x, q_w, bias, multiplier, activation), scale, zero_point)
+    """q_y = quantize(act(qlinear_float(...)) [* factor], scale, zero_point); factor: float32 [N]."""
+    y = qlinear_act(q_x, q_w, bias, multiplier, activation)
+    return quantize(y if factor is None else y * factor, scale, zero_point)

@@ -2,7 +2,7 @@
 
     v   = f32(acc + bias_i32) * f32(s_x * s_w[n]) [+ addend]                    as in `qlinear_float`
     qlinear_act            y   = act(v)                                          -> float32
-    qlinear_act_quantize   q_y = quantize(act(v), s_y, z_y)                      -> uint8
+    qlinear_act_quantize   q_y = quantize(act(v) [* factor[n]], s_y, z_y)        -> uint8
 
 act is a polynomial in plain float32 steps, without fused multiply-adds, so that every instruction set and NumPy agree
 bit for bit; its error against float64 stands in the docstrings of `fxq.numerics.gelu`, `gelu_tanh`, `silu`, `tanh` and
@@ -51,9 +51,22 @@ def _qlinear_act(
 
 
 def _qlinear_act_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, activation: str, scale: float, zero_point: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    activation: str,
+    scale: float,
+    zero_point: int,
+    factor: Tensor | None = None,
 ) -> Tensor:
     y = _qlinear_act(x, weight, bias, multiplier, activation)
+    if factor is not None:
+        if factor.shape != bias.shape:
+            raise ValueError(
+                f"fxq::qlinear_act_quantize: factor has shape {list(factor.shape)}, bias {list(bias.shape)}"
+            )
+        y = y * factor
     quantized: Tensor = kernels.portable("quantize")(y, scale, zero_point)
     return quantized
 
@@ -63,12 +76,14 @@ _OPERANDS = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier, str activa
 qlinear_act = kernels.define(
     f"qlinear_act({_OPERANDS}, Tensor? addend=None) -> Tensor",
     _qlinear_act,
-    lambda x, weight, bias, multiplier, activation, addend=None: x.new_empty(
-        *x.shape[:-1], bias.shape[0], dtype=torch.float32
+    lambda x, weight, bias, multiplier, activation, addend=None: torch.ops.fxq.qlinear_float(
+        x, weight, bias, multiplier, addend
     ),
 )
 qlinear_act_quantize = kernels.define(
-    f"qlinear_act_quantize({_OPERANDS}, float scale, int zero_point) -> Tensor",
+    f"qlinear_act_quantize({_OPERANDS}, float scale, int zero_point, Tensor? factor=None) -> Tensor",
     _qlinear_act_quantize,
-    lambda x, weight, bias, multiplier, activation, scale, zero_point: x.new_empty(*x.shape[:-1], bias.shape[0]),
+    lambda x, weight, bias, multiplier, activation, scale, zero_point, factor=None: x.new_empty(
+        *x.shape[:-1], bias.shape[0]
+    ),
 )

@@ -6,7 +6,8 @@
     qlinear_float  y   = f32(acc + bias_i32) * f32(s_x * s_w[n]) [+ addend]                               -> float32
 
 q_x: uint8 [..., K]; weight: int8, packed (`fxq.numerics.pack`); bias: int32 [N]; multiplier: float32 [N];
-addend: float32 [N] or [..., N]. K <= 66311, so that acc cannot leave int32. A relu is low = z_y, at no cost.
+addend: float32, broadcast with y over all dimensions but N. K <= 66311, so that acc cannot leave int32. A relu is
+low = z_y, at no cost.
 NumPy truth: `fxq.numerics.qlinear`, `qlinear_float`. The bias is derived (scale s_x * s_w[n]), never calibrated.
 """
 
@@ -71,7 +72,17 @@ def _qlinear(
 
 def _qlinear_float(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, addend: Tensor | None = None) -> Tensor:
     y = _accumulate("qlinear_float", x, weight, bias, multiplier)
-    return y if addend is None else y + addend
+    if addend is None:
+        return y
+    expect_dtype("qlinear_float", "addend", addend, torch.float32)
+    if addend.dim() and addend.shape[-1] not in (1, y.shape[-1]):
+        raise ValueError(f"fxq::qlinear_float: addend has shape {list(addend.shape)}, the product {list(y.shape)}")
+    return (y + addend).contiguous()
+
+
+def _float_shape(x: Tensor, bias: Tensor, addend: Tensor | None) -> torch.Size:
+    shape = torch.Size([*x.shape[:-1], bias.shape[0]])
+    return shape if addend is None else torch.broadcast_shapes(shape, addend.shape)  # type: ignore[no-untyped-call,no-any-return]
 
 
 qlinear = kernels.define(
@@ -82,7 +93,7 @@ qlinear = kernels.define(
 qlinear_float = kernels.define(
     "qlinear_float(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, Tensor? addend=None) -> Tensor",
     _qlinear_float,
-    lambda x, weight, bias, multiplier, addend=None: x.new_empty(*x.shape[:-1], bias.shape[0], dtype=torch.float32),
+    lambda x, weight, bias, multiplier, addend=None: x.new_empty(_float_shape(x, bias, addend), dtype=torch.float32),
 )
 
 

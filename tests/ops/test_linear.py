@@ -78,6 +78,23 @@ def test_addends(on_isa, shape):
     check(on_isa, *operands((5,), 20, 13, rng), rng.normal(size=shape).astype(np.float32))
 
 
+@pytest.mark.parametrize("shape", [(1, 20), (2, 1, 20), (2, 3, 1), (4, 2, 3, 20), (4, 1, 1, 20), ()])
+def test_addends_of_another_shape_broadcast(on_isa, shape):
+    rng = np.random.default_rng(0)
+    x, w, packed, bias, multiplier = operands((2, 3) if len(shape) != 4 else (2, 1), 20, 13, rng)
+    addend = np.asarray(rng.normal(size=shape), np.float32)
+    found = on_isa(qlinear_float, *map(torch.from_numpy, (x, packed, bias, multiplier, addend)))
+    assert np.array_equal(found.numpy(), numerics.qlinear_float(x, w, bias, multiplier, addend))
+    torch.library.opcheck(qlinear_float, tuple(map(torch.from_numpy, (x, packed, bias, multiplier, addend))))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 20), (2, 3, 5)])
+def test_addends_that_do_not_broadcast_are_refused(on_isa, shape):
+    x, _, packed, bias, multiplier = (torch.from_numpy(a) for a in operands((2, 3), 20, 13, np.random.default_rng(0)))
+    with pytest.raises((ValueError, RuntimeError), match=r"addend|must match"):
+        on_isa(qlinear_float, x, packed, bias, multiplier, torch.zeros(shape))
+
+
 def test_memory_in_any_order(on_isa):
     rng = np.random.default_rng(0)
     x, w, packed, bias, multiplier = operands((6, 4), 20, 13, rng)

@@ -50,6 +50,20 @@ def test_activations(on_isa, activation):
     assert np.array_equal(found.numpy(), numerics.qlinear_act(*arrays, activation))
     quantized = on_isa(qlinear_act_quantize, x, packed, bias, multiplier, activation, 0.02, 9)
     assert np.array_equal(quantized.numpy(), numerics.qlinear_act_quantize(*arrays, activation, 0.02, 9))
+    factor = torch.exp2(torch.randint(-3, 4, bias.shape).float())
+    quantized = on_isa(qlinear_act_quantize, x, packed, bias, multiplier, activation, 0.02, 9, factor)
+    expected = numerics.quantize_scaled(numerics.qlinear_act(*arrays, activation), factor.numpy(), 0.02, 9)
+    assert np.array_equal(quantized.numpy(), expected)
+    assert np.array_equal(
+        quantized.numpy(), numerics.qlinear_act_quantize(*arrays, activation, 0.02, 9, factor.numpy())
+    )
+
+
+def test_a_factor_of_another_length_is_refused(on_isa):
+    x, w, bias, multiplier = operands()
+    packed = torch.from_numpy(numerics.pack(w.numpy()))
+    with pytest.raises((ValueError, RuntimeError), match="factor"):
+        on_isa(qlinear_act_quantize, x, packed, bias, multiplier, "gelu", 0.02, 9, torch.ones(3))
 
 
 def test_unknown_activation(on_isa):
@@ -64,4 +78,6 @@ def test_opcheck():
     packed = torch.from_numpy(numerics.pack(w.numpy()))
     torch.library.opcheck(quantize_scaled, (torch.randn(3, 4), torch.ones(4), 0.1, 3))
     torch.library.opcheck(qlinear_act, (x, packed, bias, multiplier, "gelu"))
+    torch.library.opcheck(qlinear_act, (x, packed, bias, multiplier, "gelu", torch.randn(2, 1, 19)))
     torch.library.opcheck(qlinear_act_quantize, (x, packed, bias, multiplier, "gelu", 0.1, 3))
+    torch.library.opcheck(qlinear_act_quantize, (x, packed, bias, multiplier, "gelu", 0.1, 3, torch.rand(19)))

@@ -46,6 +46,24 @@ def test_between_linears(staged, model_of, name, spelling):
     assert decision.form == "int8"
 
 
+def test_a_factor_per_channel_goes_with_it(model_of):
+    x = torch.randn(64, 8)
+    a, b = nn.Linear(8, 16), nn.Linear(16, 4)
+    with torch.no_grad():
+        a.weight[3] *= 100
+        b.weight[:, 3] /= 100
+    model = model_of(lambda s, x: s.b(F.gelu(s.a(x))), a=a, b=b)
+    plain = fxq.quantize(model, x, recipe=fxq.Recipe(balance=False), on_low_sqnr="ignore")
+    assert len(calls(plain, qlinear_act_quantize)[0].args) == 7
+    qmodel = fxq.quantize(model, x)
+    (node,) = calls(qmodel, qlinear_act_quantize)
+    assert len(node.args) == 8
+    compared = fxq.compare(model, qmodel, x)
+    (layer,) = [layer for layer in compared.layers if layer.op == "fxq.qlinear_act_quantize"]
+    assert layer.alone > 25
+    assert (fxq.golden(qmodel)(x.numpy()) == qmodel(x).numpy()).all()
+
+
 def test_at_the_exit_it_stays_float(staged, model_of):
     gm, ctx = staged(model_of(lambda s, x: F.gelu(s.a(x)), a=nn.Linear(8, 16)), X, "fuse-activation")
     before = gm(X)
