@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors, unchanged
 from fxq.inputs import Call
 from fxq.qdq import dequantize, quantize
+from fxq.spelling import GETITEM
 from fxq.stages import is_integer_op
 
 
@@ -106,7 +107,9 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
     actual = _Values(quantized).all(call)
     qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
 
-    def real(node: Node, value: Tensor) -> Tensor:
+    def real(node: Node, value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return value[0]  # beside it the same in integers
         factor = _factor(node, actual)
         found = dequantize(value, *qparams[node]) if node in qparams else value
         return found if factor is None else found / factor
@@ -116,16 +119,11 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
         truth = expected.get(node.meta.get("source", ""))
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
-        alone = _alone(node, expected, actual, qparams)
-        layers.append(
-            Layer(
-                module_of(node) or line_of(node),
-                target_name(node.target),
-                node.name,
-                sqnr(truth, real(node, alone)),
-                sqnr(truth, real(node, actual[node])),
-            )
+        alone, accumulated = (
+            sqnr(truth, real(node, value)) for value in (_alone(node, expected, actual, qparams), actual[node])
         )
+        place = module_of(node) or line_of(node)
+        layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated))
     outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
     first, second = outputs
     return Comparison(layers, output_sqnr(expected[first.name], actual[second]))
@@ -133,6 +131,8 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
 
 def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:
     """What the integers of `node` were multiplied by, per channel, before they became integers."""
+    if node.target is GETITEM and isinstance(node.args[0], Node):
+        return _factor(node.args[0], actual)
     if isinstance(node.target, torch._ops.OpOverload):
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.name == "factor" and isinstance(value, Node):
@@ -143,22 +143,21 @@ def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:
 
 def _alone(
     node: Node, expected: Mapping[str, Any], actual: Mapping[Node, Any], qparams: Mapping[Node, tuple[float, int]]
-) -> Tensor:
+) -> Any:
     """What `node` computes from the exact float values of its operands."""
 
     def exact(operand: Node) -> Any:
         truth = expected.get(operand.meta.get("source", ""))
-        if isinstance(truth, Tensor):
+        several = isinstance(actual[operand], tuple | list)  # of which one is that float value
+        if isinstance(truth, Tensor) and not several:
             factor = _factor(operand, actual)
             scaled = truth if factor is None else truth * factor
             return quantize(scaled, *qparams[operand]) if operand in qparams else truth
-        if operand.op == "call_function" and operand in qparams and callable(operand.target):
+        if operand.op == "call_function" and (operand in qparams or several) and callable(operand.target):
             return operand.target(*torch.fx.node.map_arg(operand.args, exact))  # scaled: no float value to compare with
         return actual[operand]
 
     with torch.no_grad():
         args = torch.fx.node.map_arg(node.args, exact)
         assert callable(node.target)
-        result = node.target(*args, **node.kwargs)
-    assert isinstance(result, Tensor)
-    return result
+        return node.target(*args, **node.kwargs)

@@ -80,6 +80,16 @@ def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) 
     return {"x_q": x, "acc": acc, "acc+bias": acc + bias}
 
 
+def _norm(x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float) -> F32:
+    return numerics.NORMS[kind](x, weight, bias, eps)
+
+
+def _norm_and_quantize(
+    x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float, *operands: Any
+) -> tuple[F32, U8]:
+    return _norm(x, kind, weight, bias, eps), numerics.norm_quantize(x, kind, weight, bias, eps, *operands)
+
+
 # Moves: the same numbers in another order or shape, as torch understands the arguments.
 
 
@@ -311,6 +321,9 @@ OPS: dict[str, Op] = {
     "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y"),
     "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y"),
     "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q"),
+    "fxq.norm": Op(_norm),
+    "fxq.norm_quantize": Op(numerics.norm_quantize),
+    "fxq.norm_and_quantize": Op(_norm_and_quantize),
     "reshape": Op(lambda input, shape: np.reshape(input, shape)),
     "flatten": Op(_flatten),
     "unflatten": Op(_unflatten),

@@ -64,7 +64,7 @@ def quantized_nodes(gm: GraphModule) -> set[Node]:
         uint8 = isinstance(value, Value) and value.dtype == torch.uint8
         tuple_of = isinstance(value, tuple | list)
         if is_integer_op(node):
-            if uint8:
+            if uint8 or tuple_of:
                 found.add(node)
         elif node.op == "call_function" and (uint8 or tuple_of) and any(n in found for n in node.all_input_nodes):
             found.add(node)

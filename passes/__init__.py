@@ -5,7 +5,7 @@
 - observe (then calibration data runs): OBSERVED
 - balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, fuse_residual, fuse_activation, fuse_chains, prune: INTEGER
+- lower, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -20,6 +20,7 @@ from passes import (
     fuse_activation,
     fuse_chains,
     fuse_linear_relu,
+    fuse_norm,
     fuse_residual,
     lower,
     normalize_convolutions,
@@ -55,6 +56,7 @@ CONVERT: tuple[Pass, ...] = (
     lower.PASS,
     fuse_residual.PASS,
     fuse_activation.PASS,
+    fuse_norm.PASS,
     fuse_chains.PASS,
     prune.PASS,
 )

@@ -55,8 +55,8 @@ def _takes(product: Node, other: Node) -> bool:
     """Whether the linear `product` can add `other`, which may not repeat its channels: a linear with one has none."""
     if product.target is not qlinear_float or len(product.args) != 4 or len(product.users) != 1:
         return False
-    channels, shape = product.meta["value"].shape[-1], other.meta["value"].shape
-    return channels > 1 and shape[-1:] == (channels,)
+    (channels,), shape = product.meta["value"].shape[-1:], other.meta["value"].shape
+    return bool(channels > 1 and shape[-1:] == (channels,))
 
 
 PASS = FuseResidual()

@@ -253,7 +253,8 @@ def test_case_23_residuals(check, model_of):
     qmodel = check(model_of(lambda s, x: s.k(F.relu(s.l(x) + x)), l=linear(), k=linear()), X, others=[(OTHER,)])
     assert ops(qmodel) == ["quantize", "qlinear", "qadd", "qlinear_float"]
     qmodel = check(model_of(lambda s, x: s.l(x) + x, l=linear()), X, others=[(OTHER,)])
-    assert forms(qmodel) == "linear int8, add float"
+    assert ops(qmodel) == ["quantize", "qlinear_float"]
+    assert forms(qmodel) == "linear int8, add int8"
 
 
 def test_case_24_scalars(check, model_of):

@@ -389,12 +389,12 @@ def test_the_users_output_classes_are_kept_and_plain_after_load(model_of, tmp_pa
 
 def test_float_islands_are_refused_by_name_and_taken_from_torch_on_demand(model_of, tmp_path):
     def forward(self, x):
-        return self.out(self.norm(self.fc(x)).softmax(-1))
+        return self.out(self.group(self.fc(x)).softmax(-1))
 
-    model = model_of(forward, fc=nn.Linear(6, 6), norm=nn.LayerNorm(6), out=nn.Linear(6, 2))
+    model = model_of(forward, fc=nn.Linear(6, 6), group=nn.GroupNorm(2, 6), out=nn.Linear(6, 2))
     x = torch.randn(8, 6)
     q = quantize(model, x)
-    with pytest.raises(fxq.GoldenError, match=r"norm  test_golden\.py:\d+\n.*softmax.*\n.*islands") as refused:
+    with pytest.raises(fxq.GoldenError, match=r"group  test_golden\.py:\d+\n.*softmax.*\n.*islands") as refused:
         fxq.golden(q)
     assert "fc" not in str(refused.value)
     golden = fxq.golden(q, islands="torch")

@@ -72,6 +72,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "elementwise.h"
 #include "activations.h"
 #include "gemm.h"
+#include "norms.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, gemm};
+const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, norm, gemm};

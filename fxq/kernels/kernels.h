@@ -40,6 +40,17 @@ struct Term {
   float multiplier;
 };
 
+// Layer norm (centred) or RMS norm of rows of k values; weight, bias and factor may be null.
+struct Norm {
+  int64_t k;
+  bool centred;
+  const float *weight, *bias;
+  float eps;
+  const float* factor = nullptr;  // uint8 only: per value, before the scale
+  float inverse = 1;              // uint8 only: f32(1 / scale)
+  int32_t zero_point = 0;
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point);
@@ -48,6 +59,8 @@ struct Kernels {
   void (*dequantize)(Term x, float* y, int64_t count);
   void (*requantize)(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
   void (*add)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  // float32 to y and uint8 to q; either may be null.
+  void (*norm)(const Norm& n, const float* x, float* y, uint8_t* q, int64_t rows);
   // The output rows [row, row_end) of the panels [panel, panel_end).
   void (*gemm)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
 };

@@ -35,6 +35,7 @@ from fxq.numerics.linear import (
     qlinear_float,
     requantize_multiplier,
 )
+from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
 from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "F32",
     "I8",
     "I32",
+    "NORMS",
     "PANEL",
     "U8",
     "Array",
@@ -56,6 +58,8 @@ __all__ = [
     "fold_bias",
     "gelu",
     "gelu_tanh",
+    "layer_norm",
+    "norm_quantize",
     "pack",
     "packed_size",
     "panel_widths",
@@ -70,7 +74,9 @@ __all__ = [
     "relu",
     "requantize",
     "requantize_multiplier",
+    "rms_norm",
     "round_clamp",
+    "row_sum",
     "sigmoid",
     "silu",
     "tanh",

@@ -82,7 +82,7 @@ def _qlinear_float(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, 
 
 def _float_shape(x: Tensor, bias: Tensor, addend: Tensor | None) -> torch.Size:
     shape = torch.Size([*x.shape[:-1], bias.shape[0]])
-    return shape if addend is None else torch.broadcast_shapes(shape, addend.shape)  # type: ignore[no-untyped-call,no-any-return]
+    return shape if addend is None else torch.broadcast_shapes(shape, addend.shape)  # type: ignore[no-untyped-call]
 
 
 qlinear = kernels.define(

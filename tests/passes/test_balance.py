@@ -47,8 +47,8 @@ def test_it_pays_and_can_be_switched_off():
     plain = fxq.report(fxq.quantize(model, x, recipe=Recipe(balance=False))).sqnr
     balanced = fxq.report(fxq.quantize(model, x)).sqnr
     assert balanced > plain + 6
-    assert "quantize_scaled" not in fxq.quantize(model, x, recipe=Recipe(balance=False)).code
-    assert "quantize_scaled" in fxq.quantize(model, x).code
+    assert "factors" not in fxq.quantize(model, x, recipe=Recipe(balance=False)).code
+    assert "factors" in fxq.quantize(model, x).code
 
 
 def test_a_weight_with_another_reader_keeps_its_values(staged, model_of):
