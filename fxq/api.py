@@ -17,16 +17,18 @@ from tqdm import tqdm
 
 from fxq import drawing, dump, pipeline, tracing
 from fxq import leaves as inside
+from fxq.batch_norm import BatchNorm
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.costs import Costs
 from fxq.decisions import Report
-from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError
+from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
+from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
 from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
-from fxq.observers import paused
+from fxq.observers import learning, paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.profiling import Profile, measure
@@ -92,6 +94,8 @@ def prepare(
     from passes import PREPARE
 
     recipe = Recipe.of(recipe)
+    if recipe.learn_steps:
+        raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
     call = as_call(example_inputs, example_kwargs)
     _check_model(model, call)
     recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
@@ -100,6 +104,72 @@ def prepare(
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.scheme
     return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
+
+
+@torch.inference_mode(False)
+def prepare_qat(
+    model: nn.Module,
+    example_inputs: Examples,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: str | Recipe = "w8a8",
+    families: tuple[Family, ...] = FAMILIES,
+    passes: tuple[Pass, ...] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+    frontend: tracing.Frontend = "auto",
+    dump: str | Path | None = None,
+    check: bool = False,
+) -> GraphModule:
+    """A graph in training mode that computes with the rounding of int8: train it, then `convert` it.
+
+    Its parameters are copies of the user's, under the user's names; the user's model is not touched. Values are fake
+    quantized (`fxq.fake_quantize`), gradients pass straight through; batch norms behind products are folded as they
+    will be (`fxq.batch_norm`); dropout and batch norm follow train() and eval(). The examples give the first ranges;
+    `calibrate` gives better ones. From then on the ranges follow the training data until `freeze_observers`, or, with
+    `Recipe(learn_steps=True)`, the step sizes are parameters. What the user's own code does in training mode only
+    (`if self.training`) is not in the graph. Arguments and errors as in `prepare`.
+    """
+    from passes import PREPARE_QAT
+
+    recipe = Recipe.of(recipe)
+    if recipe.scheme != "w8a8":
+        raise RecipeError(f"fxq.prepare_qat trains for the recipe 'w8a8', not {recipe.scheme!r}")
+    call = as_call(example_inputs, example_kwargs)
+    _check_model(model, call)
+    recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)
+        gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
+    ctx = Context(recipe, families, call.clone(), check=check, dump=_folder(dump))
+    ctx.report.recipe = recipe.scheme
+    gm = inside.prepare_graph(gm, ctx, PREPARE_QAT if passes is None else passes)
+    return calibrate(gm, [call.args or call.kwargs], progress=False).train()
+
+
+def freeze_observers(model: nn.Module, after: int = 0) -> None:
+    """From `after` more training steps on, the ranges in a model of `prepare_qat` stand still; in a wrapper as well.
+
+    A step is a forward in training mode. The schedule is part of the `state_dict`. Raises `InputError`.
+    """
+    _freeze(model, FakeQuantize, after, "fxq.freeze_observers")
+
+
+def freeze_batch_norm(model: nn.Module, after: int = 0) -> None:
+    """From `after` more training steps on, the statistics of batch norms stand still, and are what is normalised by.
+
+    Their weights and biases train on. Otherwise as `freeze_observers`.
+    """
+    _freeze(model, BatchNorm, after, "fxq.freeze_batch_norm")
+
+
+def _freeze(model: nn.Module, kind: type[FakeQuantize | BatchNorm], after: int, what: str) -> None:
+    if not any(isinstance(m, GraphModule) and isinstance(m.meta.get("fxq"), Context) for m in model.modules()):
+        raise InputError(f"{what} takes what fxq.prepare_qat returns, not {type(model).__name__}")
+    if after < 0:
+        raise InputError(f"{what}: after is {after}; it counts steps from now on")
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.freeze(after)
 
 
 @torch.inference_mode(False)
@@ -122,7 +192,7 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
         leave=False,
     )
     count = 0
-    with torch.no_grad(), unchanged(prepared), bar:
+    with torch.no_grad(), unchanged(prepared), learning(prepared), bar:
         for count, call in enumerate(bar, 1):
             check_finite(call, f"calibration batch {count - 1}")
             own = call.clone()
@@ -148,7 +218,7 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
     from passes import CONVERT
 
     _context(prepared, Stage.OBSERVED, "fxq.convert")
-    gm = copy.deepcopy(prepared)
+    gm = copy.deepcopy(prepared).eval()
     ctx = cast(Context, gm.meta["fxq"])
     result = inside.convert(gm, CONVERT if passes is None else passes)
     if ctx.dump is not None:

@@ -147,12 +147,7 @@ class _NotWorthwhileError(FxqError):
 
 def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: tracing.Leaves) -> GraphModule:
     """Take a traced graph through `passes`, and the modules inside its leaves likewise."""
-    ctx.report.guards = tracing.guards(gm)
-    ctx.report.frontend = gm.meta["frontend"]
-    ctx.report.weight_bytes = (weight_bytes(gm), 0)
-    pipeline.begin(gm, ctx)
-    gm = pipeline.run(passes, gm, ctx)
-    gm.meta["fxq"] = ctx
+    gm = prepare_graph(gm, ctx, passes)
     roots = {node.name: str(node.target) for node in gm.graph.nodes if "untraceable" in node.meta}
     if not roots:
         return gm
@@ -163,6 +158,17 @@ def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: traci
     _run_examples(gm, ctx)
     leaves.probing = False
     leaves.note_decisions()
+    return gm
+
+
+def prepare_graph(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> GraphModule:
+    """Take a traced graph through `passes`; its leaves stay as they are."""
+    ctx.report.guards = tracing.guards(gm)
+    ctx.report.frontend = gm.meta["frontend"]
+    ctx.report.weight_bytes = (weight_bytes(gm), 0)
+    pipeline.begin(gm, ctx)
+    gm = pipeline.run(passes, gm, ctx)
+    gm.meta["fxq"] = ctx
     return gm
 
 

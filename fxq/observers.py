@@ -43,11 +43,15 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Learn from `x` (float32, any shape) and return it; raises `CalibrationError` on NaN or infinity."""
         if self.learning and x.numel():
-            low, high = (bound.item() for bound in torch.aminmax(x.detach()))
-            if not (np.isfinite(low) and np.isfinite(high)):
-                raise CalibrationError(f"{self.where} holds NaN or infinity (min {low}, max {high})")
-            self._observe(x.detach(), low, high)
+            self._observe(x.detach(), *self.extremes(x))
         return x
+
+    def extremes(self, x: Tensor) -> tuple[float, float]:
+        """The smallest and the largest value of `x`; raises `CalibrationError` on NaN or infinity."""
+        low, high = (bound.item() for bound in torch.aminmax(x.detach()))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise CalibrationError(f"{self.where} holds NaN or infinity (min {low}, max {high})")
+        return low, high
 
     @property
     def seen(self) -> bool:
@@ -76,16 +80,33 @@ class Observer(nn.Module):
 
 
 @contextlib.contextmanager
-def paused(module: nn.Module) -> Iterator[None]:
-    """Run `module` without its observers learning from what passes: it is not calibration data."""
-    observers = [m for m in module.modules() if isinstance(m, Observer)]
-    for observer in observers:
-        observer.learning = False
+def _set_learning(module: nn.Module, learning: bool) -> Iterator[None]:
+    before = {m: m.learning for m in module.modules() if isinstance(m, Observer)}
+    for observer in before:
+        observer.learning = learning
     try:
         yield
     finally:
-        for observer in observers:
-            observer.learning = True
+        for observer, was in before.items():
+            observer.learning = was
+
+
+def paused(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Run `module` without its observers learning from what passes: it is not calibration data."""
+    return _set_learning(module, False)
+
+
+@contextlib.contextmanager
+def learning(module: nn.Module) -> Iterator[None]:
+    """Run `module` in eval mode, its observers learning from what passes, fake quantizers included."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with _set_learning(module, True):
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 class MinMax(Observer):
@@ -278,12 +299,16 @@ class WeightObserver(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Take the scales of `w` (float32 [N, ...]) and return it."""
+        self.scales = self.scales_of(w)
+        return w
+
+    def scales_of(self, w: Tensor) -> Tensor:
+        """The scales that the largest magnitudes of `w` have: float32 [N], or [1] per tensor."""
         magnitude = w.detach().abs().reshape(len(w), w[:1].numel())
         peak = magnitude.amax(1) if magnitude.numel() else magnitude.new_zeros(len(w))
         if self.granularity == "per_tensor":
             peak = peak.amax().reshape(1) if len(peak) else peak.new_zeros(1)
-        self.scales = torch.from_numpy(weight_scales(peak.numpy()))
-        return w
+        return torch.from_numpy(weight_scales(peak.numpy()))
 
     def extra_repr(self) -> str:
         return f"{self.where!r}, {self.granularity}"

@@ -49,6 +49,7 @@ class Recipe:
     scheme: "w8a8" (static int8 weights and activations). observer, weight: the defaults of `Rule`.
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
+    learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
     modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
     ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
 
@@ -59,6 +60,7 @@ class Recipe:
     observer: str = "histogram"
     weight: Granularity = "per_channel"
     balance: bool = True
+    learn_steps: bool = False
     modules: Mapping[str, Rule] = field(default_factory=dict)
     ops: Mapping[str, Rule] = field(default_factory=dict)
 

@@ -2,8 +2,9 @@
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
   normalize_linears, normalize_convolutions, fold_batch_norm, annotate: FLOAT
+- (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
-- balance: OBSERVED
+- end_training, balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
 """
@@ -13,6 +14,7 @@ from passes import (
     annotate,
     balance,
     calibrate,
+    end_training,
     fold_batch_norm,
     fold_constants,
     fold_qdq,
@@ -22,7 +24,9 @@ from passes import (
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
+    keep_dropout,
     lower,
+    make_trainable,
     normalize_convolutions,
     normalize_linears,
     normalize_moves,
@@ -33,7 +37,7 @@ from passes import (
     rewrite_einsum,
 )
 
-PREPARE: tuple[Pass, ...] = (
+NORMALIZE: tuple[Pass, ...] = (
     functionalize.PASS,
     fold_constants.PASS,
     normalize_moves.PASS,
@@ -42,13 +46,24 @@ PREPARE: tuple[Pass, ...] = (
     rewrite_einsum.PASS,
     normalize_linears.PASS,
     normalize_convolutions.PASS,
-    fold_batch_norm.PASS,
-    annotate.PASS,
-    observe.PASS,
 )
+"""From the float trace to one spelling for every operation."""
+
+PREPARE: tuple[Pass, ...] = (*NORMALIZE, fold_batch_norm.PASS, annotate.PASS, observe.PASS)
 """From the float trace to a graph that is ready for calibration data."""
 
+PREPARE_QAT: tuple[Pass, ...] = (
+    keep_dropout.PASS,
+    *NORMALIZE,
+    fold_batch_norm.TRAINABLE,
+    annotate.PASS,
+    observe.PASS,
+    make_trainable.PASS,
+)
+"""From the float trace to a graph that is ready to be trained."""
+
 CONVERT: tuple[Pass, ...] = (
+    end_training.PASS,
     balance.PASS,
     calibrate.PASS,
     fuse_linear_relu.PASS,
@@ -60,4 +75,4 @@ CONVERT: tuple[Pass, ...] = (
     fuse_chains.PASS,
     prune.PASS,
 )
-"""From a graph that has seen data to integers."""
+"""From a graph that has seen data, or was trained, to integers."""

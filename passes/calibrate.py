@@ -55,7 +55,7 @@ def _weight(gm: GraphModule, node: Node) -> Node:
     observer, w = submodule(gm, node), node.args[0]
     assert isinstance(observer, WeightObserver) and isinstance(w, Node)
     with gm.graph.inserting_before(node):
-        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales), node)
+        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales.detach().clone()), node)
         q = call(gm, quantize_weight, (w, scales), node)
         return call(gm, dequantize_weight, (q, scales), node)
 

@@ -4,16 +4,20 @@
 
 in float64. Not folded: a norm whose statistics several calls share, a linear that others read, channels that are not
 the linear's outputs (batch_norm normalises dimension 1, so the linear's result must be a matrix).
+
+For training (`trainable`) a fold must be one that `make_trainable` can take back: a norm that is a module of torch's,
+behind a linear that has not swallowed one yet. Where it came from is noted in meta `FOLDED`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxq.batch_norm import FOLDED, Folded, folded
 from fxq.graph import constant, get_attr, replace, set_constant
 from fxq.pattern import Any, Const, Match, Op
 from fxq.pipeline import Context, Numbers
@@ -41,39 +45,42 @@ class FoldBatchNorm:
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
     numbers: Numbers = Numbers.ROUNDING
+    trainable: bool = False
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """In graph order, so that a norm behind a folded norm is folded as well."""
-        return sum(_fold(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
+        return sum(self._fold(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
+
+    def _fold(self, gm: GraphModule, norm: Node) -> int:
+        match = PATTERN.match(norm)
+        if not isinstance(match, Match) or len(norm.meta["value"].shape) != 2 or _shared(gm, match.node("mean")):
+            return 0
+        operands = [match[name] for name in ("w", "b", "mean", "var", "gamma", "beta")]
+        linear = match.node("linear")
+        path = str(match.node("mean").target).rpartition(".")[0]
+        if not all(_is_fixed(operand) for operand in operands):
+            return 0
+        if self.trainable and (FOLDED in linear.meta or not isinstance(gm.get_submodule(path), _BatchNorm)):
+            return 0
+
+        w, b, mean, var, gamma, beta = (_value(gm, operand) for operand in operands)
+        assert w is not None and mean is not None and var is not None
+        weight, bias = folded(w, b, mean, var, gamma, beta, match["eps"])
+        stem = str(match.node("w").target).removesuffix("_folded")
+        with gm.graph.inserting_before(norm):
+            constants = [
+                get_attr(gm, set_constant(gm, name, tensor), linear)
+                for name, tensor in ((f"{stem}_folded", weight), (_bias_beside(stem), bias))
+            ]
+        new = replace(gm, norm, LINEAR, (match["x"], *constants))
+        new.meta["origin"] = linear.meta.get("origin")
+        if self.trainable:
+            new.meta[FOLDED] = Folded(path, *(None if o is None else str(o.target) for o in operands[:2]))
+        return 1
 
 
-def _fold(gm: GraphModule, norm: Node) -> int:
-    match = PATTERN.match(norm)
-    if not isinstance(match, Match) or len(norm.meta["value"].shape) != 2 or _shared(gm, match.node("mean")):
-        return 0
-    if not all(_is_fixed(match[name]) for name in ("w", "b", "mean", "var", "gamma", "beta")):
-        return 0
-
-    def value(name: str, default: float) -> Tensor:
-        node = match[name]
-        if isinstance(node, Node):
-            return constant(gm, node).detach().double()
-        return torch.full_like(mean, default)
-
-    w, mean = constant(gm, match.node("w")), constant(gm, match.node("mean")).double()
-    gain = value("gamma", 1.0) / torch.sqrt(value("var", 1.0) + match["eps"])
-    weight = w.detach().double() * gain[:, None]
-    bias = (value("b", 0.0) - mean) * gain + value("beta", 0.0)
-
-    linear = match.node("linear")
-    path = str(match.node("w").target).removesuffix("_folded")
-    with gm.graph.inserting_before(norm):
-        folded = [
-            get_attr(gm, set_constant(gm, name, tensor.to(w.dtype)), linear)
-            for name, tensor in ((f"{path}_folded", weight), (_bias_beside(path), bias))
-        ]
-    replace(gm, norm, LINEAR, (match["x"], *folded)).meta["origin"] = linear.meta.get("origin")
-    return 1
+def _value(gm: GraphModule, operand: Node | None) -> Tensor | None:
+    return None if operand is None else constant(gm, operand).detach()
 
 
 def _is_fixed(operand: object) -> bool:
@@ -94,3 +101,4 @@ def _shared(gm: GraphModule, statistic: Node) -> bool:
 
 
 PASS = FoldBatchNorm()
+TRAINABLE = FoldBatchNorm(trainable=True)
