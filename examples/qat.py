@@ -11,6 +11,7 @@ integer model that runs give the same answers.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits, load_iris
@@ -36,7 +37,7 @@ def digits() -> Data:
     return _split(x / 16, y)
 
 
-def _split(x: np.ndarray, y: np.ndarray) -> Data:  # type: ignore[type-arg]
+def _split(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> Data:
     pieces = train_test_split(x, y, test_size=0.3, random_state=0, stratify=y)
     x_train, x_test = (torch.tensor(piece, dtype=torch.float32) for piece in pieces[:2])
     y_train, y_test = (torch.tensor(piece) for piece in pieces[2:])
@@ -72,7 +73,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
     """Percent of right answers on the test data."""
     with torch.no_grad():
         right = model(data[1]).argmax(1) == data[3]
-    return 100 * right.float().mean().item()
+    return float(100 * right.float().mean())
 
 
 def compare(name: str, model: nn.Module, data: Data, epochs: int) -> None:
