@@ -34,7 +34,8 @@ class Workload:
     """A model and the input shapes that it is timed on.
 
     inputs: makes `count` inputs of a shape; those of calibration and those held out come from different data.
-    batches: how many to calibrate on. dynamic: how many leading dimensions of the inputs vary.
+    batches: how many to calibrate on. dynamic: how many leading dimensions of the inputs vary. rows: how many held-out
+    ones accuracy is measured on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Workload:
     calibrated_on: tuple[int, ...]
     batches: int = 16
     dynamic: int = 1
+    rows: int = 16
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -61,7 +63,7 @@ def mlp_workload(sizes: tuple[int, ...], batches: tuple[int, ...]) -> Workload:
         return [(torch.randn(shape, generator=make),) for _ in range(count)]
 
     shapes = tuple((batch, sizes[0]) for batch in batches)
-    return Workload(f"MLP {'-'.join(map(str, sizes))}", lambda: mlp(*sizes), inputs, shapes, (32, sizes[0]))
+    return Workload(f"MLP {'-'.join(map(str, sizes))}", lambda: mlp(*sizes), inputs, shapes, (32, sizes[0]), rows=512)
 
 
 class Encoder(nn.Module):
@@ -134,7 +136,7 @@ def _run_workload(workload: Workload, folder: Path, full: bool, seconds: float, 
         print(f"    prepare {name}: {failed.get(name) or f'{time.perf_counter() - start:.1f} s'}", flush=True)
     rows = []
     for shape in workload.shapes:
-        held_out = workload.inputs(True, shape, max(2, 16 // shape[0]))
+        held_out = workload.inputs(True, shape, max(2, workload.rows // shape[0]))
         row: dict[str, Any] = {"model": workload.name, "shape": list(shape), "failed": dict(failed)}
         binds: dict[tuple[str, int], Bind] = {}
         for name, count in itertools.product(loads, threads):
