@@ -121,8 +121,9 @@ def main() -> None:
     print(
         f"\nEvery step on the way, in {FOLDER}: the graph as text (.txt), what changed (.diff), a picture ({kind()}):\n"
     )
-    for path in sorted(FOLDER.glob("*-*.txt")):
-        print(f"  {path.with_suffix(kind())!s:42}{path.read_text().partition(chr(10))[0].removeprefix('# ')}")
+    steps = {str(path.with_suffix(kind())): path.read_text() for path in sorted(FOLDER.glob("*-*.txt"))}
+    for picture, text in steps.items():
+        print(f"  {picture.ljust(max(map(len, steps)))}  {text.partition(chr(10))[0].removeprefix('# ')}")
 
 
 def kind() -> str:
