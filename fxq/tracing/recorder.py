@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxq.errors import TraceError
-from fxq.tracing.builder import REMEDY, Builder
+from fxq.tracing.builder import REMEDY
 from fxq.tracing.graph_functions import TracingWarning, guard, length, mutate
 from fxq.tracing.origin import Origin, enter, line_of
+from fxq.tracing.questions import Questions
 from fxq.tracing.spelling import (
     COUNTED,
     DTYPE,
@@ -40,11 +41,11 @@ from fxq.tracing.spelling import (
     opened,
     spelling,
 )
-from fxq.tracing.symbols import Source, SymbolicFloat, SymbolicInt, is_symbol
+from fxq.tracing.symbols import Source, is_symbol
 from fxq.tracing.values import ancestors, concrete, symbols, tensors, traced, version
 
 
-class Recorder(Builder):
+class Recorder(Questions):
     """One trace: the graph so far, and which node each live tensor is the value of."""
 
     def __init__(
@@ -58,10 +59,7 @@ class Recorder(Builder):
         super().__init__(root)
         self.untraceable: dict[str, str] = {}
         self.buffers = {module: dict(module._buffers) for module in root.modules()}
-        self.asked: dict[str, str] = {}
         self.read: set[str] = set()
-        self.symbols: dict[Any, Any] = {}
-        self.decided: set[fx.Node] = set()
         self.impure: set[str] = set()
         self.thread = threading.get_ident()
         self.watched: dict[str, torch.Tensor] | None = {} if watch else None
@@ -268,88 +266,6 @@ class Recorder(Builder):
         if item is None or isinstance(item, str):
             return item
         return self.know(item, self.create("call_function", getter, (node, key), pure=True), before)
-
-    # Facts, sizes and numbers.
-
-    def varies(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor depends on the inputs."""
-        return self.node_of(tensor) in self.varying
-
-    def ask(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Answer a question about rank or dtype, and note that the answer was relied on."""
-        self.asked.setdefault("rank" if name in RANK else "dtype", self.line())
-        return self.execute(function, args, {})
-
-    def sizes(self, tensor: torch.Tensor) -> torch.Size:
-        """Return a tensor's shape, as symbols."""
-        self.asked.setdefault("rank", self.line())
-        node = self.node_of(tensor)
-        with self.working():
-            shape = tuple(tensor.shape)
-        return torch.Size([self.size(node, dim, extent) for dim, extent in enumerate(shape)])
-
-    def size(self, node: fx.Node, dim: int, extent: int) -> Any:
-        """Return one size, as a symbol."""
-        key = ("size", node, dim)
-        if key not in self.symbols:
-            size = self.create("call_method", "size", (node, dim), pure=True)
-            self.symbols[key] = self.symbol(extent, size, f"{self.text(node)}.shape[{dim}]", Source.SIZE)
-        return self.symbols[key]
-
-    def number(
-        self,
-        name: str,
-        value: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        source: Source,
-        getter: Callable[..., Any] | None = None,
-    ) -> Any:
-        """Return what a method or property of a tensor gives, as symbols."""
-        text = f"{self.text(self.node_of(args[0]))}.{name}{'' if getter else '()'}"
-        if getter is None:
-            node = self.create("call_method", name, self.arg(args), self.arg(kwargs), pure=True)
-        else:
-            node = self.create("call_function", getter, (self.node_of(args[0]), name), pure=True)
-        if isinstance(value, tuple):
-            return tuple(
-                self.symbol(
-                    item, self.create("call_function", operator.getitem, (node, i), pure=True), f"{text}[{i}]", source
-                )
-                for i, item in enumerate(value)
-            )
-        if isinstance(value, bool | complex):
-            self.refuse(f"reads `{text}` into Python")
-        return self.symbol(value, node, text, source)
-
-    def symbol(self, value: Any, node: fx.Node, text: str, source: Source) -> Any:
-        """Return a number that knows its node."""
-        kind = SymbolicFloat if isinstance(value, float) else SymbolicInt
-        return kind(self, value, node, text, source)
-
-    def compute(self, operation: Callable[..., Any], operands: tuple[Any, ...], text: str) -> Any:
-        """Record an operation on numbers."""
-        args = self.arg(operands)
-        key = (operation, tuple((type(arg), arg) for arg in args))
-        if key not in self.symbols:
-            source = max(
-                (operand.source for operand in operands if is_symbol(operand)), key=lambda source: source.value
-            )
-            value = operation(*concrete(operands))
-            node = self.create("call_function", operation, args, pure=True)
-            self.symbols[key] = self.symbol(value, node, text, source)
-        return self.symbols[key]
-
-    def decide(self, symbol: Any) -> Any:
-        """Return a symbol's value to Python, which makes it part of what the graph takes for granted."""
-        if symbol.source is Source.DATA:
-            self.refuse(f"decides on `{symbol.text}`, which is computed from the values of tensors")
-        if symbol.fx_node not in self.decided:
-            self.decided.add(symbol.fx_node)
-            line = self.line() or "the model"
-            message = f"{line} decided that `{symbol.text}` is {symbol.value!r} on the example inputs"
-            self.create("call_function", guard, (symbol.fx_node, symbol.value, message))
-        return symbol.value
 
     # The end of the trace.
 
