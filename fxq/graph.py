@@ -1,8 +1,8 @@
 """Tools on a `torch.fx` graph that every layer above shares: constants by path, rewriting with provenance, values.
 
 A node's `meta` holds `origin` (where in the user's program it comes from), `source` (the node of the normalised float
-graph whose value it stands for), `value` (what it computed on the examples: `Value`, or a plain Python object) and, on
-quantized uint8, `qparams` (scale, zero point).
+graph whose value it stands for), `value` (what it computed on the examples: `Value`, or a plain Python object), on
+quantized uint8 `qparams` (scale, zero point), and, where the graph modifies its memory in place, `aliases` (what does).
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def get_attr(gm: GraphModule, path: str, like: Node) -> Node:
     node.meta["origin"] = like.meta.get("origin")
     tensor = constant(gm, node)
     node.meta["value"] = Value(tensor.dtype, tuple(tensor.shape))
+    if is_state(gm, tensor):
+        node.meta["aliases"] = path
     return node
 
 
@@ -212,6 +214,16 @@ def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     versions = {path: tensor._version for path, tensor in _constants(probe)}
     propagate(probe, args, kwargs)
     gm.meta[STATE] = tuple(path for path, tensor in _constants(probe) if tensor._version != versions[path])
+
+
+def is_state(gm: GraphModule, tensor: Tensor) -> bool:
+    """Whether `gm` modifies the memory of `tensor` (`find_state`)."""
+    state = gm.meta.get(STATE, ())
+    return any(path in state and _storage(other) == _storage(tensor) for path, other in _constants(gm) if state)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager

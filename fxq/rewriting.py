@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -72,3 +73,10 @@ class Rules:
 def rank(node: Node) -> int:
     """The number of dimensions of a tensor."""
     return len(node.meta["value"].shape)
+
+
+def swaps_matrix(node: Node) -> bool:
+    """Whether `node`, as normalize_moves spells it, is the transposition of a matrix."""
+    if node.target is torch.transpose:
+        return rank(node) == 2 and {int(dim) % 2 for dim in node.args[1:] if isinstance(dim, int)} == {0, 1}
+    return node.target is torch.permute and node.args[1] in ((1, 0), (-1, -2), (1, -2), (-1, 0))

@@ -1,7 +1,7 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
-  normalize_linears, normalize_convolutions, fold_batch_norm, annotate: FLOAT
+  rewrite_products, normalize_linears, fold_bias, normalize_convolutions, fold_batch_norm, annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - end_training, balance: OBSERVED
@@ -16,6 +16,7 @@ from passes import (
     calibrate,
     end_training,
     fold_batch_norm,
+    fold_bias,
     fold_constants,
     fold_qdq,
     functionalize,
@@ -35,25 +36,35 @@ from passes import (
     prune,
     remove_identities,
     rewrite_einsum,
+    rewrite_products,
 )
 
 NORMALIZE: tuple[Pass, ...] = (
-    functionalize.PASS,
-    fold_constants.PASS,
     normalize_moves.PASS,
     remove_identities.PASS,
     normalize_pointwise.PASS,
     rewrite_einsum.PASS,
+    rewrite_products.PASS,
     normalize_linears.PASS,
+    fold_bias.PASS,
     normalize_convolutions.PASS,
 )
-"""From the float trace to one spelling for every operation."""
+"""To one spelling for every operation."""
 
-PREPARE: tuple[Pass, ...] = (*NORMALIZE, fold_batch_norm.PASS, annotate.PASS, observe.PASS)
+PREPARE: tuple[Pass, ...] = (
+    functionalize.PASS,
+    fold_constants.PASS,
+    *NORMALIZE,
+    fold_batch_norm.PASS,
+    annotate.PASS,
+    observe.PASS,
+)
 """From the float trace to a graph that is ready for calibration data."""
 
 PREPARE_QAT: tuple[Pass, ...] = (
     keep_dropout.PASS,
+    functionalize.PASS,
+    fold_constants.TRAINABLE,
     *NORMALIZE,
     fold_batch_norm.TRAINABLE,
     annotate.PASS,

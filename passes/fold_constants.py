@@ -1,6 +1,10 @@
-"""fold_constants: what takes part of a constant becomes a constant of its own, in the memory of the whole.
+"""fold_constants: what parameters and buffers alone decide is computed once.
 
-w[8:16], w.chunk(3)[1]  -> w_part
+    F.linear(x, w[8:16]), F.linear(x, w * scale), x @ torch.cat([a, b])  -> linear(x, w_folded), ...
+
+A view of a constant stays in its memory. A transposition stays in the graph, since normalize_linears reads it. What is
+larger than the constants that it is made of is computed at each call, as the model has it. `TRAINABLE` folds views
+alone, through which gradients reach the parameters.
 """
 
 from __future__ import annotations
@@ -12,61 +16,91 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from fxq.graph import bypass, constant, get_attr, is_call, set_constant
+from fxq.graph import bypass, constant, get_attr, set_constant
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
-PARTS = frozenset(
-    {
-        *(operator.getitem, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select),
-        *("chunk", "split", "unbind", "narrow", "select"),
-    }
-)
-"""What takes parts of a tensor, as functions and as methods."""
-
-
-def _part_of_constant(gm: GraphModule, node: Node) -> int:
-    """w[8:16] or w.chunk(3)[1] of a constant becomes a constant of its own, in the memory of the whole."""
-    part = _part(gm, node)
-    if not isinstance(part, Tensor) or node.op == "get_attr":
-        return 0
-    whole = node
-    while whole.op != "get_attr":
-        whole = whole.all_input_nodes[0]
-    path = set_constant(gm, f"{whole.target}_part", part.detach())
-    with gm.graph.inserting_before(node):
-        bypass(gm, node, get_attr(gm, path, node))
-    return 1
-
-
-def _part(gm: GraphModule, node: Node) -> Any:
-    """The value of a constant, of parts of it, or of one of them; None where `node` is something else."""
-    if "aliases" in node.meta:
-        return None
-    if node.op == "get_attr":
-        return constant(gm, node)
-    if not is_call(node) or node.target not in PARTS or len(node.all_input_nodes) != 1:
-        return None
-    whole = _part(gm, node.all_input_nodes[0])
-    if whole is None or not node.args or node.args[0] is not node.all_input_nodes[0]:
-        return None
-    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-    return function(whole, *node.args[1:], **node.kwargs)
+RANDOM = frozenset({"bernoulli", "multinomial", "normal", "poisson"})
+TRANSPOSITIONS = frozenset({torch.t, torch.transpose, torch.permute, "t", "transpose", "permute"})
 
 
 @dataclass(frozen=True)
 class FoldConstants:
     """See the module's docstring."""
 
+    views_only: bool = False
     name: str = "fold-constants"
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
     numbers: Numbers = Numbers.SAME
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Returns the number of parts that became constants."""
-        return sum(_part_of_constant(gm, node) for node in list(gm.graph.nodes) if not node._erased)
+        """Returns the number of values that became constants."""
+        known: dict[Node, Any] = {}
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and "aliases" not in node.meta:
+                known[node] = constant(gm, node).detach()
+            elif _is_computable(node, known):
+                known[node] = _compute(node, known)
+        wanted = [node for node in known if _is_wanted(node, known) and (not self.views_only or _is_view(node, known))]
+        return sum(_fold(gm, node, known[node]) for node in wanted)
+
+
+def _is_computable(node: Node, known: dict[Node, Any]) -> bool:
+    """Whether `node` is a function of known values, and the same at each call."""
+    inputs = node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or "aliases" in node.meta or node.is_impure():
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    random = name.startswith("rand") or "dropout" in name or name in RANDOM
+    in_place = name.endswith("_") and not name.endswith("__")
+    return bool(inputs) and not random and not in_place and all(source in known for source in inputs)
+
+
+def _compute(node: Node, known: dict[Node, Any]) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+    function = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
+    with torch.no_grad():
+        return function(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+
+
+def _is_transposition(node: Node) -> bool:
+    return node.target in TRANSPOSITIONS or (node.target is getattr and node.args[1] in ("T", "mT"))
+
+
+def _is_wanted(node: Node, known: dict[Node, Any]) -> bool:
+    """Whether the value is a tensor, of no more numbers than it is made of, that something unknown reads."""
+    value = known[node]
+    if node.op == "get_attr" or not isinstance(value, Tensor) or _is_transposition(node):
+        return False
+    return _is_read(node, known) and value.numel() <= sum(known[source].numel() for source in _sources(node))
+
+
+def _is_view(node: Node, known: dict[Node, Any]) -> bool:
+    storage = known[node].untyped_storage()
+    return any(known[source].untyped_storage()._cdata == storage._cdata for source in _sources(node))
+
+
+def _is_read(node: Node, known: dict[Node, Any]) -> bool:
+    """Whether something that is not known reads `node`, or a transposition of it."""
+    return any(user not in known or (_is_transposition(user) and _is_read(user, known)) for user in node.users)
+
+
+def _sources(node: Node) -> set[Node]:
+    if node.op == "get_attr":
+        return {node}
+    return {source for operand in node.all_input_nodes for source in _sources(operand)}
+
+
+def _fold(gm: GraphModule, node: Node, value: Tensor) -> int:
+    (source, *_) = sorted(_sources(node), key=operator.attrgetter("_sort_key"))
+    path = set_constant(gm, f"{source.target}_folded", value)
+    with gm.graph.inserting_before(node):
+        bypass(gm, node, get_attr(gm, path, node))
+    return 1
 
 
 PASS = FoldConstants()
+TRAINABLE = FoldConstants(views_only=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxq.graph import is_tensor, mutations, submodule
+from fxq.graph import constant, is_state, is_tensor, mutations, submodule
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -81,6 +81,9 @@ class Functionalize:
         """Returns the number of operations that work out of place now."""
         examples = ctx.examples.clone()
         mutated = mutations(gm, examples.args, examples.kwargs)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if is_state(gm, constant(gm, node)):
+                node.meta["aliases"] = node.name
         return sum(_functionalize(gm, node, held) for node, held in mutated.items())
 
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.graph import constant, get_attr, replace, set_constant
 from fxq.pipeline import Context, Numbers
-from fxq.rewriting import Parameter, Rewrite, Rules, rank
+from fxq.rewriting import Parameter, Rewrite, Rules, rank, swaps_matrix
 from fxq.spelling import LINEAR
 from fxq.stages import Stage
 
@@ -90,13 +90,11 @@ def _is_bias(gm: GraphModule, bias: object, columns: object) -> bool:
 
 def _transposed(gm: GraphModule, w: Node) -> str | None:
     """The path of a constant that is the transpose of `w`; None where `w` is not a constant matrix."""
-    swapped = w.target in (torch.transpose, torch.permute)
-    source = w.args[0] if swapped else w
+    source = w.args[0] if swaps_matrix(w) else w
     if not isinstance(source, Node) or source.op != "get_attr" or rank(source) != 2 or "aliases" in source.meta:
         return None
-    if swapped:
-        swaps = w.args[1:] in ((0, 1), (1, 0), (-2, -1), (-1, -2), ((1, 0),), ((-1, -2),))
-        return str(source.target) if swaps else None
+    if source is not w:
+        return str(source.target)
     path, tensor = f"{w.target}_t", constant(gm, w).detach().t()
     owner, _, name = path.rpartition(".")
     known = getattr(gm.get_submodule(owner), name, None)
