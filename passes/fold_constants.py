@@ -89,9 +89,13 @@ def _is_read(node: Node, known: dict[Node, Any]) -> bool:
 
 
 def _sources(node: Node) -> set[Node]:
-    if node.op == "get_attr":
-        return {node}
-    return {source for operand in node.all_input_nodes for source in _sources(operand)}
+    """The constants that `node` is made of."""
+    found, open_nodes = {node}, [node]
+    while open_nodes:
+        new = set(open_nodes.pop().all_input_nodes) - found
+        found |= new
+        open_nodes += new
+    return {source for source in found if source.op == "get_attr"}
 
 
 def _fold(gm: GraphModule, node: Node, value: Tensor) -> int:
