@@ -90,6 +90,22 @@ def _norm_and_quantize(
     return _norm(x, kind, weight, bias, eps), numerics.norm_quantize(x, kind, weight, bias, eps, *operands)
 
 
+def _attention_parts(
+    q: U8,
+    k: U8,
+    v: U8,
+    mask: Any,
+    is_causal: bool,
+    scale: float | None,
+    z_q: int,
+    z_v: int,
+    s_qk: float,
+    *rest: object,
+) -> dict[str, Array]:
+    scores = numerics.attention_scores(q, k, mask, is_causal, scale, z_q, s_qk)
+    return {"scores": scores, "weights": numerics.softmax_weights(scores)}
+
+
 # Moves: the same numbers in another order or shape, as torch understands the arguments.
 
 
@@ -324,6 +340,8 @@ OPS: dict[str, Op] = {
     "fxq.norm": Op(_norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),
     "fxq.norm_and_quantize": Op(_norm_and_quantize),
+    "fxq.qattention": Op(numerics.qattention, _attention_parts, "y_q"),
+    "fxq.qattention_float": Op(numerics.qattention_float, _attention_parts, "y"),
     "reshape": Op(lambda input, shape: np.reshape(input, shape)),
     "flatten": Op(_flatten),
     "unflatten": Op(_unflatten),

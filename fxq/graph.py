@@ -157,7 +157,7 @@ def bypass(gm: GraphModule, node: Node, source: Node) -> None:
 
 def erase_unused(gm: GraphModule, node: Node) -> None:
     """Erase `node` and what only it read; values with users, inputs and side effects stay."""
-    if node.users or node.op in ("placeholder", "output") or node.is_impure():
+    if node._erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
         return
     operands = node.all_input_nodes
     gm.graph.erase_node(node)

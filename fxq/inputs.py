@@ -56,9 +56,11 @@ def as_call(example: object, kwargs: Mapping[str, Any] | None = None) -> Call:
 
 
 def check_finite(call: Call, what: str) -> None:
-    """Raise `CalibrationError` when a float tensor of `call` holds NaN or infinity."""
+    """Raise `CalibrationError` when a float tensor of `call` holds NaN or infinity; a mask of 0 and -inf may."""
     for name, tensor in call.tensors():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if bool(((tensor == 0) | (tensor == -torch.inf)).all()):
+                continue
             bad = torch.nonzero(~torch.isfinite(tensor.reshape(-1)))[0].item()
             value = tensor.reshape(-1)[int(bad)].item()
             raise CalibrationError(

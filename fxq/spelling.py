@@ -45,6 +45,32 @@ def max_pool1d(x: torch.Tensor, kernel: int, stride: int, padding: int, dilation
 MAX_POOLS = frozenset({max_pool1d, torch.max_pool2d, torch.max_pool3d})
 """max_pool(x, kernel, stride, padding, dilation, ceil_mode)."""
 
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    nan_if_masked: bool,
+) -> torch.Tensor:
+    """softmax(q k^T * scale + mask) v: q [B, H, T, D], k and v [B, G, S, D], H a multiple of G; or all without heads.
+
+    mask: bool (True may look) or float32 (added), broadcastable to [B, H, T, S]. is_causal: query t sees the keys 0..t.
+    scale: 1 / sqrt(D) where None. A query without any key gives 0, as in torch's attention, or NaN, as in a softmax.
+    """
+    shared = q.dim() == 4 and q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=shared)
+    if not nan_if_masked or mask is None:
+        return y
+    masked = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    return torch.where(masked.all(-1, keepdim=True), torch.nan, y)
+
+
+ATTENTION = attention
+"""attention(q, k, v, mask, is_causal, scale, nan_if_masked)."""
+
 MOVES = frozenset(
     {
         torch.reshape,

@@ -1,7 +1,8 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
-  rewrite_products, normalize_linears, fold_bias, normalize_convolutions, fold_batch_norm, annotate: FLOAT
+  rewrite_products, normalize_linears, fold_bias, normalize_convolutions, recognize_attention, fold_batch_norm,
+  annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - end_training, balance: OBSERVED
@@ -34,6 +35,7 @@ from passes import (
     normalize_pointwise,
     observe,
     prune,
+    recognize_attention,
     remove_identities,
     rewrite_einsum,
     rewrite_products,
@@ -55,6 +57,7 @@ PREPARE: tuple[Pass, ...] = (
     functionalize.PASS,
     fold_constants.PASS,
     *NORMALIZE,
+    recognize_attention.PASS,
     fold_batch_norm.PASS,
     annotate.PASS,
     observe.PASS,

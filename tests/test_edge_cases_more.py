@@ -343,7 +343,8 @@ def attention(self, x):
 def test_case_62_manual_attention(check, model_of):
     qmodel = check(model_of(attention, qkv=linear(8, 24), out=linear()), SEQ, others=[(OTHER_SEQ,)])
     assert all_linears_int8(qmodel)
-    assert {"softmax", "matmul", "scaled_dot_product_attention"} <= reasons(qmodel).keys()
+    assert [d.form for d in qmodel.report.decisions if d.op == "attention"] == ["int8", "int8"]
+    assert {"softmax", "matmul", "scaled_dot_product_attention"}.isdisjoint(reasons(qmodel))
 
 
 def test_case_63_recurrent_layers(check, model_of):

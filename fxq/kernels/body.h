@@ -73,6 +73,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "activations.h"
 #include "gemm.h"
 #include "norms.h"
+#include "attention.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, norm, gemm};
+const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, norm, gemm, attention};

@@ -10,6 +10,8 @@ namespace fxq {
 constexpr int64_t kPanel = 64;   // output channels in a full panel of the packed weights
 constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set
 
+constexpr int64_t kMaxKeys = 33025;  // 255 * 255 * keys stays in int32
+
 enum class Output { kUint8, kFloat, kActivation, kActivationUint8 };
 enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu };
 
@@ -31,6 +33,28 @@ struct Gemm {
   Activation activation = Activation::kRelu;    // kActivation, kActivationUint8
   float inverse = 1;                            // kActivationUint8: f32(1 / scale) of the output
   const float* factor = nullptr;                // kActivationUint8: per channel, before the scale; or none
+};
+
+// y = softmax(q k^T * multiplier + mask) v for each head; sizes and strides in elements, all of y contiguous.
+struct Attention {
+  const uint8_t *q = nullptr, *k = nullptr, *v = nullptr;
+  int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {};  // batch, head, row; within a row 1
+  int64_t heads = 1, kv_heads = 1, queries = 0, keys = 0, depth = 0, width = 0;
+  const void* mask = nullptr;   // bool, or float to add
+  int64_t mask_stride[4] = {};  // batch, head, query, key
+  bool mask_is_float = false, is_causal = false, is_float = false;
+  int32_t q_zero_point = 0, v_zero_point = 0, zero_point = 0;
+  float multiplier = 1, v_multiplier = 1;
+  float masked = 0;    // in the row of a query without a key
+  void* y = nullptr;   // uint8 or float [batch, queries, heads, width]
+};
+
+// Memory for one head and a tile of its queries; padded as `round_up` in ops_attention.cpp has it.
+struct AttentionScratch {
+  int8_t *keys, *values;
+  int32_t* bias;
+  float *mask, *scores;
+  uint8_t *queries, *weights;
 };
 
 // One term of qadd: f32((q - zero_point) * multiplier).
@@ -63,6 +87,9 @@ struct Kernels {
   void (*norm)(const Norm& n, const float* x, float* y, uint8_t* q, int64_t rows);
   // The output rows [row, row_end) of the panels [panel, panel_end).
   void (*gemm)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+  // The queries [row, row_end) of one of batch * heads heads; packed: its keys and values are in the scratch memory.
+  void (*attention)(const Attention& a, int64_t head, int64_t row, int64_t row_end, const AttentionScratch& at,
+                    bool packed);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -40,6 +40,10 @@ class Tensor {  // owns its handle, a reference to the tensor
       strides[i] = step;
       if (shape.sizes[i] > 1) step *= shape.sizes[i];
     }
+    return empty(shape, strides, dtype);
+  }
+
+  static Tensor empty(Shape shape, const int64_t* strides, int32_t dtype) {
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype,
                                                            aoti_torch_device_type_cpu(), 0, &handle));

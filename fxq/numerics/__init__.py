@@ -23,6 +23,7 @@ from fxq.numerics.affine import (
     round_clamp,
     weight_scales,
 )
+from fxq.numerics.attention import attention_scores, qattention, qattention_float, softmax_weights
 from fxq.numerics.linear import (
     accumulate,
     accumulator_bounds,
@@ -50,6 +51,7 @@ __all__ = [
     "accumulate",
     "accumulator_bounds",
     "activation_qparams",
+    "attention_scores",
     "dequantize",
     "dequantize_multiplier",
     "dequantize_weight",
@@ -64,6 +66,8 @@ __all__ = [
     "packed_size",
     "panel_widths",
     "qadd",
+    "qattention",
+    "qattention_float",
     "qlinear",
     "qlinear_act",
     "qlinear_act_quantize",
@@ -79,6 +83,7 @@ __all__ = [
     "row_sum",
     "sigmoid",
     "silu",
+    "softmax_weights",
     "tanh",
     "unpack",
     "weight_scales",

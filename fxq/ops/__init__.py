@@ -4,13 +4,14 @@ A further family is one more file and one more entry here; `fxq.quantize(..., fa
 """
 
 from fxq.family import Family
-from fxq.ops import activation, add, carry, chain, clamp, dropout, linear, norm, quantize_scaled, requantize
+from fxq.ops import activation, add, attention, carry, chain, clamp, dropout, linear, norm, quantize_scaled, requantize
 
 WITHOUT_FAMILY = (activation, chain)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (
     linear.FAMILY,
+    attention.FAMILY,
     add.FAMILY,
     clamp.FAMILY,
     carry.FAMILY,

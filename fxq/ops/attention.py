@@ -1,0 +1,147 @@
+"""attention: y = softmax(q k^T * scale + mask) v, both products in integers and the softmax between them in one op.
+
+    acc[t, s] = sum_d (q[t, d] - z_q) * (k[s, d] - 128)                                                exact int32
+    x[t, s]   = f32(acc * f32(s_q * s_k * scale)) [+ mask]                                -inf where a key is masked
+    p[t, s]   = rne(255 * exp(x[t, s] - max_s x[t, s]))                                                uint8
+    y[t, e]   = f32(sum_s p[t, s] * (v[s, e] - z_v)) * f32(m_v / f32(sum_s p[t, s]))
+    qattention        q_y = clamp(rne(y) + z_y, 0, 255), m_v = f32(s_v / s_y)                          -> uint8
+    qattention_float  y with m_v = s_v                                                                 -> float32
+
+q: uint8 [B, H, T, D]; k, v: uint8 [B, G, S, D], H a multiple of G; or all three without the dimension of heads; any
+strides. mask: bool (True may look) or float32 (added), broadcastable to [B, H, T, S]. The result lies in memory as
+[B, T, H, D], so that the transpose and reshape behind it copy nothing. S <= 33025, so that the second sum cannot leave
+int32; a row of D <= 65793 cannot let the first. NumPy truth: `fxq.numerics.qattention`, `qattention_float`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq import kernels, numerics
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import is_float_tensor, is_tensor, replace
+from fxq.pattern import Any, Match, Op
+from fxq.qdq import dequantize, expect_dtype, quantize
+from fxq.spelling import ATTENTION
+
+MAX_KEYS = 33025
+"""The most keys whose weighted sum cannot leave int32: 255 * 255 * S < 2**31."""
+
+
+def _arrays(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[numerics.Array | None, ...]:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        expect_dtype(op, name, tensor, torch.uint8)
+    if not 3 <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
+        raise ValueError(f"fxq::{op}: q{list(q.shape)}, k{list(k.shape)}, v{list(v.shape)} do not belong together")
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        raise TypeError(f"fxq::{op}: mask has dtype {mask.dtype}, expected bool or float32")
+    return q.numpy(), k.numpy(), v.numpy(), None if mask is None else mask.numpy()
+
+
+def _laid_out(y: numerics.Array) -> Tensor:
+    tensor = torch.from_numpy(y)
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if y.ndim == 4 else tensor.contiguous()
+
+
+def _qattention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> Tensor:
+    return _laid_out(numerics.qattention(*_arrays("qattention", q, k, v, mask), *rest))  # type: ignore[arg-type]
+
+
+def _qattention_float(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> Tensor:
+    return _laid_out(numerics.qattention_float(*_arrays("qattention_float", q, k, v, mask), *rest))  # type: ignore[arg-type]
+
+
+def _empty(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    if q.dim() == 3:
+        return q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=dtype)
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=dtype).transpose(1, 2)
+
+
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, int z_q, int z_v, float s_qk"
+
+qattention = kernels.define(
+    f"qattention({_OPERANDS}, float m_v, int zero_point, int masked) -> Tensor",
+    _qattention,
+    lambda q, k, v, *rest: _empty(q, v, torch.uint8),
+)
+qattention_float = kernels.define(
+    f"qattention_float({_OPERANDS}, float s_v, bool nan_if_masked) -> Tensor",
+    _qattention_float,
+    lambda q, k, v, *rest: _empty(q, v, torch.float32),
+)
+
+
+_TO_FLOAT = Op(
+    {ATTENTION},
+    *(Op({dequantize}, Any(x), Any(f"s_{x}"), Any(f"z_{x}"), shared=True) for x in "qkv"),
+    *map(Any, ("mask", "is_causal", "scale", "nan_if_masked")),
+    name="attention",
+)
+_TO_UINT8 = Op({quantize}, _TO_FLOAT, Any("s_y"), Any("z_y"))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention as `passes.recognize_attention` spells it, over three float32 tensors."""
+
+    name: str = "attention"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """A refusal names the shape or dtype that the op does not take."""
+        if node.op != "call_function":
+            return None
+        if node.target is F.scaled_dot_product_attention:
+            return Refusal(Reason.NO_INTEGER_OP, "attention with dropout, or with both a mask and is_causal")
+        if node.target is not ATTENTION:
+            return None
+        q, k, v, mask = node.args[:4]
+        for name, operand in (("q", q), ("k", k), ("v", v)):
+            if not is_float_tensor(operand):
+                return Refusal(Reason.NOT_FLOAT32, f"{name} is not float32")
+        assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+        shapes = [operand.meta["value"].shape for operand in (q, k, v)]
+        if any(len(shape) not in (3, 4) or len(shape) != len(shapes[0]) for shape in shapes):
+            return Refusal(Reason.NO_INTEGER_OP, f"attention over shapes {', '.join(map(str, map(list, shapes)))}")
+        if shapes[1][-2] > MAX_KEYS:
+            return Refusal(Reason.ACC_OVERFLOW, f"{shapes[1][-2]} keys exceed {MAX_KEYS} (255 * 255 * S < 2**31)")
+        if mask is not None and (mask in (q, k, v) or not _is_mask(mask)):
+            return Refusal(Reason.NO_INTEGER_OP, "attention with a mask that is neither bool nor float32")
+        return Claim("product", (q, k, v))
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """Nothing to fuse."""
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize(attention(dequantize, dequantize, dequantize)) -> qattention; without quantize, qattention_float."""
+        for pattern in (_TO_UINT8, _TO_FLOAT):
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                _lower(gm, match)
+                return True
+        return False
+
+
+def _is_mask(mask: object) -> bool:
+    return is_tensor(mask) and isinstance(mask, Node) and mask.meta["value"].dtype in (torch.bool, torch.float32)
+
+
+def _lower(gm: GraphModule, match: Match) -> None:
+    operands = tuple(match[name] for name in ("q", "k", "v", "mask", "is_causal", "scale", "z_q", "z_v"))
+    s_qk, s_v = match["s_q"] * match["s_k"], match["s_v"]
+    if match.root.target is not quantize:
+        replace(gm, match.root, qattention_float, (*operands, s_qk, s_v, match["nan_if_masked"]))
+        return
+    s_y, z_y = match["s_y"], match["z_y"]
+    masked = 0 if match["nan_if_masked"] else z_y  # what quantize makes of NaN, and of 0
+    args = (*operands, s_qk, numerics.f32(s_v / s_y), z_y, masked)
+    replace(gm, match.root, qattention, args, (s_y, z_y), match.node("attention"))
+
+
+FAMILY = Attention()
