@@ -93,6 +93,15 @@ def qadd(q_a: U8, q_b: U8, m_a: float, z_a: int, m_b: float, z_b: int, zero_poin
     return round_clamp(a + b, zero_point, low, high)
 
 
+def qmul(q_a: U8, q_b: U8, m: float, z_a: int, z_b: int, zero_point: int, low: int, high: int) -> U8:
+    """q_y = clamp(rne(f32((q_a - z_a) * (q_b - z_b) * m)) + z_y, low, high), m = f32(s_a * s_b / s_y).
+
+    The product of the integers is exact in float32. q_a and q_b broadcast.
+    """
+    product = (q_a.astype(np.int32) - z_a) * (q_b.astype(np.int32) - z_b)
+    return round_clamp(product.astype(np.float32) * np.float32(m), zero_point, low, high)
+
+
 def requantize(q: U8, z_x: int, multiplier: float, zero_point: int, low: int, high: int) -> U8:
     """q_y = clamp(rne(f32((q - z_x) * m)) + z_y, low, high) with m = f32(s_x / s_y)."""
     steps = (q.astype(np.int32) - z_x).astype(np.float32) * np.float32(multiplier)

@@ -1,0 +1,116 @@
+"""Pooling: sums are exact integers, an average is rounded once; the largest of a window is one of its integers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fxq.numerics.affine import U8, round_clamp
+
+Ints = Sequence[int]
+Index = npt.NDArray[np.int64]
+
+
+def pool_sizes(sizes: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> list[int]:
+    """The spatial sizes of a pooling's result; `ceil_mode` counts a last window that reaches beyond the padding.
+
+    No window begins in the padding after the input, as in torch.
+    """
+    found = []
+    for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        room = size + 2 * p - d * (k - 1) - 1
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        found.append(count - 1 if ceil_mode and (count - 1) * s >= size + p else count)
+    return found
+
+
+Windows = tuple[Index, Index, Index]
+"""Along one dimension: where each window begins and ends in the input, and how many values it counts."""
+
+
+def pool_windows(size: int, out: int, k: int, s: int, p: int, count_include_pad: bool) -> Windows:
+    """Windows of k values, one every s, from -p on."""
+    begin = np.arange(out) * s - p
+    end = np.minimum(begin + k, size + p)
+    inside = np.clip(begin, 0, size), np.clip(end, 0, size)
+    return *inside, (end - begin if count_include_pad else inside[1] - inside[0])
+
+
+def adaptive_windows(size: int, out: int) -> Windows:
+    """Windows from floor(i * size / out) to ceil((i + 1) * size / out)."""
+    i = np.arange(out)
+    begin, end = i * size // out, -(-(i + 1) * size // out)
+    return begin, end, end - begin
+
+
+def _average(
+    q_x: U8,
+    windows: Sequence[Windows],
+    divisor: int | None,
+    z_x: int,
+    multiplier: float,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> U8:
+    acc, count = q_x.astype(np.int64) - z_x, np.ones(1, np.int64)
+    for axis, (begin, end, counted) in enumerate(windows, start=2):
+        sums = np.insert(np.cumsum(acc, axis), 0, 0, axis)
+        acc = np.take(sums, end, axis) - np.take(sums, begin, axis)
+        count = count[..., None] * counted
+    divisors = count[0] if divisor is None else np.int64(divisor)
+    m = (np.float64(multiplier) / divisors).astype(np.float32)
+    return round_clamp(acc.astype(np.float32) * m, zero_point, low, high)
+
+
+def qavg_pool(
+    q_x: U8,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    z_x: int,
+    multiplier: float,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> U8:
+    """q_y = clamp(rne(f32(f32(acc) * f32(m / count))) + z_y, low, high), acc = sum over the window of q_x - z_x.
+
+    m = s_x / s_y in float64; count: the values of the window inside the input or, with `count_include_pad`, inside the
+    padding (which hold 0.0 and add nothing); `divisor_override` replaces it. q_x: uint8 [B, C, *spatial]; padding: one
+    number per spatial dimension, as in torch.
+    """
+    sizes = pool_sizes(q_x.shape[2:], kernel, stride, padding, [1] * len(kernel), ceil_mode)
+    geometry = zip(q_x.shape[2:], sizes, kernel, stride, padding, strict=True)
+    windows = [pool_windows(*own, count_include_pad) for own in geometry]
+    return _average(q_x, windows, divisor_override, z_x, multiplier, zero_point, low, high)
+
+
+def qadaptive_avg_pool(
+    q_x: U8, output_size: Ints, z_x: int, multiplier: float, zero_point: int, low: int, high: int
+) -> U8:
+    """`qavg_pool` over windows from floor(i * size / output) to ceil((i + 1) * size / output); [1, ...] is the mean."""
+    windows = [adaptive_windows(size, out) for size, out in zip(q_x.shape[2:], output_size, strict=True)]
+    return _average(q_x, windows, None, z_x, multiplier, zero_point, low, high)
+
+
+def qmax_pool(q_x: U8, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> U8:
+    """The largest integer of each window; what is padded holds 0, the smallest. padding: one number per dimension."""
+    sizes = pool_sizes(q_x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    widths = [(0, 0), (0, 0)]
+    for n, k, s, p, d, count in zip(q_x.shape[2:], kernel, stride, padding, dilation, sizes, strict=True):
+        widths.append((p, max((count - 1) * s + d * (k - 1) + 1 - n - p, 0)))
+    padded = np.pad(q_x, widths)
+    y = np.zeros((*q_x.shape[:2], *sizes), np.uint8)
+    for position in itertools.product(*map(range, kernel)):
+        starts = [p * d for p, d in zip(position, dilation, strict=True)]
+        window: list[Any] = [slice(b, b + s * (n - 1) + 1, s) for b, s, n in zip(starts, stride, sizes, strict=True)]
+        y = np.maximum(y, padded[(..., *window)])
+    return y

@@ -1,0 +1,126 @@
+"""conv: y = x * w + b over windows, in one to three spatial dimensions; with a residual or an activation behind it.
+
+    acc[b, n, *o] = sum_{c, t} q_x[b, c, *(o * stride - padding + t * dilation)] * q_w[n, c, *t]       exact int32
+    qconv               q_y = clamp(rne(f32(acc + bias_i32) * f32(s_x * s_w[n] / s_y)) + z_y, low, high)       -> uint8
+    qconv_float         y   = f32(acc + bias_i32) * f32(s_x * s_w[n]) [+ addend]                             -> float32
+    qconv_act_quantize  q_y = quantize(act(f32(acc + bias_i32) * f32(s_x * s_w[n])), s_y, z_y)                 -> uint8
+    qconv_add           q_y = clamp(rne(f32(acc + bias_i32) * m + f32((q_b - z_b) * m_b)) + z_y, low, high)    -> uint8
+
+x: uint8 [B, C, *spatial]; weight: int8, packed (`numerics.pack_conv`); bias: int32 [N] (`numerics.fold_bias` over the
+whole kernel); multiplier: float32 [N]; padding: two numbers per spatial dimension, before and after, where x holds z_x;
+addend: float32 [N] or of the shape of the result. kernel * C / groups <= 66311. Results are channels-last in memory, x
+is best so too (`fxq.layout`). NumPy truth: the functions of the same names in `fxq.numerics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxq import kernels, numerics
+from fxq.layout import channels_last, empty
+from fxq.qdq import expect_dtype, round_clamp, steps_from
+
+Ints = Sequence[int]
+
+
+def _accumulate(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    z_x: int,
+) -> Tensor:
+    """f32(acc + bias) * multiplier, in float64 up to the one rounding to float32."""
+    expect_dtype(op, "x", x, torch.uint8)
+    expect_dtype(op, "weight", weight, torch.int8)
+    expect_dtype(op, "bias", bias, torch.int32)
+    expect_dtype(op, "multiplier", multiplier, torch.float32)
+    n, rank = bias.shape[0], len(kernel)
+    if x.dim() != rank + 2 or len(padding) != 2 * rank or x.shape[1] % groups or n % groups:
+        raise ValueError(f"fxq::{op}: x {list(x.shape)}, kernel {kernel}, padding {padding}, groups {groups}, N {n}")
+    channels = x.shape[1] // groups
+    size = numerics.packed_conv_size(n, channels, kernel, dilation, groups)
+    if weight.dim() != 1 or weight.numel() != size:
+        raise ValueError(f"fxq::{op}: a packed weight of shape {list(weight.shape)}, expected [{size}]")
+    if multiplier.shape != bias.shape:
+        raise ValueError(f"fxq::{op}: multiplier has shape {list(multiplier.shape)}, bias {list(bias.shape)}")
+    w = torch.from_numpy(numerics.unpack_conv(weight.numpy(), n, channels, kernel, dilation, groups))
+    widths = [edge for i in reversed(range(rank)) for edge in padding[2 * i : 2 * i + 2]]
+    padded = F.pad(x.to(torch.float64), widths, value=float(z_x))
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    acc = convolve(padded, w.to(torch.float64), None, stride, 0, dilation, groups)
+    column = (-1, *[1] * rank)
+    return channels_last((acc + bias.view(column)).to(torch.float32) * multiplier.view(column))
+
+
+def _qconv(*args: Any) -> Tensor:
+    *operands, zero_point, low, high = args
+    return round_clamp(_accumulate("qconv", *operands), zero_point, low, high)
+
+
+def _qconv_float(*args: Any) -> Tensor:
+    addend = args[10] if len(args) > 10 else None  # the dispatcher drops what equals its default
+    y = _accumulate("qconv_float", *args[:10])
+    if addend is None:
+        return y
+    added: Tensor = addend.view(-1, *[1] * (y.dim() - 2)) if addend.dim() == 1 else addend
+    return y + added
+
+
+def _qconv_act_quantize(*args: Any) -> Tensor:
+    *operands, activation, scale, zero_point = args
+    if activation not in numerics.ACTIVATIONS:
+        raise ValueError(f"fxq: unknown activation {activation!r}; there are {', '.join(numerics.ACTIVATIONS)}")
+    y = _accumulate("qconv_act_quantize", *operands)
+    activated = torch.from_numpy(np.asarray(numerics.ACTIVATIONS[activation](y.numpy())))
+    return channels_last(kernels.portable("quantize")(activated, scale, zero_point))
+
+
+def _qconv_add(*args: Any) -> Tensor:
+    *operands, addend, m_b, z_b, zero_point, low, high = args
+    y = _accumulate("qconv_add", *operands)
+    expect_dtype("qconv_add", "addend", addend, torch.uint8)
+    if addend.shape != y.shape:
+        raise ValueError(f"fxq::qconv_add: addend has shape {list(addend.shape)}, the result {list(y.shape)}")
+    return channels_last(round_clamp(y + steps_from(addend, z_b, m_b), zero_point, low, high))
+
+
+def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype) -> torch._ops.OpOverload:
+    def fake(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        multiplier: Tensor,
+        kernel: Ints,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
+        *rest: Any,
+    ) -> Tensor:
+        return empty(x, bias.shape[0], numerics.conv_sizes(x.shape[2:], kernel, stride, padding, dilation), dtype)
+
+    operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier"
+    geometry = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, int z_x"
+    return kernels.define(f"{name}({operands}, {geometry}, {epilogue}) -> Tensor", portable, fake)
+
+
+qconv = _define("qconv", _qconv, "int zero_point, int low, int high", torch.uint8)
+qconv_float = _define("qconv_float", _qconv_float, "Tensor? addend=None", torch.float32)
+qconv_act_quantize = _define(
+    "qconv_act_quantize", _qconv_act_quantize, "str activation, float scale, int zero_point", torch.uint8
+)
+qconv_add = _define(
+    "qconv_add", _qconv_add, "Tensor addend, float m_b, int z_b, int zero_point, int low, int high", torch.uint8
+)
