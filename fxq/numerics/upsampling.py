@@ -59,5 +59,6 @@ def qupsample_bilinear(q_x: U8, size: Ints, scales: Sequence[float], align_corne
         _neighbours(n, out, scale, align_corners) for n, out, scale in zip(q_x.shape[2:], size, scales, strict=True)
     )
     x = q_x.astype(np.float32)
-    rows = x[..., left] * v0 + x[..., right] * v1
-    return round_clamp(rows[:, :, top] * u0[:, None] + rows[:, :, bottom] * u1[:, None], 0, 0, 255)
+    rows: F32 = x[..., left] * v0 + x[..., right] * v1
+    mean: F32 = rows[:, :, top] * u0[:, None] + rows[:, :, bottom] * u1[:, None]
+    return round_clamp(mean, 0, 0, 255)
