@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxq.errors import InputError
 from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors, unchanged
 from fxq.inputs import Call
 from fxq.qdq import dequantize, quantize
+from fxq.qtypes import ACT_QMAX, ACT_QMIN
 from fxq.spelling import GETITEM
 from fxq.stages import is_integer_op
 
@@ -43,17 +46,40 @@ def output_sqnr(expected: Any, actual: Any) -> float:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How the float values of a layer lie in the range of its integers.
+
+    low, high: the smallest and largest value; counts: of `BINS` equal bins between them; range: what uint8 can hold.
+    clipped: the share of values outside of it; used: the share of the 256 integers between the smallest and largest.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    range: tuple[float, float]
+    clipped: float
+    used: float
+
+
+BINS = 64
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One operation of the quantized model against its float counterpart; SQNR in dB."""
+    """One operation of the quantized model against its float counterpart; SQNR in dB; spread: where it gives uint8."""
 
     module: str
     op: str
     node: str
     alone: float
     accumulated: float
+    spread: Spread | None = None
 
     def __str__(self) -> str:
-        return f"{self.module or '(root)'}  {self.op}  {self.alone:.1f} dB alone, {self.accumulated:.1f} dB accumulated"
+        text = f"{self.module or '(root)'}  {self.op}  {self.alone:.1f} dB alone, {self.accumulated:.1f} dB accumulated"
+        if self.spread is None:
+            return text
+        return f"{text}, {100 * self.spread.clipped:.2g} % clipped, {100 * self.spread.used:.0f} % of the range used"
 
 
 @dataclass(frozen=True)
@@ -69,18 +95,48 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"layers": [vars(layer) for layer in self.layers], "output": self.output}
+        return {"layers": [asdict(layer) for layer in self.layers], "output": self.output}
+
+    def plot(self, path: str | Path) -> Path:
+        """Noise along the depth, and for the three worst layers their values in their range; needs matplotlib.
+
+        path: of a picture, svg, png or pdf. Raises `InputError` where matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise InputError("a plot needs matplotlib: pip install 'fxq[plots]'") from error
+        spread = [layer for layer in self.worst(len(self.layers)) if layer.spread is not None][:3]
+        figure = Figure(figsize=(9, 4 if not spread else 6.5), layout="constrained")
+        grid = figure.add_gridspec(2 if spread else 1, max(1, len(spread)))
+        depth = figure.add_subplot(grid[0, :])
+        finite = [(i, layer) for i, layer in enumerate(self.layers) if math.isfinite(layer.alone)]
+        depth.plot([i for i, _ in finite], [layer.alone for _, layer in finite], "o-", label="alone")
+        depth.plot([i for i, _ in finite], [layer.accumulated for _, layer in finite], "s-", label="accumulated")
+        depth.set(ylabel="SQNR, dB", xlabel="layer, in the order of the graph")
+        depth.xaxis.get_major_locator().set_params(integer=True)
+        depth.legend()
+        for column, layer in enumerate(spread):
+            assert layer.spread is not None
+            axes, found = figure.add_subplot(grid[1, column]), layer.spread
+            width = (found.high - found.low) / BINS or 1.0
+            axes.bar([found.low + (i + 0.5) * width for i in range(BINS)], found.counts, width, log=True)
+            for bound in found.range:
+                axes.axvline(bound, color="#a86a00", linestyle=":")
+            axes.set_title(f"{layer.module or layer.op}: {layer.alone:.1f} dB", fontsize=9)
+        figure.savefig(Path(path))
+        return Path(path)
 
     def __str__(self) -> str:
-        rows = [("module", "op", "alone dB", "accumulated dB")]
-        rows += [
-            (layer.module or "(root)", layer.op, f"{layer.alone:.1f}", f"{layer.accumulated:.1f}")
-            for layer in self.layers
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("module", "op", "alone dB", "accumulated dB", "clipped", "range used")]
+        for layer in self.layers:
+            found = layer.spread
+            shares = ("", "") if found is None else (f"{100 * found.clipped:.2g} %", f"{100 * found.used:.0f} %")
+            place = layer.module or "(root)"
+            rows.append((place, layer.op, f"{layer.alone:.1f}", f"{layer.accumulated:.1f}", *shares))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = [
-            "  ".join([r[0].ljust(widths[0]), r[1].ljust(widths[1]), r[2].rjust(widths[2]), r[3].rjust(widths[3])])
-            for r in rows
+            "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
         ]
         return "\n".join([*lines, f"output: {self.output:.1f} dB"])
 
@@ -123,10 +179,29 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
             sqnr(truth, real(node, value)) for value in (_alone(node, expected, actual, qparams), actual[node])
         )
         place = module_of(node) or line_of(node)
-        layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated))
+        spread = None
+        if node in qparams and isinstance(actual[node], Tensor) and actual[node].numel():
+            spread = _spread(truth, actual[node], _factor(node, actual), *qparams[node])
+        layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
     outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
     first, second = outputs
     return Comparison(layers, output_sqnr(expected[first.name], actual[second]))
+
+
+def _spread(truth: Tensor, q: Tensor, factor: Tensor | None, scale: float, zero_point: int) -> Spread:
+    values = (truth if factor is None else truth * factor).double()
+    low, high = ((bound - zero_point) * scale for bound in (ACT_QMIN, ACT_QMAX))
+    outside = (values < low - scale / 2) | (values > high + scale / 2)
+    smallest, largest = (bound.item() for bound in torch.aminmax(values))
+    counts = torch.histc(values, BINS, smallest, largest) if smallest < largest else torch.tensor([values.numel()])
+    return Spread(
+        smallest,
+        largest,
+        tuple(int(count) for count in counts.tolist()) + (0,) * (BINS - len(counts)),
+        (low, high),
+        outside.double().mean().item(),
+        (int(q.max()) - int(q.min()) + 1) / (ACT_QMAX - ACT_QMIN + 1),
+    )
 
 
 def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:

@@ -1,0 +1,78 @@
+"""What `fxq.compare` says of a layer: its noise, what is clipped, how much of the range is used; and its picture."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxq
+from fxq.comparison import BINS
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+
+
+def test_what_is_clipped_is_counted(model):
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(model, x, recipe=fxq.Recipe(observer="min_max"))
+    assert all(layer.spread.clipped == 0 for layer in fxq.compare(model, qmodel, x).layers if layer.spread)
+    entry = fxq.compare(model, qmodel, 3 * x).layers[0]
+    scale = max(-x.min().item(), x.max().item())
+    assert entry.op == "fxq.quantize"
+    low, high = entry.spread.range
+    expected = ((3 * x < low) | (3 * x > high)).double().mean().item()
+    assert expected > 0.02
+    assert entry.spread.clipped == pytest.approx(expected, rel=0.1)
+    assert entry.spread.high == pytest.approx(3 * x.max().item())
+    assert high < 2 * scale
+
+
+def test_how_much_of_the_range_is_used(model):
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(model, x)
+    full, half = (fxq.compare(model, qmodel, factor * x).layers[0].spread.used for factor in (1, 0.5))
+    assert full > 0.9
+    assert half == pytest.approx(full / 2, abs=0.1)
+
+
+def test_counts_hold_every_value(model):
+    x = torch.randn(64, 16)
+    layers = fxq.compare(model, fxq.quantize(model, x), x).layers
+    assert [layer.spread is not None for layer in layers] == [True, True, False]
+    assert len(layers[1].spread.counts) == BINS
+    assert sum(layers[1].spread.counts) == 64 * 32
+
+
+def test_a_constant_value_has_a_spread(model_of):
+    model = model_of(lambda self, x: self.b(torch.relu(self.a(x * 0))), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    x = torch.randn(8, 4)
+    comparison = fxq.compare(model, fxq.quantize(model, x), x)
+    assert comparison.layers[0].spread.counts[0] == 32
+
+
+def test_the_table_and_plain_data(model):
+    x = torch.randn(64, 16)
+    comparison = fxq.compare(model, fxq.quantize(model, x), x)
+    header = str(comparison).splitlines()[0]
+    assert "clipped" in header and "range used" in header
+    assert "% clipped" in str(comparison.layers[0])
+    plain = json.loads(json.dumps(comparison.to_dict()))
+    assert plain["layers"][0]["spread"]["clipped"] == comparison.layers[0].spread.clipped
+
+
+def test_the_picture(model, tmp_path):
+    x = torch.randn(64, 16)
+    comparison = fxq.compare(model, fxq.quantize(model, x), x)
+    assert comparison.plot(tmp_path / "noise.svg").read_text().count("</svg>") == 1
+
+
+def test_without_matplotlib(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    comparison = fxq.compare(model, fxq.quantize(model, torch.randn(8, 16)), torch.randn(8, 16))
+    with pytest.raises(fxq.InputError, match="pip install"):
+        comparison.plot(tmp_path / "noise.svg")
