@@ -104,6 +104,7 @@ class Comparison:
         """
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise InputError("a plot needs matplotlib: pip install 'fxq[plots]'") from error
         spread = [layer for layer in self.worst(len(self.layers)) if layer.spread is not None][:3]
@@ -114,7 +115,7 @@ class Comparison:
         depth.plot([i for i, _ in finite], [layer.alone for _, layer in finite], "o-", label="alone")
         depth.plot([i for i, _ in finite], [layer.accumulated for _, layer in finite], "s-", label="accumulated")
         depth.set(ylabel="SQNR, dB", xlabel="layer, in the order of the graph")
-        depth.xaxis.get_major_locator().set_params(integer=True)
+        depth.xaxis.set_major_locator(MaxNLocator(integer=True))
         depth.legend()
         for column, layer in enumerate(spread):
             assert layer.spread is not None
