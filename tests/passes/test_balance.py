@@ -39,6 +39,18 @@ def test_large_channels_are_divided_out(staged):
     assert decision.detail.startswith("balanced: ")
 
 
+def test_a_single_large_channel_alone_is_lowered(staged):
+    x = torch.rand(256, 64)
+    x[:, 7] *= 24
+    gm, ctx = staged(nn.Linear(64, 16), x, "balance", Recipe())
+    run((balance.PASS,), gm, ctx)
+    (factor,) = [t for name, t in gm.named_buffers() if name.endswith("_factors")]
+    assert factor[7] <= 0.25
+    assert (factor[torch.arange(64) != 7] == 1).all()
+    (settled,) = observers(gm)
+    assert settled.high >= (x * factor).max(), "nothing is clipped"
+
+
 def test_it_pays_and_can_be_switched_off():
     x = torch.randn(64, 32)
     model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.Softplus(), nn.Linear(32, 8)).eval()
