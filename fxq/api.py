@@ -102,7 +102,7 @@ def prepare(
     folder = _folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
-    ctx.report.recipe = recipe.scheme
+    ctx.report.recipe = recipe.title
     return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
 
 
@@ -248,7 +248,8 @@ def quantize(
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments (example_kwargs for models
     that take both). calibration_data: an iterable of the same; by default the examples alone. recipe: "w8a8" or a
-    `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of them in one.
+    `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of them in one;
+    under `requant="fixed"` any float arithmetic between quantized inputs and dequantized outputs is.
     min_sqnr: in dB, what the output on the examples must reach against the float model; on_low_sqnr: what else.
     passes: the passes before and after calibration, by default `passes.PREPARE` and `passes.CONVERT`.
     leaves: module classes or paths not to look into. frontend: as in `trace`. dump: a folder for texts, diffs and
@@ -272,6 +273,12 @@ def quantize(
     data = [(ctx.examples.args or ctx.examples.kwargs)] if calibration_data is None else calibration_data
     calibrate(prepared, data, progress=progress)
     result = convert(prepared, passes=after)
+    if strict and result.report.float_steps:
+        lines = "\n".join(f"  {step}" for step in result.report.float_steps)
+        raise QuantizationError(
+            f"strict=True and requant='fixed', but {len(result.report.float_steps)} operations between the model's "
+            f"edges compute in float:\n{lines}"
+        )
     _judge(prepared, result, ctx.examples, min_sqnr, on_low_sqnr)
     if ctx.dump is not None:
         ctx.dump.write_text("report.txt", str(report(result)))

@@ -67,6 +67,7 @@ class Report:
 
     sqnr: signal to quantization noise of the output on the examples in dB, None where the model was not compared.
     weight_bytes: of all parameters and buffers, before and after. guards: what tracing fixed on a value.
+    float_steps: under requant="fixed", where float arithmetic remains between the model's edges.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -76,6 +77,7 @@ class Report:
     recipe: str = ""
     weight_bytes: tuple[int, int] = (0, 0)
     sqnr: float | None = None
+    float_steps: list[str] = field(default_factory=list)
 
     @property
     def macs(self) -> tuple[int, int]:
@@ -145,6 +147,10 @@ class Report:
         ]
         if self.sqnr is not None:
             lines.append(f"output against the float model on the examples: {self.sqnr:.1f} dB SQNR")
+        if "requant fixed" in self.recipe:
+            count = f"{len(self.float_steps)} operations" if self.float_steps else "no operation"
+            lines.append(f"float arithmetic between the quantized inputs and the dequantized outputs: {count}")
+            lines += [f"  {step}" for step in self.float_steps]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"guard: {guard}" for guard in self.guards]
         return "\n".join(lines)

@@ -75,6 +75,22 @@ def _qlinear_act_quantize(
     return numerics.qlinear_act_quantize(x, w, bias, multiplier, activation, scale, zero_point, factor)
 
 
+def _qlinear_fixed(
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: I32,
+    shift: I32,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+    zero_w: I32 | None = None,
+) -> U8:
+    operands = bias, multiplier, shift, zero_point, low, high, rounding, zero_w
+    return numerics.qlinear_fixed(x, _weight(x, weight, bias), *operands)
+
+
 def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> dict[str, Array]:
     acc = numerics.accumulate(x, _weight(x, weight, bias))
     return {"x_q": x, "acc": acc, "acc+bias": acc + bias}
@@ -335,6 +351,9 @@ OPS: dict[str, Op] = {
     "fxq.qadd": Op(numerics.qadd),
     "fxq.qlinear": Op(_qlinear, _linear_parts, "y_q"),
     "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y"),
+    "fxq.requantize_fixed": Op(numerics.requantize_fixed),
+    "fxq.qadd_fixed": Op(numerics.qadd_fixed),
+    "fxq.qlinear_fixed": Op(_qlinear_fixed, _linear_parts, "y_q"),
     "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y"),
     "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q"),
     "fxq.norm": Op(_norm),

@@ -221,6 +221,7 @@ def _convert_inside(gm: GraphModule, leaves: Leaves, passes: Sequence[Pass]) -> 
         leaves.watched[watch.path] = watch
         report.guards += [f"{watch.path}: {guard}" for guard in converted.report.guards]
         report.notes += converted.report.notes
+        report.float_steps += converted.report.float_steps
     leaves.note_decisions()
 
 

@@ -6,12 +6,16 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
 
 from fxq.errors import RecipeError
 from fxq.observers import OBSERVERS
 from fxq.qtypes import Granularity
 
 SCHEMES = ("w8a8",)
+
+Requant = Literal["float", "fixed"]
+RequantRounding = Literal["single", "tflite"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Recipe:
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
+    requant: how a sum becomes the next layer's uint8: "float" multiplies in float32, "fixed" by an integer multiplier
+    and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
+    "tflite" twice, as TFLite and gemmlowp do by default (an add rounds once under both).
     modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
     ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
 
@@ -61,6 +68,8 @@ class Recipe:
     weight: Granularity = "per_channel"
     balance: bool = True
     learn_steps: bool = False
+    requant: Requant = "float"
+    rounding: RequantRounding = "single"
     modules: Mapping[str, Rule] = field(default_factory=dict)
     ops: Mapping[str, Rule] = field(default_factory=dict)
 
@@ -68,9 +77,20 @@ class Recipe:
         if self.scheme not in SCHEMES:
             raise RecipeError(f"unknown recipe {self.scheme!r}; there are {', '.join(SCHEMES)}")
         Rule(observer=self.observer, weight=self.weight)
+        if self.requant not in get_args(Requant):
+            raise RecipeError(f"unknown requant {self.requant!r}; there are {', '.join(get_args(Requant))}")
+        if self.rounding not in get_args(RequantRounding):
+            raise RecipeError(f"unknown rounding {self.rounding!r}; there are {', '.join(get_args(RequantRounding))}")
+        if self.rounding != "single" and self.requant != "fixed":
+            raise RecipeError(f"rounding={self.rounding!r} is a rounding of integers; give requant='fixed' with it")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")
+
+    @property
+    def title(self) -> str:
+        """What reports call it: the scheme, and how it requantizes where that is not in float."""
+        return self.scheme if self.requant == "float" else f"{self.scheme}, requant fixed, rounding {self.rounding}"
 
     @classmethod
     def of(cls, recipe: str | Recipe) -> Recipe:

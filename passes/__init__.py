@@ -7,7 +7,7 @@
 - observe (then calibration data runs): OBSERVED
 - end_training, balance: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
+- lower, use_fixed_point, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -39,6 +39,7 @@ from passes import (
     remove_identities,
     rewrite_einsum,
     rewrite_products,
+    use_fixed_point,
 )
 
 NORMALIZE: tuple[Pass, ...] = (
@@ -83,6 +84,7 @@ CONVERT: tuple[Pass, ...] = (
     fuse_linear_relu.PASS,
     fold_qdq.PASS,
     lower.PASS,
+    use_fixed_point.PASS,
     fuse_residual.PASS,
     fuse_activation.PASS,
     fuse_norm.PASS,

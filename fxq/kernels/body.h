@@ -1,10 +1,11 @@
 // The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its
 // own, after defining
-//   W, I, B                  lanes in a vector; vectors of int32 and uint8 (`Vectors<W>`)
+//   W, I, B, L               lanes in a vector; vectors of int32, uint8 and int64 (`Vectors<W>`)
 //   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
+//   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
@@ -71,9 +72,11 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 
 #include "elementwise.h"
 #include "activations.h"
+#include "fixed_point.h"
 #include "gemm.h"
 #include "norms.h"
 #include "attention.h"
 
 extern const Kernels kernels;
-const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, norm, gemm, attention};
+const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
+                         add_fixed, norm, gemm, attention};

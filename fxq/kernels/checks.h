@@ -4,6 +4,7 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 #include "tensor.h"
@@ -25,6 +26,12 @@ inline void expect_dtype(const char* op, const char* name, const Tensor& t, int3
 inline void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high) {
   if (zero_point < 0 || zero_point > 255 || low < 0 || low > high || high > 255)
     fail(op, ": zero_point = ", zero_point, ", low = ", low, ", high = ", high, ", expected 0 <= low <= high <= 255");
+}
+
+// Whether `rounding` is TFLite's, in two steps.
+inline bool rounds_twice(const char* op, const std::string& rounding) {
+  if (rounding != "single" && rounding != "tflite") fail(op, ": rounding '", rounding, "', expected single or tflite");
+  return rounding == "tflite";
 }
 
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.

@@ -1,5 +1,7 @@
 // The integer product with its epilogues; a part of body.h, compiled once per instruction set.
 
+enum class Leaves { kUint8, kFloat, kSums };  // what a tile writes; kSums: its int32 accumulators
+
 // Where one tile finds its operands and leaves its result; each pointer stands at the tile's first row and channel.
 struct Place {
   const uint8_t* x;
@@ -47,7 +49,7 @@ struct Rows {
 };
 
 // R rows x C vectors of channels: summed up in registers from the bias on, and the epilogue in registers as well.
-template <int R, int C, bool kFloatOutput>
+template <int R, int C, Leaves kLeaves>
 static void tile(const Gemm& g, const Place& at) {
   I acc[R][C];
   UNROLL for (int c = 0; c < C; ++c) {
@@ -74,13 +76,19 @@ static void tile(const Gemm& g, const Place& at) {
       UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, weights(w + 4 * W * c));
     }
   }
+  if constexpr (kLeaves == Leaves::kSums) {
+    UNROLL for (int c = 0; c < C; ++c) {
+      UNROLL for (int r = 0; r < R; ++r) store(static_cast<int32_t*>(at.y) + r * at.y_stride + c * W, acc[r][c]);
+    }
+    return;
+  }
   const Rounding round(g.zero_point, g.low, g.high);
   UNROLL for (int c = 0; c < C; ++c) {
     const F multiplier = load<F>(at.multiplier + c * W);
     UNROLL for (int r = 0; r < R; ++r) {
       F value = __builtin_convertvector(acc[r][c], F) * multiplier;
       const int64_t i = r * at.y_stride + c * W;
-      if (kFloatOutput) {
+      if (kLeaves == Leaves::kFloat) {
         if (at.addend) value += load<F>(at.addend + r * at.addend_stride + c * W);
         store(static_cast<float*>(at.y) + i, value);
       } else {
@@ -92,27 +100,27 @@ static void tile(const Gemm& g, const Place& at) {
 
 using Tile = void (*)(const Gemm&, const Place&);
 
-template <int R, bool kFloatOutput>
+template <int R, Leaves kLeaves>
 static Tile tile_of(int64_t columns) {
   if constexpr (kColumns == 4) {
-    if (columns == 4) return tile<R, 4, kFloatOutput>;
-    if (columns == 3) return tile<R, 3, kFloatOutput>;
+    if (columns == 4) return tile<R, 4, kLeaves>;
+    if (columns == 3) return tile<R, 3, kLeaves>;
   }
   if constexpr (kColumns >= 2)
-    if (columns == 2) return tile<R, 2, kFloatOutput>;
-  return tile<R, 1, kFloatOutput>;
+    if (columns == 2) return tile<R, 2, kLeaves>;
+  return tile<R, 1, kLeaves>;
 }
 
-template <bool kFloatOutput>
+template <Leaves kLeaves>
 static Tile tile_of(int64_t rows, int64_t columns) {
   if constexpr (kRows == 6) {
-    if (rows == 6) return tile_of<6, kFloatOutput>(columns);
-    if (rows == 5) return tile_of<5, kFloatOutput>(columns);
+    if (rows == 6) return tile_of<6, kLeaves>(columns);
+    if (rows == 5) return tile_of<5, kLeaves>(columns);
   }
-  if (rows == 4) return tile_of<4, kFloatOutput>(columns);
-  if (rows == 3) return tile_of<3, kFloatOutput>(columns);
-  if (rows == 2) return tile_of<2, kFloatOutput>(columns);
-  return tile_of<1, kFloatOutput>(columns);
+  if (rows == 4) return tile_of<4, kLeaves>(columns);
+  if (rows == 3) return tile_of<3, kLeaves>(columns);
+  if (rows == 2) return tile_of<2, kLeaves>(columns);
+  return tile_of<1, kLeaves>(columns);
 }
 
 // memcpy without a call: rows of a strip are short and many.
@@ -129,16 +137,21 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const int64_t size = g.output == Output::kFloat || g.output == Output::kActivation ? sizeof(float) : 1;
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
   const bool ragged = valid < width;  // the arrays end within the last vector: work on padded copies
-  const bool staged = ragged || g.output == Output::kActivation || g.output == Output::kActivationUint8;
+  const bool staged = ragged || g.output == Output::kActivation || g.output == Output::kActivationUint8 ||
+                      g.output == Output::kFixed;
+  const Leaves leaves = g.output == Output::kUint8   ? Leaves::kUint8
+                        : g.output == Output::kFixed ? Leaves::kSums
+                                                     : Leaves::kFloat;
 
-  Place at = {nullptr, weight, step, g.bias + channel, g.multiplier + channel, nullptr, g.addend_stride, nullptr, 0};
+  const float* own_multiplier = g.multiplier ? g.multiplier + channel : nullptr;  // kFixed has none
+  Place at = {nullptr, weight, step, g.bias + channel, own_multiplier, nullptr, g.addend_stride, nullptr, 0};
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
   if (ragged) {
     memset(bias, 0, sizeof bias);
     memset(multiplier, 0, sizeof multiplier);
     at.bias = static_cast<int32_t*>(memcpy(bias, at.bias, valid * sizeof(int32_t)));
-    at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
+    if (at.multiplier) at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
   }
   alignas(64) float stage[kRows * kWidth];
   alignas(64) float addend[kRows * kWidth];
@@ -158,8 +171,16 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
         at.addend_stride = width;
       }
     }
-    (g.output == Output::kUint8 ? tile_of<false>(rows, columns) : tile_of<true>(rows, columns))(g, at);
+    (leaves == Leaves::kUint8   ? tile_of<Leaves::kUint8>(rows, columns)
+     : leaves == Leaves::kFloat ? tile_of<Leaves::kFloat>(rows, columns)
+                                : tile_of<Leaves::kSums>(rows, columns))(g, at);
     if (!staged) continue;
+
+    if (g.output == Output::kFixed) {
+      (g.twice ? fixed_tile<true> : fixed_tile<false>)(g, row, channel, reinterpret_cast<int32_t*>(stage), rows, width,
+                                                       y, valid);
+      continue;
+    }
 
     if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
       activate(g.activation, stage, rows * width);

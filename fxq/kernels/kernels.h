@@ -12,7 +12,7 @@ constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set
 
 constexpr int64_t kMaxKeys = 33025;  // 255 * 255 * keys stays in int32
 
-enum class Output { kUint8, kFloat, kActivation, kActivationUint8 };
+enum class Output { kUint8, kFloat, kActivation, kActivationUint8, kFixed };
 enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu };
 
 // y = epilogue(bias + x * weight^T): x uint8 [rows, k], weight packed int8 [n, k], y uint8 or float [rows, n].
@@ -22,17 +22,21 @@ struct Gemm {
   int64_t k = 0, n = 0;
   const int8_t* weight = nullptr;  // panels of 64 channels, [panel][k / 4][width][4], as numerics.pack wrote them
   const int32_t* bias = nullptr;
-  const float* multiplier = nullptr;
+  const float* multiplier = nullptr;  // all but kFixed
   void* y = nullptr;
   int64_t y_stride = 0;
 
   Output output = Output::kUint8;
-  int32_t zero_point = 0, low = 0, high = 255;  // kUint8
+  int32_t zero_point = 0, low = 0, high = 255;  // kUint8, kFixed
   const float* addend = nullptr;                // kFloat, kActivation: added before the activation
   int64_t addend_stride = 0;                    // 0 adds one row to all
   Activation activation = Activation::kRelu;    // kActivation, kActivationUint8
   float inverse = 1;                            // kActivationUint8: f32(1 / scale) of the output
   const float* factor = nullptr;                // kActivationUint8: per channel, before the scale; or none
+
+  const int32_t *fixed = nullptr, *shift = nullptr;        // kFixed: multiplier and right shift of each channel
+  bool twice = false;                                      // kFixed: TFLite's double rounding
+  const int32_t *row_sums = nullptr, *zero_w = nullptr;    // kFixed: sums of x's rows, zero points of affine weights
 };
 
 // y = softmax(q k^T * multiplier + mask) v for each head; sizes and strides in elements, all of y contiguous.
@@ -64,6 +68,12 @@ struct Term {
   float multiplier;
 };
 
+// The same without floats: (q - zero_point) * multiplier, an int64.
+struct FixedTerm {
+  const uint8_t* q;
+  int32_t zero_point, multiplier;
+};
+
 // Layer norm (centred) or RMS norm of rows of k values; weight, bias and factor may be null.
 struct Norm {
   int64_t k;
@@ -83,6 +93,10 @@ struct Kernels {
   void (*dequantize)(Term x, float* y, int64_t count);
   void (*requantize)(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
   void (*add)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  void (*requantize_fixed)(FixedTerm x, uint8_t* y, int64_t count, int32_t shift, bool twice, int32_t zero_point,
+                           int32_t low, int32_t high);
+  void (*add_fixed)(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32_t shift, int32_t zero_point,
+                    int32_t low, int32_t high);
   // float32 to y and uint8 to q; either may be null.
   void (*norm)(const Norm& n, const float* x, float* y, uint8_t* q, int64_t rows);
   // The output rows [row, row_end) of the panels [panel, panel_end).
@@ -106,6 +120,7 @@ struct Vectors {
   typedef float F __attribute__((vector_size(4 * lanes)));
   typedef int32_t I __attribute__((vector_size(4 * lanes)));
   typedef uint8_t B __attribute__((vector_size(lanes)));
+  typedef int64_t L __attribute__((vector_size(4 * lanes)));  // half as many, in the same registers
 };
 
 }  // namespace fxq

@@ -14,6 +14,7 @@ constexpr int W = 8;
 constexpr int kRows = 4, kColumns = 2;  // 8 accumulators, 4 halves of weights, 2 of input, 1 product: 15 of 16
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using L = Vectors<W>::L;
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): what vpmaddwd multiplies and adds, without saturation.
 struct Pairs {
@@ -43,6 +44,8 @@ static inline I dot(I acc, Input a, Weights b) {
       : "x"(a.even), "x"(b.even), "x"(a.odd), "x"(b.odd));
   return acc;
 }
+
+static inline L multiply_even(I a, I b) { return (L)_mm256_mul_epi32((__m256i)a, (__m256i)b); }
 
 static inline I widen(B v) {
   int64_t bytes;

@@ -14,6 +14,7 @@ constexpr int W = 16;
 constexpr int kRows = 4, kColumns = 4;  // 16 accumulators, 8 halves of weights, 2 of input: 26 of 32 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using L = Vectors<W>::L;
 
 struct Pairs {  // of int16: (k0, k2) and (k1, k3)
   __m512i even, odd;
@@ -37,6 +38,8 @@ static inline I dot(I acc, Input a, Weights b) {
   acc += (I)_mm512_madd_epi16(a.even, b.even);
   return acc + (I)_mm512_madd_epi16(a.odd, b.odd);
 }
+
+static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
 
 static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 

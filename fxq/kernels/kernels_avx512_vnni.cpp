@@ -14,6 +14,7 @@ constexpr int W = 16;
 constexpr int kRows = 6, kColumns = 4;  // 24 accumulators, 4 weights, 1 input: 29 of 32 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using L = Vectors<W>::L;
 using Input = __m512i;
 using Weights = __m512i;
 
@@ -30,6 +31,8 @@ static inline I dot(I acc, Input a, Weights b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   return acc;
 }
+
+static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
 
 static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 

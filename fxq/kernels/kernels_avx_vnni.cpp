@@ -14,6 +14,7 @@ constexpr int W = 8;
 constexpr int kRows = 6, kColumns = 2;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using L = Vectors<W>::L;
 using Input = __m256i;
 using Weights = __m256i;
 
@@ -29,6 +30,8 @@ static inline I dot(I acc, Input a, Weights b) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
   return acc;
 }
+
+static inline L multiply_even(I a, I b) { return (L)_mm256_mul_epi32((__m256i)a, (__m256i)b); }
 
 static inline I widen(B v) {
   int64_t bytes;

@@ -10,6 +10,7 @@ constexpr int W = 4;
 constexpr int kRows = 4, kColumns = 1;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using L = Vectors<W>::L;
 typedef int16_t H __attribute__((vector_size(4 * W)));
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): a product of uint8 and int8 fits int16.
@@ -35,6 +36,8 @@ static inline Weights weights(const int8_t* p) {
 static inline I sum(H products) { return ((I)products << 16 >> 16) + ((I)products >> 16); }
 
 static inline I dot(I acc, Input a, Weights b) { return acc + sum(a.even * b.even) + sum(a.odd * b.odd); }
+
+static inline L multiply_even(I a, I b) { return ((L)a << 32 >> 32) * ((L)b << 32 >> 32); }
 
 static inline I widen(B v) { return __builtin_convertvector(v, I); }
 

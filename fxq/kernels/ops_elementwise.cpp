@@ -1,5 +1,6 @@
 // The elementwise kernels as torch operators: quantize, dequantize, requantize, add.
 #include <algorithm>
+#include <string>
 
 #include "checks.h"
 
@@ -87,8 +88,9 @@ struct Broadcast {
   }
 };
 
-void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term term_b, uint8_t* y, Shape shape,
-                   int32_t zero_point, int32_t low, int32_t high) {
+// run(a, b, y, count) over rows of adjacent values; what is not adjacent is gathered first.
+template <class Run>
+void broadcast(const Broadcast& a, const Broadcast& b, uint8_t* y, Shape shape, const Run& run) {
   constexpr int64_t kChunk = 1024;
   uint8_t buffer_a[kChunk], buffer_b[kChunk];
   const int64_t dim = shape.dim;
@@ -99,9 +101,8 @@ void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term ter
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0, count; i < inner; i += count, y += count) {
       count = std::min(inner - i, kChunk);
-      term_a.q = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
-      term_b.q = b.row(offset_b, i, count, b.strides[dim - 1], buffer_b);
-      active().add(term_a, term_b, y, count, zero_point, low, high);
+      const uint8_t* values_a = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
+      run(values_a, b.row(offset_b, i, count, b.strides[dim - 1], buffer_b), y, count);
     }
     for (int64_t d = dim - 2; d >= 0; --d) {  // an odometer over the outer dimensions
       offset_a += a.strides[d];
@@ -114,13 +115,13 @@ void add_broadcast(const Broadcast& a, const Broadcast& b, Term term_a, Term ter
   }
 }
 
-Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
-            int64_t low, int64_t high) {
-  expect_dtype("qadd", "a", a, aoti_torch_dtype_uint8(), "uint8");
-  expect_dtype("qadd", "b", b, aoti_torch_dtype_uint8(), "uint8");
-  expect_range("qadd", zero_point, low, high);
-  expect_range("qadd (z_a)", z_a, 0, 255);
-  expect_range("qadd (z_b)", z_b, 0, 255);
+// What the adds share: checks and the way through broadcast operands; `run` as in `broadcast`.
+template <class Run>
+Tensor sum(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, int64_t z_b, const Run& run) {
+  expect_dtype(op, "a", a, aoti_torch_dtype_uint8(), "uint8");
+  expect_dtype(op, "b", b, aoti_torch_dtype_uint8(), "uint8");
+  expect_range(op, z_a, 0, 255);
+  expect_range(op, z_b, 0, 255);
   const Shape shape_a = a.shape(), shape_b = b.shape();
   const int64_t dim = std::max(shape_a.dim, shape_b.dim);
   int64_t sizes[Tensor::kMaxDim];
@@ -128,26 +129,65 @@ Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_
   for (int64_t i = 1; i <= dim; ++i) {
     const int64_t size_a = i <= shape_a.dim ? shape_a.sizes[shape_a.dim - i] : 1;
     const int64_t size_b = i <= shape_b.dim ? shape_b.sizes[shape_b.dim - i] : 1;
-    if (size_a != size_b && size_a != 1 && size_b != 1)
-      fail("qadd: a", shape_a, " and b", shape_b, " do not broadcast");
+    if (size_a != size_b && size_a != 1 && size_b != 1) fail(op, ": a", shape_a, " and b", shape_b, " do not broadcast");
     same = same && size_a == size_b;
     sizes[dim - i] = size_a == 1 ? size_b : size_a;
   }
   const Shape shape = {sizes, dim};
   Tensor y = Tensor::empty(shape, aoti_torch_dtype_uint8());
   uint8_t* target = y.data<uint8_t>();
-  const Term term_a = {a.data<uint8_t>(), int32_t(z_a), float(m_a)};
-  const Term term_b = {b.data<uint8_t>(), int32_t(z_b), float(m_b)};
-  const int32_t zero = int32_t(zero_point), lo = int32_t(low), hi = int32_t(high);
   if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
+    const uint8_t *values_a = a.data<uint8_t>(), *values_b = b.data<uint8_t>();
     parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
-      const Term part_a = {term_a.q + begin, term_a.zero_point, term_a.multiplier};
-      const Term part_b = {term_b.q + begin, term_b.zero_point, term_b.multiplier};
-      active().add(part_a, part_b, target + begin, end - begin, zero, lo, hi);
+      run(values_a + begin, values_b + begin, target + begin, end - begin);
     });
   } else if (y.numel() > 0) {
-    add_broadcast(Broadcast(a, shape), Broadcast(b, shape), term_a, term_b, target, shape, zero, lo, hi);
+    broadcast(Broadcast(a, shape), Broadcast(b, shape), target, shape, run);
   }
+  return y;
+}
+
+Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
+            int64_t low, int64_t high) {
+  expect_range("qadd", zero_point, low, high);
+  return sum("qadd", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+    active().add({q_a, int32_t(z_a), float(m_a)}, {q_b, int32_t(z_b), float(m_b)}, y, count, int32_t(zero_point),
+                 int32_t(low), int32_t(high));
+  });
+}
+
+// A multiplier in 0..2**31 - 1 and a shift in 0..62, whose products cannot leave int64.
+void expect_fixed(const char* op, int64_t multiplier, int64_t shift) {
+  if (multiplier < 0 || multiplier > INT32_MAX || shift < 0 || shift > 62)
+    fail(op, ": multiplier = ", multiplier, ", shift = ", shift, ", expected 0..2**31 - 1 and 0..62");
+}
+
+Tensor qadd_fixed(const Tensor& a, const Tensor& b, int64_t m_a, int64_t z_a, int64_t m_b, int64_t z_b, int64_t shift,
+                  int64_t zero_point, int64_t low, int64_t high) {
+  expect_range("qadd_fixed", zero_point, low, high);
+  expect_fixed("qadd_fixed", m_a, shift);
+  expect_fixed("qadd_fixed", m_b, shift);
+  return sum("qadd_fixed", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+    active().add_fixed({q_a, int32_t(z_a), int32_t(m_a)}, {q_b, int32_t(z_b), int32_t(m_b)}, y, count, int32_t(shift),
+                       int32_t(zero_point), int32_t(low), int32_t(high));
+  });
+}
+
+Tensor requantize_fixed(const Tensor& q, int64_t z_x, int64_t multiplier, int64_t shift, int64_t zero_point,
+                        int64_t low, int64_t high, const std::string& rounding) {
+  expect_dtype("requantize_fixed", "q", q, aoti_torch_dtype_uint8(), "uint8");
+  expect_range("requantize_fixed", zero_point, low, high);
+  expect_range("requantize_fixed (z_x)", z_x, 0, 255);
+  expect_fixed("requantize_fixed", multiplier, shift);
+  const bool twice = rounds_twice("requantize_fixed", rounding);
+  const Contiguous from(q);
+  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
+  const uint8_t* source = from.data<uint8_t>();
+  uint8_t* target = y.data<uint8_t>();
+  parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    active().requantize_fixed({source + begin, int32_t(z_x), int32_t(multiplier)}, target + begin, end - begin,
+                              int32_t(shift), twice, int32_t(zero_point), int32_t(low), int32_t(high));
+  });
   return y;
 }
 
@@ -160,4 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("dequantize", fxq::boxed<fxq::dequantize>);
   m.impl("requantize", fxq::boxed<fxq::requantize>);
   m.impl("qadd", fxq::boxed<fxq::qadd>);
+  m.impl("qadd_fixed", fxq::boxed<fxq::qadd_fixed>);
+  m.impl("requantize_fixed", fxq::boxed<fxq::requantize_fixed>);
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 
@@ -76,7 +77,11 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
   expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
   expect_dtype(op, "bias", bias, aoti_torch_dtype_int32(), "int32");
-  expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_float32(), "float32");
+  const bool fixed = g.output == Output::kFixed;
+  if (fixed)
+    expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_int32(), "int32");
+  else
+    expect_dtype(op, "multiplier", multiplier, aoti_torch_dtype_float32(), "float32");
   const Shape shape = x.shape();
   if (shape.dim == 0) fail(op, ": x is a scalar, expected [..., K]");
   g.k = shape.sizes[shape.dim - 1];
@@ -105,7 +110,10 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
   g.x = (copy ? *copy : x).data<uint8_t>();
   g.weight = w.data<int8_t>();
   g.bias = b.data<int32_t>();
-  g.multiplier = m.data<float>();
+  if (fixed)
+    g.fixed = m.data<int32_t>();
+  else
+    g.multiplier = m.data<float>();
 
   int64_t sizes[Tensor::kMaxDim], count = 1;
   for (int64_t i = 0; i < shape.dim - 1; ++i) count *= sizes[i] = shape.sizes[i];
@@ -175,12 +183,52 @@ Tensor qlinear_act_quantize(const Tensor& x, const Tensor& weight, const Tensor&
   return linear("qlinear_act_quantize", x, weight, bias, multiplier, nullptr, g);
 }
 
+// An optional argument of one int32 per channel; `held` keeps it alive.
+const int32_t* channels(const char* op, const char* name, const Tensor& t, const Tensor& bias,
+                        std::optional<Contiguous>& held) {
+  expect_dtype(op, name, t, aoti_torch_dtype_int32(), "int32");
+  if (t.dim() != 1 || t.numel() != bias.numel())
+    fail(op, ": ", name, t.shape(), ", expected the shape of bias", bias.shape());
+  return held.emplace(t).data<int32_t>();
+}
+
+Tensor qlinear_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                     const Tensor& shift, int64_t zero_point, int64_t low, int64_t high, const std::string& rounding,
+                     const std::optional<Tensor>& zero_w) {
+  constexpr const char* op = "qlinear_fixed";
+  expect_range(op, zero_point, low, high);
+  std::optional<Contiguous> shifts, zeros, rows;
+  Gemm g;
+  g.output = Output::kFixed;
+  g.twice = rounds_twice(op, rounding);
+  g.zero_point = int32_t(zero_point);
+  g.low = int32_t(low);
+  g.high = int32_t(high);
+  g.shift = channels(op, "shift", shift, bias, shifts);
+  for (int64_t n = 0; n < bias.numel(); ++n)
+    if (g.shift[n] < 0 || g.shift[n] > 62) fail(op, ": shift of channel ", n, " is ", g.shift[n], ", expected 0..62");
+  std::vector<int32_t> sums;
+  if (zero_w) {
+    g.zero_w = channels(op, "zero_w", *zero_w, bias, zeros);
+    expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
+    const uint8_t* values = rows.emplace(x).data<uint8_t>();
+    const int64_t k = x.dim() ? x.shape().sizes[x.dim() - 1] : 0;
+    sums.resize(k ? x.numel() / k : 0);
+    for (int32_t& sum : sums)
+      for (int64_t i = 0; i < k; ++i) sum += *values++;
+    g.row_sums = sums.data();
+    if (k == 0) g.zero_w = nullptr;  // sums over nothing
+  }
+  return linear(op, x, weight, bias, multiplier, nullptr, g);
+}
+
 }  // namespace
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qlinear", fxq::boxed<fxq::qlinear>);
   m.impl("qlinear_float", fxq::boxed<fxq::qlinear_float>);
+  m.impl("qlinear_fixed", fxq::boxed<fxq::qlinear_fixed>);
   m.impl("qlinear_act", fxq::boxed<fxq::qlinear_act>);
   m.impl("qlinear_act_quantize", fxq::boxed<fxq::qlinear_act_quantize>);
 }

@@ -49,9 +49,15 @@ def fits_int32(bounds: tuple[int, int]) -> bool:
     return bounds[0] >= INT32_MIN and bounds[1] <= INT32_MAX
 
 
+def real_multiplier(s_x: float, s_w: F32, s_y: float) -> npt.NDArray[np.float64]:
+    """s_x * s_w[n] / s_y in float64."""
+    factor: npt.NDArray[np.float64] = np.float64(s_x) * s_w.astype(np.float64) / np.float64(s_y)
+    return factor
+
+
 def requantize_multiplier(s_x: float, s_w: F32, s_y: float) -> F32:
     """m[n] = f32(s_x * s_w[n] / s_y), the product and quotient in float64."""
-    return (np.float64(s_x) * s_w.astype(np.float64) / np.float64(s_y)).astype(np.float32)
+    return real_multiplier(s_x, s_w, s_y).astype(np.float32)
 
 
 def dequantize_multiplier(s_x: float, s_w: F32) -> F32:

@@ -205,7 +205,9 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     bounds = (match["low"], match["high"]) if linear.target is linear_clamp else (None, None)
     if to_uint8:
         low, high = integer_bounds(bounds, match["s_y"], match["z_y"])
-        replace(gm, root, qlinear, (*operands, match["z_y"], low, high), (match["s_y"], match["z_y"]), linear)
+        args = (*operands, match["z_y"], low, high)
+        lowered = replace(gm, root, qlinear, args, (match["s_y"], match["z_y"]), linear)
+        lowered.meta["weight_scales"] = s_w  # for `use_fixed_point`, which needs more of them than float32 products
         return
     y = replace(gm, linear, qlinear_float, operands if fits else (*operands, b))
     if bounds != (None, None):

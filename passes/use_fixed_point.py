@@ -1,0 +1,148 @@
+"""use_fixed_point: under `Recipe(requant="fixed")` no integer meets a float multiply on its way to the next integer op.
+
+    qlinear(x, w, b, multiplier, ...)           ->  qlinear_fixed(x, w, b, multiplier, shift, ..., rounding)
+    requantize(q, z_x, multiplier, ...)         ->  requantize_fixed(q, z_x, multiplier, shift, ..., rounding)
+    qadd(a, b, m_a, z_a, m_b, z_b, ...)         ->  qadd_fixed(a, b, m_a, z_a, m_b, z_b, shift, ...)
+
+Multipliers are made of the scales themselves, in float64, not of their float32 quotients. What remains float is written
+into the report (`Report.float_steps`): all arithmetic on real numbers but the conversions at the model's own edges, a
+quantize that reads an input and a dequantize (or a linear's, in `qlinear_float`) that an output reads. Operations that
+move numbers or compare them are no arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.fx import GraphModule, Node
+
+from fxq import numerics
+from fxq.graph import Value, constant, get_attr, is_call, module_of, place_of, replace, set_constant, target_name
+from fxq.ops.add import qadd
+from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, requantize_fixed
+from fxq.ops.linear import qlinear, qlinear_float
+from fxq.ops.quantize_scaled import quantize_scaled
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, quantize, requantize
+from fxq.recipe import RequantRounding
+from fxq.spelling import CAT, CLAMP, GETITEM, MAX_POOLS, MOVES, RELU, SPLITS
+from fxq.stages import Stage, is_integer_op
+
+_INTEGER_ONLY = frozenset({qlinear_fixed, qadd_fixed, requantize_fixed})
+_NO_ARITHMETIC = MOVES | MAX_POOLS | SPLITS | CAT | {GETITEM, CLAMP, RELU}
+
+
+@dataclass(frozen=True)
+class UseFixedPoint:
+    """See the module's docstring."""
+
+    name: str = "use-fixed-point"
+    takes: Stage = Stage.INTEGER
+    gives: Stage = Stage.INTEGER
+    numbers: Numbers = Numbers.ONE_STEP
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """One rewrite for each float requantization; none under `requant="float"`."""
+        if ctx.recipe.requant == "float":
+            return 0
+        count = 0
+        for node in list(gm.graph.nodes):
+            if node.target is qlinear:
+                _fix_linear(gm, node, ctx.recipe.rounding)
+            elif node.target is requantize:
+                _fix_requantize(gm, node, ctx.recipe.rounding)
+            elif node.target is qadd:
+                _fix_add(gm, node)
+            else:
+                continue
+            count += 1
+        known = set(ctx.report.float_steps)
+        ctx.report.float_steps += [step for step in _float_steps(gm) if step not in known]
+        return count
+
+
+def _scale(node: object) -> float:
+    assert isinstance(node, Node)
+    scale: float = node.meta["qparams"][0]
+    return scale
+
+
+def _fix_linear(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
+    x, weight, bias, multiplier, *bounds = node.args
+    assert isinstance(multiplier, Node)
+    scales = _scale(x), node.meta["weight_scales"], _scale(node)
+    known = constant(gm, multiplier)
+    assert np.array_equal(known.numpy(), numerics.requantize_multiplier(*scales)), f"{node}: its scales are others"
+    stem = str(multiplier.target)
+    with gm.graph.inserting_before(node):
+        fixed = [
+            get_attr(gm, set_constant(gm, f"{stem}_{name}", torch.from_numpy(array)), multiplier)
+            for name, array in zip(
+                ("q31", "shift"), numerics.fixed_multiplier(numerics.real_multiplier(*scales)), strict=True
+            )
+        ]
+    replace(gm, node, qlinear_fixed, (x, weight, bias, *fixed, *bounds, rounding), node.meta["qparams"])
+
+
+def _fix_requantize(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
+    q, z_x, _, *bounds = node.args
+    multiplier, shift = numerics.fixed_multiplier(np.float64(_scale(q)) / _scale(node))
+    args = (q, z_x, int(multiplier), int(shift), *bounds, rounding)
+    replace(gm, node, requantize_fixed, args, node.meta["qparams"])
+
+
+def _fix_add(gm: GraphModule, node: Node) -> None:
+    a, b, _, z_a, _, z_b, *bounds = node.args
+    (m_a, m_b), shift = numerics.fixed_multipliers(np.array([_scale(a), _scale(b)]) / _scale(node))
+    args = (a, b, int(m_a), z_a, int(m_b), z_b, shift, *bounds)
+    replace(gm, node, qadd_fixed, args, node.meta["qparams"])
+
+
+def _float_steps(gm: GraphModule) -> list[str]:
+    """Where the graph computes on real numbers between its edges, as `module  operation`."""
+    return [
+        f"{module_of(node) or place_of(node)}  {_name(gm, node)}"
+        for node in gm.graph.nodes
+        if is_call(node) and _is_float_arithmetic(node)
+    ]
+
+
+def _is_float_arithmetic(node: Node) -> bool:
+    if is_integer_op(node) and str(node.target).startswith("fxq.") and not _is_conversion(node):
+        return node.target not in _INTEGER_ONLY
+    own = _tensors(node)
+    operands = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    if not own or not any(value.dtype.is_floating_point for n in (node, *operands) for value in _tensors(n)):
+        return False
+    if node.target in (quantize, quantize_scaled):
+        return is_integer_op(_origin(node))  # behind an input it is the edge, behind an island the island speaks for it
+    if node.target is qlinear_float:
+        return len(node.args) > 4  # its bias does not fit int32
+    return node.target is not dequantize and node.target not in _NO_ARITHMETIC
+
+
+def _is_conversion(node: Node) -> bool:
+    return node.target in (quantize, quantize_scaled, dequantize, qlinear_float)
+
+
+def _origin(node: Node) -> Node:
+    """What computed the numbers that a conversion reads, through moves and comparisons."""
+    source = node.all_input_nodes[0]
+    while source.op == "call_function" and source.target in _NO_ARITHMETIC:
+        source = source.all_input_nodes[0]
+    return source
+
+
+def _tensors(node: Node) -> list[Value]:
+    return [v for v in torch.utils._pytree.tree_leaves(node.meta.get("value")) if isinstance(v, Value)]
+
+
+def _name(gm: GraphModule, node: Node) -> str:
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    return target_name(node.target)
+
+
+PASS = UseFixedPoint()

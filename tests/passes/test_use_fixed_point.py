@@ -1,0 +1,162 @@
+"""use_fixed_point: requantization by integers alone, and what remains float by name."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxq
+from fxq import kernels
+from fxq.ops.fixed_point import requantize_fixed
+from fxq.pipeline import run
+from fxq.qdq import dequantize, quantize
+from fxq.recipe import Recipe
+from passes import lower, use_fixed_point
+
+X = torch.randn(64, 8)
+FIXED = Recipe(requant="fixed", balance=False)
+TFLITE = Recipe(requant="fixed", rounding="tflite", balance=False)
+
+
+def residual(model_of):
+    layers = {name: nn.Linear(8, 8) for name in "abc"}
+    return model_of(lambda s, x: s.c(F.relu(s.a(x)) + s.b(F.relu(s.a(x)))), **layers)
+
+
+def test_before_and_after(staged, text, model_of):
+    gm, ctx = staged(residual(model_of), X, "use-fixed-point", FIXED)
+    before = text(gm)
+    run((use_fixed_point.PASS,), gm, ctx)
+    after = text(gm)
+    assert [before.count(f"fxq.{op}(") for op in ("qlinear", "qadd", "qlinear_float")] == [3, 1, 1]
+    assert [after.count(f"fxq.{op}(") for op in ("qlinear", "qadd", "qlinear_float")] == [0, 0, 1]
+    assert [after.count(f"fxq.{op}(") for op in ("qlinear_fixed", "qadd_fixed")] == [3, 1]
+    assert after.count("'single')") == 3
+    assert ctx.report.float_steps == []
+    assert use_fixed_point.PASS.run(gm, ctx) == 0
+
+
+def test_without_the_recipe_nothing_happens(staged, text, model_of):
+    gm, ctx = staged(residual(model_of), X, "use-fixed-point")
+    before = text(gm)
+    assert use_fixed_point.PASS.run(gm, ctx) == 0
+    assert text(gm) == before
+
+
+def same(actual, expected):
+    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (actual, expected)), strict=True)
+    return all(np.array_equal(torch.as_tensor(x).numpy(), y) for x, y in pairs)
+
+
+def test_every_model_of_the_zoo_has_the_bits_of_numpy(zoo):
+    qmodel = fxq.quantize(zoo.model, zoo.inputs, recipe=FIXED, on_low_sqnr="ignore")
+    assert "fxq.qlinear(" not in qmodel.code
+    if zoo.name == "in_place":
+        pytest.skip("a golden model works out of place")
+    golden = fxq.golden(qmodel, islands="torch")
+    assert same(qmodel(*zoo.inputs), golden(*(x.numpy() for x in zoo.inputs)))
+
+
+@pytest.mark.parametrize("recipe", [FIXED, TFLITE], ids=["single", "tflite"])
+def test_a_model_has_the_bits_of_numpy_on_every_isa(model_of, recipe):
+    model = residual(model_of)
+    qmodel = fxq.quantize(model, X, recipe=recipe, check=True)
+    expected = fxq.golden(qmodel)(X.numpy())
+    for isa in kernels.info().available:
+        with kernels.use_isa(isa):
+            assert same(qmodel(X), expected)
+    in_float = fxq.quantize(model, X, recipe=Recipe(balance=False))
+    assert fxq.report(qmodel).sqnr > fxq.report(in_float).sqnr - 1
+
+
+def test_requantize_where_two_scales_meet(staged):
+    """No pass of today's leaves such a pair; a graph that has one must still be right."""
+    gm, ctx = staged(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), X, "lower", FIXED)
+    first = next(node for node in gm.graph.nodes if node.target is dequantize)
+    with gm.graph.inserting_after(first):
+        again = gm.graph.call_function(quantize, (first, 0.05, 100))
+        again.meta = {**first.meta, "qparams": (0.05, 100)}
+    with gm.graph.inserting_after(again):
+        back = gm.graph.call_function(dequantize, (again, 0.05, 100))
+        back.meta = dict(first.meta)
+    for reader in [user for user in first.users if user is not again]:
+        reader.replace_input_with(first, back)
+    run((lower.PASS, use_fixed_point.PASS), gm, ctx)
+    (node,) = [node for node in gm.graph.nodes if node.target is requantize_fixed]
+    multiplier, shift = node.args[2:4]
+    assert multiplier * 2.0**-shift == pytest.approx(first.args[1] / 0.05, rel=2**-30)
+    assert node.args[4:] == (100, 0, 255, "single")
+
+
+def test_a_relu_and_a_clamp_cost_nothing(model_of):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU6(), nn.Linear(16, 3))
+    qmodel = fxq.quantize(model.eval(), X, recipe=FIXED, strict=True)
+    assert "relu" not in qmodel.code and "clamp" not in qmodel.code
+    assert fxq.report(qmodel).sqnr > 25
+
+
+def test_the_report_names_what_remains_float(model_of):
+    model = model_of(lambda s, x: s.b(F.softmax(F.gelu(s.a(x)), -1)), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    qmodel = fxq.quantize(model, X, recipe=FIXED, on_low_sqnr="ignore")
+    report = fxq.report(qmodel)
+    assert [step.split()[-1] for step in report.float_steps] == ["gelu", "softmax"]
+    assert "float arithmetic between the quantized inputs and the dequantized outputs: 2 operations" in str(report)
+    assert type(report).from_dict(report.to_dict()).float_steps == report.float_steps
+    with pytest.raises(
+        fxq.QuantizationError, match=r"2 operations between the model's edges compute in float:\n.*gelu"
+    ):
+        fxq.quantize(model, X, recipe=FIXED, strict=True)
+
+
+def test_a_value_that_is_output_and_read_by_a_layer_is_named(model_of):
+    """It becomes float32 for the output, and is quantized again for the layer."""
+
+    def forward(s, x):
+        y = s.a(x)
+        return y, s.b(y)
+
+    model = model_of(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    steps = fxq.report(fxq.quantize(model, X, recipe=FIXED)).float_steps
+    assert [step.split()[-1] for step in steps] == ["fxq.quantize"]
+
+
+def test_a_bias_that_stays_float_is_named(model_of):
+    model = model_of(lambda s, x: s.b(s.a(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    with torch.no_grad():
+        model.a.weight.mul_(1e-9)
+        model.a.bias.add_(100)
+    steps = fxq.report(fxq.quantize(model, X, recipe=FIXED, on_low_sqnr="ignore")).float_steps
+    assert any("qlinear_float" in step for step in steps)
+    assert "no operation" in str(fxq.report(fxq.quantize(nn.Linear(8, 8).eval(), X, recipe=FIXED)))
+
+
+def test_report_draw_compare_save(tmp_path, model_of):
+    model = residual(model_of)
+    qmodel = fxq.quantize(model, X, recipe=FIXED, dump=tmp_path / "dump")
+    assert "recipe w8a8, requant fixed, rounding single" in str(fxq.report(qmodel))
+    ops = [layer.op for layer in fxq.compare(model, qmodel, X).layers]
+    assert ops.count("fxq.qlinear_fixed") == 3 and "fxq.qadd_fixed" in ops
+    assert "qlinear_fixed" in fxq.draw(qmodel, tmp_path / "model.dot").read_text()
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    loaded = fxq.load(tmp_path / "model.fxq")
+    again = copy.deepcopy(qmodel)
+    again.load_state_dict(qmodel.state_dict())
+    for other in (loaded, again):
+        assert torch.equal(other(X[:5]), qmodel(X[:5]))
+    assert not any(t.is_floating_point() for name, t in qmodel.state_dict().items() if not name.startswith("c."))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"requant": "int"}, "unknown requant 'int'; there are float, fixed"),
+        ({"requant": "fixed", "rounding": "up"}, "unknown rounding 'up'; there are single, tflite"),
+        ({"rounding": "tflite"}, "give requant='fixed' with it"),
+    ],
+)
+def test_recipes_that_make_no_sense(options, message):
+    with pytest.raises(fxq.RecipeError, match=message):
+        Recipe(**options)
