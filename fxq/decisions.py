@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     ACC_OVERFLOW = ("its dot product can leave int32", "split the layer, or keep it float in the recipe")
     NOT_FLOAT32 = ("its data is not float32", "convert the model and inputs with .float()")
     OWN_FLOAT = ("fxq computes it in float32, in steps of a fixed order: the same bits everywhere", "")
+    UNPROFITABLE = ("integers would cost accuracy or time", "")
     FLOAT_READER = ("its result is read in float, so integers would only cost accuracy", "")
     FLOAT_DATA = ("it moves data that is float here", "")
     ALIASED = ("its memory is modified in place", "write the assignment out of place")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxq import numerics
+from fxq import golden_images, numerics
 from fxq.errors import GoldenError, GuardError
 from fxq.numerics import F32, I8, I32, U8, Array
 
@@ -361,6 +361,21 @@ OPS: dict[str, Op] = {
     "fxq.norm_and_quantize": Op(_norm_and_quantize),
     "fxq.qattention": Op(numerics.qattention, _attention_parts, "y_q"),
     "fxq.qattention_float": Op(numerics.qattention_float, _attention_parts, "y"),
+    "fxq.qmul": Op(numerics.qmul),
+    "fxq.quantize_channels_last": Op(numerics.quantize),
+    "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q"),
+    "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y"),
+    "fxq.qconv_act_quantize": Op(golden_images.qconv_act_quantize, golden_images.conv_parts, "y_q"),
+    "fxq.qconv_add": Op(golden_images.qconv_add, golden_images.conv_parts, "y_q"),
+    "fxq.qconv_transpose": Op(golden_images.qconv_transpose, golden_images.conv_transpose_parts, "y_q"),
+    "fxq.qconv_transpose_float": Op(golden_images.qconv_transpose_float, golden_images.conv_transpose_parts, "y"),
+    "fxq.qavg_pool": Op(numerics.qavg_pool),
+    "fxq.qadaptive_avg_pool": Op(numerics.qadaptive_avg_pool),
+    "fxq.qmax_pool": Op(numerics.qmax_pool),
+    "fxq.qupsample_nearest": Op(numerics.qupsample_nearest),
+    "fxq.qupsample_bilinear": Op(numerics.qupsample_bilinear),
+    "pad": Op(golden_images.pad),
+    "channel_shuffle": Op(golden_images.channel_shuffle),
     "reshape": Op(lambda input, shape: np.reshape(input, shape)),
     "flatten": Op(_flatten),
     "unflatten": Op(_unflatten),

@@ -29,6 +29,57 @@ MUL = torch.mul
 BATCH_NORM = F.batch_norm
 """batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)."""
 
+CONVS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
+"""conv(x, weight, bias, stride, padding, dilation, groups), the settings with one number for each spatial dimension."""
+
+
+def conv_transpose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+) -> torch.Tensor:
+    """A transposed convolution whose weight [N, C / groups, ...] has the output channels first, as every other has."""
+    transposes = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    y: torch.Tensor = transposes[len(stride) - 1](
+        x, swap_channels(weight, groups), bias, stride, padding, output_padding, groups, dilation
+    )
+    return y
+
+
+def swap_channels(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """[A, B / groups, ...] as [B, A / groups, ...]: torch's weight of a transposed convolution and ours, both ways.
+
+    A view where there is one group.
+    """
+    if groups == 1:
+        return weight.transpose(0, 1)
+    split = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return split.flatten(0, 1)
+
+
+CONV_TRANSPOSE = conv_transpose
+"""conv_transpose(x, weight, bias, stride, padding, output_padding, groups, dilation)."""
+
+AVG_POOLS = frozenset({torch.avg_pool1d, F.avg_pool2d, F.avg_pool3d})
+"""avg_pool(x, kernel, stride, padding, ceil_mode, count_include_pad[, divisor]); no divisor in one dimension."""
+
+ADAPTIVE_AVG_POOLS = frozenset({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d})
+"""adaptive_avg_pool(x, sizes), a size None where it stays as it is."""
+
+MEAN = torch.mean
+"""mean(x, dims, keepdim)."""
+
+PAD = F.pad
+"""pad(x, pads, mode, value), value None or a number."""
+
+INTERPOLATE = F.interpolate
+"""interpolate(x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)."""
+
 GETITEM = operator.getitem
 """getitem(x, index): slicing and indexing."""
 
@@ -87,12 +138,23 @@ MOVES = frozenset(
         torch.tile,
         F.pixel_shuffle,
         F.pixel_unshuffle,
+        torch.channel_shuffle,
+        PAD,
+        INTERPOLATE,
     }
 )
-"""move(x, ...): the same numbers in another order or shape."""
+"""move(x, ...): the same numbers in another order or shape. Padding adds zeros, and interpolation moves where it copies
+the nearest (`is_move`)."""
 
 CAT = frozenset({torch.cat, torch.stack})
 """cat([x, ...], dim)."""
+
+
+def is_move(node: Node) -> bool:
+    """Whether the call `node` of one of `MOVES` computes nothing."""
+    if node.target is PAD:
+        return node.args[2] != "constant" or node.args[3] in (None, 0)
+    return node.target is not INTERPOLATE or node.args[3] in ("nearest", "nearest-exact")
 
 
 def float_bounds(node: object) -> tuple[float | None, float | None] | None:

@@ -1,8 +1,8 @@
 """The passes, in order. Open any one of them and find the whole pass.
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
-  rewrite_products, normalize_linears, fold_bias, normalize_convolutions, recognize_attention, fold_batch_norm,
-  annotate: FLOAT
+  rewrite_products, normalize_linears, fold_bias, normalize_convolutions, normalize_pools, recognize_attention,
+  fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - end_training, balance: OBSERVED
@@ -33,10 +33,12 @@ from passes import (
     normalize_linears,
     normalize_moves,
     normalize_pointwise,
+    normalize_pools,
     observe,
     prune,
     recognize_attention,
     remove_identities,
+    rewrite_batch_norm,
     rewrite_einsum,
     rewrite_products,
     use_fixed_point,
@@ -51,6 +53,7 @@ NORMALIZE: tuple[Pass, ...] = (
     normalize_linears.PASS,
     fold_bias.PASS,
     normalize_convolutions.PASS,
+    normalize_pools.PASS,
 )
 """To one spelling for every operation."""
 
@@ -60,6 +63,7 @@ PREPARE: tuple[Pass, ...] = (
     *NORMALIZE,
     recognize_attention.PASS,
     fold_batch_norm.PASS,
+    rewrite_batch_norm.PASS,
     annotate.PASS,
     observe.PASS,
 )

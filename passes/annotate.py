@@ -9,7 +9,9 @@
 5. A pointwise operation is worth it only between integers: in an integer group, with an operand from one. Otherwise it
    stays float, and 2 to 4 are decided again without it.
 
-A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them.
+A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them. So
+do a product and an activation of `fxq.ops.activation`, where something else than products reads the activation; where
+only products read, each quantizes at its own edge, and the epilogue writes what they want.
 Nothing in the graph changes: the specs are in the context, the decisions in the report.
 """
 
@@ -28,6 +30,7 @@ from fxq.errors import QuantizationError
 from fxq.family import Claim, Refusal
 from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place_of, target_name
 from fxq.macs import count_macs
+from fxq.ops.activation import activation_of
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, SharedSpec, WeightSpec
 from fxq.spelling import float_bounds
@@ -118,6 +121,14 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
         if bounds is None or not isinstance(source, Node) or len(source.users) != 1:
             continue
         if source in plan.claims and plan.claims[source].kind != "carry":
+            plan.swallowed[node] = source
+    for node in gm.graph.nodes:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node) or len(source.users) != 1 or activation_of(gm, node) is None:
+            continue
+        kinds = {plan.claims[user].kind for user in node.users if user in plan.claims}
+        if source in plan.claims and plan.claims[source].kind == "product" and kinds - {"product"}:
+            plan.claims.pop(node, None)
             plan.swallowed[node] = source
     return plan
 

@@ -1,18 +1,22 @@
-"""fold_batch_norm: a batch norm behind a linear goes into the linear's weight and bias, as often as it can.
+"""fold_batch_norm: a batch norm beside a linear or convolution goes into its weight and bias, as often as it can.
 
-    g[n] = gamma[n] / sqrt(var[n] + eps);   w'[n, :] = w[n, :] * g[n];   b'[n] = (b[n] - mean[n]) * g[n] + beta[n]
+    g[n] = gamma[n] / sqrt(var[n] + eps);   h[n] = beta[n] - mean[n] * g[n]
+    behind       w'[n, ...] = w[n, ...] * g[n];       b'[n] = b[n] * g[n] + h[n]
+    before       w'[n, c, ...] = w[n, c, ...] * g[c];  b'[n] = b[n] + sum_c,... w[n, c, ...] * h[c]
 
-in float64. Not folded: a norm whose statistics several calls share, a linear that others read, channels that are not
-the linear's outputs (batch_norm normalises dimension 1, so the linear's result must be a matrix).
+in float64. Not folded behind: a norm whose statistics several calls share, a product that others read, channels that
+are not the product's outputs (batch_norm normalises dimension 1, so the result of a linear must be a matrix). Not
+folded before: where zeros are padded, which the norm would have moved; a norm that others read; transposed products.
 
 For training (`trainable`) a fold must be one that `make_trainable` can take back: a norm that is a module of torch's,
-behind a linear that has not swallowed one yet. Where it came from is noted in meta `FOLDED`.
+behind a product that has not swallowed one yet. Where it came from is noted in meta `FOLDED`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,12 +25,10 @@ from fxq.batch_norm import FOLDED, Folded, folded
 from fxq.graph import constant, get_attr, replace, set_constant
 from fxq.pattern import Any, Const, Match, Op
 from fxq.pipeline import Context, Numbers
-from fxq.spelling import BATCH_NORM, LINEAR
+from fxq.spelling import BATCH_NORM, CONV_TRANSPOSE, CONVS, LINEAR
 from fxq.stages import Stage
 
-PATTERN = Op(
-    {BATCH_NORM},
-    Op({LINEAR}, Any("x"), Const("w"), Any("b"), name="linear"),
+_STATISTICS = (
     Const("mean"),
     Const("var"),
     Any("gamma"),
@@ -35,6 +37,20 @@ PATTERN = Op(
     Any("momentum"),
     Any("eps"),
 )
+_OPERANDS = (Any("x"), Const("w"), Any("b"))
+_CONV = (Any("stride"), Any("padding"), Any("dilation"), Any("groups"))
+PATTERN = Op({BATCH_NORM}, Op({LINEAR}, *_OPERANDS, name="product"), *_STATISTICS)
+_BEHIND = (
+    PATTERN,
+    Op({BATCH_NORM}, Op(CONVS, *_OPERANDS, *_CONV, name="product"), *_STATISTICS),
+    Op(
+        {BATCH_NORM},
+        Op({CONV_TRANSPOSE}, *_OPERANDS, *map(Any, ("stride", "p", "out", "groups", "dilation")), name="product"),
+        *_STATISTICS,
+    ),
+)
+_NORM = Op({BATCH_NORM}, Any("x"), *_STATISTICS, name="norm")
+_BEFORE = (Op({LINEAR}, _NORM, Const("w"), Any("b")), Op(CONVS, _NORM, Const("w"), Any("b"), *_CONV))
 
 
 @dataclass(frozen=True)
@@ -48,39 +64,76 @@ class FoldBatchNorm:
     trainable: bool = False
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """In graph order, so that a norm behind a folded norm is folded as well."""
-        return sum(self._fold(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
+        """In graph order, so that a norm behind a folded norm is folded as well; what is left, into what reads it."""
+        count = sum(self._fold_behind(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
+        products = [node for node in gm.graph.nodes if node.target is LINEAR or node.target in CONVS]
+        return count + (0 if self.trainable else sum(_fold_before(gm, node) for node in products))
 
-    def _fold(self, gm: GraphModule, norm: Node) -> int:
-        match = PATTERN.match(norm)
-        if not isinstance(match, Match) or len(norm.meta["value"].shape) != 2 or _shared(gm, match.node("mean")):
+    def _fold_behind(self, gm: GraphModule, norm: Node) -> int:
+        match = _first(_BEHIND, norm)
+        if match is None or _shared(gm, match.node("mean")):
             return 0
-        operands = [match[name] for name in ("w", "b", "mean", "var", "gamma", "beta")]
-        linear = match.node("linear")
+        product = match.node("product")
+        if product.target is LINEAR and len(norm.meta["value"].shape) != 2:
+            return 0
         path = str(match.node("mean").target).rpartition(".")[0]
-        if not all(_is_fixed(operand) for operand in operands):
-            return 0
-        if self.trainable and (FOLDED in linear.meta or not isinstance(gm.get_submodule(path), _BatchNorm)):
-            return 0
-
-        w, b, mean, var, gamma, beta = (_value(gm, operand) for operand in operands)
-        assert w is not None and mean is not None and var is not None
-        weight, bias = folded(w, b, mean, var, gamma, beta, match["eps"])
-        stem = str(match.node("w").target).removesuffix("_folded")
-        with gm.graph.inserting_before(norm):
-            constants = [
-                get_attr(gm, set_constant(gm, name, tensor), linear)
-                for name, tensor in ((f"{stem}_folded", weight), (_bias_beside(stem), bias))
-            ]
-        new = replace(gm, norm, LINEAR, (match["x"], *constants))
-        new.meta["origin"] = linear.meta.get("origin")
         if self.trainable:
-            new.meta[FOLDED] = Folded(path, *(None if o is None else str(o.target) for o in operands[:2]))
+            module = gm.get_submodule(path)
+            if FOLDED in product.meta or product.target is CONV_TRANSPOSE or not isinstance(module, _BatchNorm):
+                return 0
+        w, b, mean, var, gamma, beta = (_value(gm, match[name]) for name in ("w", "b", "mean", "var", "gamma", "beta"))
+        assert w is not None and mean is not None and var is not None
+        new = _replace(gm, norm, product, match, *folded(w, b, mean, var, gamma, beta, match["eps"]))
+        if self.trainable:
+            parts = (match["w"], match["b"])
+            new.meta[FOLDED] = Folded(path, *(None if part is None else str(part.target) for part in parts))
         return 1
+
+
+def _fold_before(gm: GraphModule, product: Node) -> int:
+    match = _first(_BEFORE, product)
+    if match is None or len(match.node("norm").meta["value"].shape) != constant(gm, match.node("w")).dim():
+        return 0
+    if any(match.bound.get("padding", ())):
+        return 0
+    w, b, mean, var, gamma, beta = (_value(gm, match[name]) for name in ("w", "b", "mean", "var", "gamma", "beta"))
+    assert w is not None and mean is not None and var is not None
+    groups = match.bound.get("groups", 1)
+    if len(mean) != w.shape[1] * groups:
+        return 0
+    ones = torch.ones(len(mean), 1, dtype=torch.float64)
+    gain, shift = folded(ones, None, mean, var, gamma, beta, match["eps"])
+    split = w.double().reshape(groups, -1, w.shape[1], w[0, 0].numel())  # [groups, N / groups, C / groups, taps]
+    bias = (split * shift.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten() + (0.0 if b is None else b.double())
+    weight = (split * gain.reshape(groups, 1, -1, 1)).reshape(w.shape)
+    _replace(gm, product, product, match, weight.to(w.dtype), bias.to(w.dtype))
+    return 1
+
+
+def _first(patterns: tuple[Op, ...], node: Node) -> Match | None:
+    for pattern in patterns:
+        match = pattern.match(node)
+        if isinstance(match, Match):
+            fixed = all(_is_fixed(match[name]) for name in ("w", "b", "mean", "var", "gamma", "beta"))
+            return match if fixed else None
+    return None
 
 
 def _value(gm: GraphModule, operand: Node | None) -> Tensor | None:
     return None if operand is None else constant(gm, operand).detach()
+
+
+def _replace(gm: GraphModule, node: Node, product: Node, match: Match, weight: Tensor, bias: Tensor) -> Node:
+    """Put `product` with another weight and bias, reading what the norm or it read, in the place of `node`."""
+    w = match.node("w")
+    path = str(w.target).removesuffix("_folded")
+    with gm.graph.inserting_before(node):
+        constants = [
+            get_attr(gm, set_constant(gm, name, tensor), product)
+            for name, tensor in ((f"{path}_folded", weight), (_bias_beside(path), bias))
+        ]
+    assert callable(product.target)
+    return replace(gm, node, product.target, (match["x"], *constants, *product.args[3:]), like=product)
 
 
 def _is_fixed(operand: object) -> bool:

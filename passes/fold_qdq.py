@@ -2,6 +2,7 @@
 
 quantize(dequantize(q, s, z), s, z)              ->  q
 quantize(move(dequantize(q, s, z)), s, z)        ->  move(q)                     reshape, cat, max-pool, ...
+quantize(pad(dequantize(q, s, z), ..., 0), s, z) ->  pad(q, ..., z)              the zero point stands for 0.0
 split(dequantize(q, s, z))[i]                    ->  dequantize(split(q)[i], s, z)         len(split) as it was
 quantize_weight(constant, scales)                ->  an int8 constant, one for all calls that share the weight
 """
@@ -18,10 +19,12 @@ from torch.fx.node import Argument, map_arg
 from fxq.graph import bypass, call, constant, erase_unused, get_attr, is_float_tensor, is_size, set_constant
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize, quantize_weight
-from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS
+from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, PAD, SPLITS, is_move
 from fxq.stages import Stage
 
 QParamArgs = tuple[Argument, ...]
+Memory = tuple[int, tuple[int, ...], tuple[int, ...], bytes]
+"""Where a weight lies, how it is read, and its scales."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class FoldQdq:
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """In graph order: what a fold turns into integers is there for the next one."""
         count = 0
-        weights: dict[tuple[int, bytes], str] = {}
+        weights: dict[Memory, str] = {}
         for node in list(gm.graph.nodes):
             if node._erased:
                 continue
@@ -71,6 +74,8 @@ def _carry(gm: GraphModule, node: Node) -> int:
     move = node.args[0]
     if not isinstance(move, Node) or len(move.users) != 1 or move.target not in MOVES | MAX_POOLS | CAT | {GETITEM}:
         return 0
+    if not is_move(move):
+        return 0
     numbers = [n for n in move.all_input_nodes if is_float_tensor(n)]
     sources = {n: _dequantized(n) for n in numbers}
     if not numbers or any(source is None or source[1] != node.args[1:] for source in sources.values()):
@@ -80,8 +85,11 @@ def _carry(gm: GraphModule, node: Node) -> int:
         source = sources.get(n)
         return n if source is None else source[0]
 
+    args = map_arg(move.args, integers)
+    if move.target is PAD and args[2] == "constant":
+        args = (*args[:3], node.args[2])
     with gm.graph.inserting_before(node):
-        moved = call(gm, _function(move), map_arg(move.args, integers), node, node.meta["qparams"])
+        moved = call(gm, _function(move), args, node, node.meta["qparams"])
     bypass(gm, node, moved)
     return 1
 
@@ -109,11 +117,11 @@ def _function(node: Node) -> Callable[..., Any]:
     return node.target
 
 
-def _bake(gm: GraphModule, node: Node, weights: dict[tuple[int, bytes], str]) -> int:
+def _bake(gm: GraphModule, node: Node, weights: dict[Memory, str]) -> int:
     w, scales = node.args
     assert isinstance(w, Node) and isinstance(scales, Node)
     tensor, s_w = constant(gm, w), constant(gm, scales)
-    key = tensor.data_ptr(), s_w.numpy().tobytes()
+    key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), s_w.numpy().tobytes()
     if key not in weights:
         weights[key] = set_constant(gm, f"{w.target}_int8", quantize_weight(tensor.detach(), s_w))
     with gm.graph.inserting_before(node):

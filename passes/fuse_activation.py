@@ -1,7 +1,8 @@
-"""fuse_activation: gelu, silu, tanh or sigmoid behind a linear becomes its epilogue, as does the quantize behind it.
+"""fuse_activation: an activation behind a linear or convolution becomes its epilogue, as does the quantize behind it.
 
-    gelu(qlinear_float(x, ...))          ->  qlinear_act(x, ..., "gelu")
-    quantize(qlinear_act(...), s, z)     ->  qlinear_act_quantize(..., s, z), with a factor per channel where scaled
+    gelu(qlinear_float(x, ...))                ->  qlinear_act(x, ..., "gelu")
+    quantize(qlinear_act(...), s, z)           ->  qlinear_act_quantize(..., s, z), or scaled
+    quantize(silu(qconv_float(...)), s, z)     ->  qconv_act_quantize(..., "silu", s, z)
 
 Only where no one else reads what stands between. fxq's activations are its own polynomials (`fxq.numerics`): the same
 bits everywhere, within a few units in the last place of torch's.
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import graph
 from fxq.ops.activation import activation_of, qlinear_act, qlinear_act_quantize
+from fxq.ops.conv import qconv_act_quantize, qconv_float
 from fxq.ops.linear import qlinear_float
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.pipeline import Context, Numbers
@@ -50,13 +52,29 @@ class FuseActivation:
                 qparams = scale, zero_point
                 graph.replace(gm, node, qlinear_act_quantize, (*source.args, *qparams, *factor), qparams, like=source)
                 count += 1
+            elif node.target is quantize and (conv := _activated_conv(gm, source)) is not None:
+                fused.add(source.meta.get("source"))
+                operands, activation = conv.args[:10], activation_of(gm, source)
+                scale, zero_point = node.args[1:]
+                assert isinstance(scale, float) and isinstance(zero_point, int)
+                qparams = scale, zero_point
+                graph.replace(gm, node, qconv_act_quantize, (*operands, activation, *qparams), qparams, like=conv)
+                count += 1
         ctx.report.decisions = [
-            replace(d, form="int8", reason=None, detail="in the epilogue of linear, in float32")
+            replace(d, form="int8", reason=None, detail="in the epilogue of the product, in float32")
             if d.node in fused
             else d
             for d in ctx.report.decisions
         ]
         return count
+
+
+def _activated_conv(gm: GraphModule, activation: Node) -> Node | None:
+    """The convolution before an activation that only it feeds; None where there is none, or its bias is float."""
+    conv = activation.args[0] if activation.args else None
+    if not isinstance(conv, Node) or conv.target is not qconv_float or len(conv.users) != 1:
+        return None
+    return None if conv.args[10] is not None or activation_of(gm, activation) is None else conv
 
 
 PASS = FuseActivation()

@@ -1,8 +1,9 @@
-"""normalize_pointwise: one spelling for relu, clamp and add.
+"""normalize_pointwise: one spelling for relu, clamp, add and mul.
 
 nn.ReLU, F.relu, x.relu(), clamp(min=0)      -> relu(x)
 nn.ReLU6, F.hardtanh, x.clamp(a, b)          -> clamp(x, a, b)
 a + b, a.add(b), operator.add                -> add(a, b)
+a * b, a.mul(b), torch.multiply              -> mul(a, b)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.fx import GraphModule
 from fxq.graph import is_float_tensor, is_tensor
 from fxq.pipeline import Context, Numbers
 from fxq.rewriting import ModuleRule, Rewrite, Rule, Rules
-from fxq.spelling import ADD, CLAMP, RELU
+from fxq.spelling import ADD, CLAMP, MUL, RELU
 from fxq.stages import Stage
 
 
@@ -55,6 +56,10 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Rewrite | None:
     return ADD, (input, other)
 
 
+def _mul(input: Any, other: Any) -> Rewrite | None:
+    return (MUL, (input, other)) if is_tensor(input) else None
+
+
 FUNCTIONS: dict[object, Rule] = {
     torch.relu: _relu,
     F.relu: _relu,
@@ -66,6 +71,9 @@ FUNCTIONS: dict[object, Rule] = {
     torch.clamp_max: _clamp_max,
     torch.add: _add,
     operator.add: _add,
+    torch.mul: _mul,
+    torch.multiply: _mul,
+    operator.mul: _mul,
 }
 
 METHODS: dict[str, Rule] = {
@@ -77,6 +85,10 @@ METHODS: dict[str, Rule] = {
     "add": _add,
     "__add__": _add,
     "__radd__": _add,
+    "mul": _mul,
+    "multiply": _mul,
+    "__mul__": _mul,
+    "__rmul__": _mul,
 }
 
 MODULES: dict[type[nn.Module], ModuleRule] = {

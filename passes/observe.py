@@ -14,6 +14,7 @@ from fxq.graph import call, module_of, place_of
 from fxq.observers import OBSERVERS, Edge, WeightObserver
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, SharedSpec, Spec, WeightSpec
+from fxq.spelling import LINEAR
 from fxq.stages import Stage
 
 HOLDER = "observers"
@@ -35,9 +36,7 @@ class Observe:
         if ctx.specs and not hasattr(gm, HOLDER):
             gm.add_module(HOLDER, nn.Module())
         owners: dict[str, str] = {}
-        products = {
-            name for place, spec in ctx.specs.items() if isinstance(spec, WeightSpec) for name in place.readers or ()
-        }
+        products = {node.name for node in gm.graph.nodes if node.target is LINEAR}
         for place, spec in ctx.specs.items():
             value = nodes[place.value]
             readers = [nodes[name] for name in place.readers] if place.readers is not None else list(value.users)

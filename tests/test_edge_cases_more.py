@@ -32,6 +32,7 @@ def normal(*shape):
 
 
 X, OTHER, SEQ, OTHER_SEQ, IMAGE = normal(64, 8), normal(16, 8), normal(8, 6, 8), normal(5, 6, 8), normal(4, 4, 8, 8)
+VOLUME = normal(4, 4, 5, 6, 7)
 
 
 def linear(n=8, m=8, **options):
@@ -310,8 +311,7 @@ def test_case_59_batch_norm(check):
     model = nn.Sequential(linear(), batch_norm(track_running_stats=False), nn.ReLU(), linear())
     assert reasons(check(model, X))["BatchNorm1d"] is Reason.NO_INTEGER_OP
     model = nn.Sequential(nn.Conv2d(4, 8, 3), batch_norm(dims=2), nn.ReLU(), nn.Flatten(), linear(288))
-    qmodel = check(model, IMAGE, others=[(IMAGE[:2],)])
-    assert reasons(qmodel)["Conv2d"] is Reason.NO_INTEGER_OP and all_linears_int8(qmodel)
+    assert forms(check(model, IMAGE, others=[(IMAGE[:2],)])) == "conv2d int8, relu int8, flatten moved, linear int8"
 
 
 def test_case_60_one_batch_norm_behind_two_layers(check, model_of):
@@ -368,28 +368,47 @@ def test_case_63_recurrent_layers(check, model_of):
 CONVOLUTIONS = [
     (nn.Conv2d(4, 8, 3, padding=1), IMAGE),
     (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), IMAGE),
+    (nn.Conv2d(4, 8, 3, padding=2, padding_mode="circular"), IMAGE),
+    (nn.Conv2d(4, 8, 3, padding=1, padding_mode="replicate"), IMAGE),
     (nn.Conv2d(4, 8, 3, groups=2, stride=2), IMAGE),
     (nn.Conv2d(4, 4, 3, groups=4, padding="same"), IMAGE),
+    (nn.Conv2d(4, 8, (2, 4), padding="same", bias=False), IMAGE),
+    (nn.Conv2d(4, 8, (3, 1), (1, 2), padding="valid"), IMAGE),
     (nn.Conv1d(6, 4, 3, dilation=2, padding=2), SEQ),
+    (nn.Conv1d(6, 4, 4, padding="same"), SEQ),
+    (nn.Conv3d(4, 8, 3, padding=1), VOLUME),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("conv", "x"), CONVOLUTIONS)
 def test_case_64_convolutions(conv, x, check):
-    """No integer form yet: a float island that says so, and what comes behind it is int8."""
-    n = conv(x).shape[-1]
-    qmodel = check(nn.Sequential(conv, nn.ReLU(), linear(n)), x, others=[(x[:2],)])
-    assert reasons(qmodel)[type(conv).__name__] is Reason.NO_INTEGER_OP
-    assert all_linears_int8(qmodel)
-    with pytest.raises(fxq.QuantizationError, match=type(conv).__name__):
-        fxq.quantize(nn.Sequential(conv).eval(), x, strict=True)
-
-
-@pytest.mark.parametrize(("conv", "x"), [(nn.ConvTranspose2d(4, 4, 3, 2), IMAGE), (nn.ConvTranspose1d(6, 4, 3), SEQ)])
-def test_case_65_transposed_convolutions(conv, x, check):
+    """Zero padding pads with the zero point; the other kinds move integers before the product."""
     qmodel = check(nn.Sequential(conv, nn.ReLU(), linear(conv(x).shape[-1])), x, others=[(x[:2],)])
-    assert reasons(qmodel)[type(conv).__name__] is Reason.NO_INTEGER_OP
-    assert all_linears_int8(qmodel)
+    assert not qmodel.report.refusals() and all_linears_int8(qmodel)
+    assert [d.form for d in qmodel.report.decisions if d.op.startswith("conv")] == ["int8"]
+
+
+TRANSPOSED = [
+    (nn.ConvTranspose2d(4, 4, 3, 2), IMAGE),
+    (nn.ConvTranspose2d(4, 6, (2, 3), (3, 2), padding=1, output_padding=(0, 1), dilation=2), IMAGE),
+    (nn.ConvTranspose2d(4, 6, 3, 2, groups=2, bias=False), IMAGE),
+    (nn.ConvTranspose1d(6, 4, 3), SEQ),
+    (nn.ConvTranspose3d(4, 2, 2, 2), VOLUME),
+]
+
+
+@pytest.mark.parametrize(("conv", "x"), TRANSPOSED)
+def test_case_65_transposed_convolutions(conv, x, check):
+    """Their weight's output channels are on another axis; each gets its scale all the same."""
+    conv.weight.data *= torch.logspace(-2, 2, conv.weight.shape[1]).reshape(1, -1, *[1] * (x.dim() - 2))
+    model = nn.Sequential(conv, nn.ReLU(), linear(conv(x).shape[-1]))
+    qmodel = check(model, x, others=[(x[:2],)])
+    assert not qmodel.report.refusals() and all_linears_int8(qmodel)
+    alone = fxq.quantize(nn.Sequential(conv).eval(), x)
+    expected, actual = conv(x), alone(x)
+    for channel in range(expected.shape[1]):
+        assert fxq.comparison.sqnr(expected[:, channel], actual[:, channel]) > 35
 
 
 def test_case_66_bilinear(check, model_of):

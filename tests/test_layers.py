@@ -14,10 +14,11 @@ LAYERS = [
     {"fxq.kernels"},
     {"fxq.decisions", "fxq.observers", "fxq.inputs", "fxq.graph", "fxq.tracing"},
     {"fxq.recipe", "fxq.qdq", "fxq.layout", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.macs"},
-    {"fxq.family", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
+    {"fxq.family", "fxq.product", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
     {"fxq.ops"},
     {
         "fxq.expansion",
+        "fxq.golden_images",
         "fxq.golden_model",
         "fxq.golden_ops",
         "fxq.dump",

@@ -327,7 +327,13 @@ BAD = {
         fxq.RecipeError,
         "'9' matches nothing in the model",
     ),
-    "unknown family": (mlp, X, {"recipe": Recipe(ops={"conv": FLOAT})}, fxq.RecipeError, "'conv' does not exist"),
+    "unknown family": (
+        mlp,
+        X,
+        {"recipe": Recipe(ops={"conv9": FLOAT})},
+        fxq.RecipeError,
+        "'conv9' does not exist",
+    ),
     "keys that are no names": (mlp, {0: X}, {}, fxq.InputError, "wrap a dict"),
     "a list of nothing": (mlp, [], {}, fxq.InputError, "example_inputs is empty"),
 }
@@ -351,7 +357,7 @@ class TestBadInput:
         model = model_of(lambda s, x: F.linear(s.c(x[:, None])[:, 0], s.l(x)), l=nn.Linear(8, 8), c=nn.Conv1d(1, 1, 1))
         with pytest.warns(fxq.KeptFloatWarning, match="1 linear operations stay float"):
             fxq.quantize(model, X)
-        with pytest.raises(fxq.QuantizationError, match=r"(?s)strict=True, and 2 operations .*Conv1d.*DYNAMIC_WEIGHT"):
+        with pytest.raises(fxq.QuantizationError, match=r"(?s)strict=True, and 1 operations .*DYNAMIC_WEIGHT"):
             untouched(model, lambda m: fxq.quantize(m, X, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("error")

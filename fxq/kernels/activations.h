@@ -59,6 +59,10 @@ static inline F relu(F x) { return x < 0.0f ? F{} : x; }
 
 static inline F silu(F x) { return gate(x, x); }
 
+static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+
+static inline F hardswish(F x) { return x * clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+
 template <F (*function)(F)>
 static void map(float* y, int64_t count) {  // count: a multiple of W, at most a tile
   for (int64_t i = 0; i < count; i += W) store(y + i, function(load<F>(y + i)));
@@ -80,5 +84,7 @@ static void activate(Activation activation, float* y, int64_t count) {
     case Activation::kTanh: return map<tanh>(y, count);
     case Activation::kSigmoid: return map<sigmoid>(y, count);
     case Activation::kRelu: return map<relu>(y, count);
+    case Activation::kHardsigmoid: return map<hardsigmoid>(y, count);
+    case Activation::kHardswish: return map<hardswish>(y, count);
   }
 }

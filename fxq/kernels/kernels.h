@@ -13,7 +13,7 @@ constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set
 constexpr int64_t kMaxKeys = 33025;  // 255 * 255 * keys stays in int32
 
 enum class Output { kUint8, kFloat, kActivation, kActivationUint8, kFixed };
-enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu };
+enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu, kHardsigmoid, kHardswish };
 
 // y = epilogue(bias + x * weight^T): x uint8 [rows, k], weight packed int8 [n, k], y uint8 or float [rows, n].
 struct Gemm {

@@ -150,10 +150,11 @@ Tensor qlinear_float(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 }
 
 Activation activation_named(const char* op, const std::string& name) {
-  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu"};
-  for (int i = 0; i < 6; ++i)
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu",        "tanh",
+                                    "sigmoid", "relu", "hardsigmoid", "hardswish"};
+  for (int i = 0; i < 8; ++i)
     if (name == kNames[i]) return Activation(i);
-  fail(op, ": activation '", name, "', expected gelu, gelu_tanh, silu, tanh, sigmoid or relu");
+  fail(op, ": activation '", name, "', expected one of fxq.numerics.ACTIVATIONS");
 }
 
 Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,

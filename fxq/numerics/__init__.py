@@ -4,7 +4,17 @@ Notation: `q_x` integer, `s_x` scale, `z_x` zero point, `acc` the int32 dot prod
 rounds to the nearest float32. Each function's docstring is its equation; docs/numerics.md derives them.
 """
 
-from fxq.numerics.activations import ACTIVATIONS, gelu, gelu_tanh, relu, sigmoid, silu, tanh
+from fxq.numerics.activations import (
+    ACTIVATIONS,
+    gelu,
+    gelu_tanh,
+    hardsigmoid,
+    hardswish,
+    relu,
+    sigmoid,
+    silu,
+    tanh,
+)
 from fxq.numerics.affine import (
     F32,
     I8,
@@ -112,6 +122,8 @@ __all__ = [
     "fold_transposed_bias",
     "gelu",
     "gelu_tanh",
+    "hardsigmoid",
+    "hardswish",
     "is_depthwise",
     "layer_norm",
     "norm_quantize",

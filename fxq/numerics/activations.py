@@ -103,6 +103,19 @@ def tanh(x: F32) -> F32:
     return c * (p / q)
 
 
+def hardsigmoid(x: F32) -> F32:
+    """clip(x + 3, 0, 6) / 6."""
+    y: F32 = np.clip(np.asarray(x, np.float32) + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6)
+    return y
+
+
+def hardswish(x: F32) -> F32:
+    """x * clip(x + 3, 0, 6) / 6, in this order."""
+    x = np.asarray(x, np.float32)
+    y: F32 = x * np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6)
+    return y
+
+
 def relu(x: F32) -> F32:
     """0 where x < 0, else x."""
     x = np.asarray(x, np.float32)
@@ -116,4 +129,6 @@ ACTIVATIONS: dict[str, Callable[[F32], F32]] = {
     "tanh": tanh,
     "sigmoid": sigmoid,
     "relu": relu,
+    "hardsigmoid": hardsigmoid,
+    "hardswish": hardswish,
 }

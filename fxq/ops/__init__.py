@@ -4,19 +4,41 @@ A further family is one more file and one more entry here; `fxq.quantize(..., fa
 """
 
 from fxq.family import Family
-from fxq.ops import activation, add, attention, carry, chain, clamp, dropout, linear, norm, quantize_scaled, requantize
+from fxq.ops import (
+    activation,
+    add,
+    attention,
+    carry,
+    chain,
+    clamp,
+    conv,
+    conv_transpose,
+    dropout,
+    linear,
+    mul,
+    norm,
+    pool,
+    quantize_scaled,
+    requantize,
+    upsample,
+)
 
 WITHOUT_FAMILY = (activation, chain)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (
     linear.FAMILY,
+    norm.FAMILY,
     attention.FAMILY,
+    conv.FAMILY,
+    conv_transpose.FAMILY,
     add.FAMILY,
+    mul.FAMILY,
+    pool.FAMILY,
+    upsample.FAMILY,
     clamp.FAMILY,
     carry.FAMILY,
     dropout.FAMILY,
     requantize.FAMILY,
     quantize_scaled.FAMILY,
-    norm.FAMILY,
 )

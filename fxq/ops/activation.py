@@ -21,9 +21,10 @@ from fxq import kernels, numerics
 from fxq.graph import submodule
 
 _FUNCTIONS = {F.gelu: "gelu", F.silu: "silu", torch.tanh: "tanh", F.tanh: "tanh", torch.sigmoid: "sigmoid"}
-_FUNCTIONS |= {F.sigmoid: "sigmoid", torch.nn.functional.silu: "silu"}
+_FUNCTIONS |= {F.sigmoid: "sigmoid", F.hardsigmoid: "hardsigmoid", F.hardswish: "hardswish"}
 _METHODS = {"tanh": "tanh", "sigmoid": "sigmoid"}
-_MODULES = {nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_MODULES = {nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+_MODULES |= {nn.Hardswish: "hardswish"}
 
 
 def activation_of(gm: GraphModule, node: Node) -> str | None:

@@ -3,7 +3,7 @@
     op(dequantize(q, s, z)) = dequantize(op(q), s, z)      reshape, transpose, slice, cat, max-pool, ...
 
 All inputs and the output share one scale and zero point. Max-pooling is a carry because quantization is monotone; its
-padding is -inf in float and 0, the smallest uint8, in integers.
+padding is -inf in float and 0, the smallest uint8, in integers. What `pad` adds is 0.0: the zero point stands for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, is_size
-from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS
+from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS, is_move
 
 
 def _holds_slices(index: object) -> bool:
@@ -36,7 +36,7 @@ class Carry:
         """A move, split, slice, max-pool or cat of float32 tensors."""
         if node.op != "call_function" or node.kwargs or not node.args:
             return None
-        if node.target in MOVES | MAX_POOLS | SPLITS:
+        if node.target in MOVES | MAX_POOLS | SPLITS and is_move(node):
             return Claim("carry", (node.args[0],)) if is_float_tensor(node.args[0]) else None  # type: ignore[arg-type]
         if node.target in CAT and isinstance(node.args[0], list | tuple):
             pieces = tuple(piece for piece in node.args[0] if isinstance(piece, Node))

@@ -15,16 +15,24 @@ is best so too (`fxq.layout`). NumPy truth: the functions of the same names in `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from fxq import kernels, numerics
+from fxq import kernels, numerics, product
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import constant, replace
 from fxq.layout import channels_last, empty
-from fxq.qdq import expect_dtype, round_clamp, steps_from
+from fxq.pattern import Any as Operand
+from fxq.pattern import Const, Match, Op
+from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
+from fxq.spelling import CLAMP, CONVS, PAD, RELU, float_bounds
 
 Ints = Sequence[int]
 
@@ -124,3 +132,118 @@ qconv_act_quantize = _define(
 qconv_add = _define(
     "qconv_add", _qconv_add, "Tensor addend, float m_b, int z_b, int zero_point, int low, int high", torch.uint8
 )
+
+
+def conv_clamp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """clamp(conv(...), low, high) in float: a convolution that has swallowed the clamp behind it."""
+    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
+    y = convolve(x, weight, bias, stride, padding, dilation, groups)
+    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+
+
+_SETTINGS = tuple(map(Operand, ("stride", "padding", "dilation", "groups")))
+_OPERANDS = (
+    Op({dequantize}, Operand("x"), Operand("s_x"), Operand("z_x"), shared=True),
+    Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True),
+    Operand("bias"),
+    *_SETTINGS,
+)
+_BOUNDS = (Operand("low"), Operand("high"))
+_QPARAMS = (Operand("s_y"), Operand("z_y"))
+_LOWERED = (
+    Op({quantize}, Op(CONVS, *_OPERANDS, name="conv"), *_QPARAMS),
+    Op({quantize}, Op({conv_clamp}, *_OPERANDS, *_BOUNDS, name="conv"), *_QPARAMS),
+    Op(CONVS, *_OPERANDS, name="conv"),
+)
+_CONV = Op(CONVS, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS, name="conv")
+_CLAMPS = (Op({RELU}, _CONV), Op({CLAMP}, _CONV, *_BOUNDS))
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution with a constant float32 weight."""
+
+    name: str = "conv"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """Raises `CalibrationError` for a weight that is not finite."""
+        if node.op != "call_function" or node.target not in CONVS:
+            return None
+        settings = [value for setting in node.args[3:6] for value in setting]  # type: ignore[union-attr]
+        if not all(isinstance(value, int) for value in settings):
+            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding or dilation is computed at run time")
+        return product.claim(gm, node)
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """relu(conv(...)) -> conv_clamp(..., 0, None), and clamp likewise, where nobody else reads."""
+        for pattern in _CLAMPS:
+            match = pattern.match(clamp)
+            bounds = float_bounds(clamp)
+            if isinstance(match, Match) and bounds is not None:
+                conv = match.node("conv")
+                replace(gm, clamp, conv_clamp, (*conv.args, *bounds), like=conv)
+                return True
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize(conv[_clamp](dequantize, dequantize_weight, b, ...)) -> qconv; without quantize -> qconv_float."""
+        for pattern in _LOWERED:
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                _lower(gm, match, notes)
+                return True
+        return False
+
+
+def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
+    root, conv = match.root, match.node("conv")
+    kernel, dilation, groups = tuple(constant(gm, match.node("w")).shape[2:]), match["dilation"], match["groups"]
+
+    def fold(bias: numerics.F32 | None, w: numerics.I8, s_x: float, z_x: int, s_w: numerics.F32) -> Any:
+        return numerics.fold_bias(bias, w.reshape(len(w), -1), s_x, z_x, s_w)
+
+    def pack(w: numerics.I8) -> numerics.I8:
+        return numerics.pack_conv(w, dilation, groups)
+
+    constants = product.derive(gm, match, conv, root, fold, pack, notes)
+    x, padding = _padded(match)
+    operands = (x, *constants.operands, kernel, match["stride"], padding, dilation, groups, match["z_x"])
+    bounds = (match["low"], match["high"]) if conv.target is conv_clamp else (None, None)
+    if constants.to_uint8:
+        qparams = match["s_y"], match["z_y"]
+        replace(gm, root, qconv, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
+        return
+    y = replace(gm, conv, qconv_float, (*operands, constants.addend))
+    product.clamp_behind(gm, y, bounds)
+
+
+def _padded(match: Match) -> tuple[Node, tuple[int, ...]]:
+    """The input and the padding of each side; a `pad` with the zero point before the convolution is a part of it."""
+    x, both = match.node("x"), match["padding"]
+    padding = [edge for size in both for edge in (size, size)]
+    if x.target is PAD and x.args[2:] == ("constant", match["z_x"]):
+        pads = x.args[1]
+        assert isinstance(pads, tuple)
+        widths = [pads[2 * i : 2 * i + 2] for i in reversed(range(len(pads) // 2))]  # first dimension first
+        edges = [edge for pair in widths for edge in pair]
+        if len(edges) <= len(padding) and all(isinstance(edge, int) and edge >= 0 for edge in edges):
+            source = x.args[0]
+            assert isinstance(source, Node)
+            padding[len(padding) - len(edges) :] = [
+                a + b for a, b in zip(padding[len(padding) - len(edges) :], edges, strict=True)
+            ]
+            return source, tuple(padding)
+    return x, tuple(padding)
+
+
+FAMILY = Conv()

@@ -14,15 +14,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from fxq import kernels, numerics
+from fxq import kernels, numerics, product
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import constant, replace
 from fxq.layout import channels_last, empty
-from fxq.qdq import expect_dtype, round_clamp
+from fxq.pattern import Any as Operand
+from fxq.pattern import Const, Match, Op
+from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
+from fxq.spelling import CLAMP, CONV_TRANSPOSE, RELU, float_bounds
 
 Ints = Sequence[int]
 
@@ -106,3 +114,108 @@ def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype) -> torc
 
 qconv_transpose = _define("qconv_transpose", _qconv_transpose, "int zero_point, int low, int high", torch.uint8)
 qconv_transpose_float = _define("qconv_transpose_float", _qconv_transpose_float, "Tensor? addend=None", torch.float32)
+
+
+def conv_transpose_clamp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """clamp(conv_transpose(...), low, high) in float: one that has swallowed the clamp behind it."""
+    y = CONV_TRANSPOSE(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+
+
+_SETTINGS = tuple(map(Operand, ("stride", "padding", "output_padding", "groups", "dilation")))
+_OPERANDS = (
+    Op({dequantize}, Operand("x"), Operand("s_x"), Operand("z_x"), shared=True),
+    Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True),
+    Operand("bias"),
+    *_SETTINGS,
+)
+_BOUNDS = (Operand("low"), Operand("high"))
+_QPARAMS = (Operand("s_y"), Operand("z_y"))
+_LOWERED = (
+    Op({quantize}, Op({CONV_TRANSPOSE}, *_OPERANDS, name="conv"), *_QPARAMS),
+    Op({quantize}, Op({conv_transpose_clamp}, *_OPERANDS, *_BOUNDS, name="conv"), *_QPARAMS),
+    Op({CONV_TRANSPOSE}, *_OPERANDS, name="conv"),
+)
+_CONV = Op({CONV_TRANSPOSE}, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS, name="conv")
+_CLAMPS = (Op({RELU}, _CONV), Op({CLAMP}, _CONV, *_BOUNDS))
+_OF_TORCH = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
+
+
+@dataclass(frozen=True)
+class ConvTranspose:
+    """A transposed convolution with a constant float32 weight."""
+
+    name: str = "conv_transpose"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """Raises `CalibrationError` for a weight that is not finite."""
+        if node.op != "call_function" or node.target not in _OF_TORCH | {CONV_TRANSPOSE}:
+            return None
+        if node.target in _OF_TORCH:
+            return Refusal(Reason.DYNAMIC_WEIGHT, "weight is computed")
+        settings = [value for i in (3, 4, 5, 7) for value in node.args[i]]  # type: ignore[union-attr]
+        if not all(isinstance(value, int) for value in settings):
+            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding or dilation is computed at run time")
+        return product.claim(gm, node)
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """relu(conv_transpose(...)) -> conv_transpose_clamp(..., 0, None), where nobody else reads."""
+        for pattern in _CLAMPS:
+            match = pattern.match(clamp)
+            bounds = float_bounds(clamp)
+            if isinstance(match, Match) and bounds is not None:
+                conv = match.node("conv")
+                replace(gm, clamp, conv_transpose_clamp, (*conv.args, *bounds), like=conv)
+                return True
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize(conv_transpose[_clamp](...)) -> qconv_transpose; without quantize -> qconv_transpose_float."""
+        for pattern in _LOWERED:
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                _lower(gm, match, notes)
+                return True
+        return False
+
+
+def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
+    root, conv = match.root, match.node("conv")
+    kernel, stride, dilation, groups = (
+        tuple(constant(gm, match.node("w")).shape[2:]),
+        match["stride"],
+        match["dilation"],
+        match["groups"],
+    )
+    padding = tuple(edge for size in match["padding"] for edge in (size, size))
+
+    def fold(bias: numerics.F32 | None, w: numerics.I8, s_x: float, z_x: int, s_w: numerics.F32) -> Any:
+        return numerics.fold_transposed_bias(bias, w, s_x, z_x, s_w, stride, padding, dilation)
+
+    def pack(w: numerics.I8) -> numerics.I8:
+        return numerics.pack_transposed(w, stride, padding, dilation, groups)
+
+    constants = product.derive(gm, match, conv, root, fold, pack, notes)
+    geometry = kernel, stride, padding, match["output_padding"], dilation, groups, match["z_x"]
+    operands = (match.node("x"), *constants.operands, *geometry)
+    bounds = (match["low"], match["high"]) if conv.target is conv_transpose_clamp else (None, None)
+    if constants.to_uint8:
+        qparams = match["s_y"], match["z_y"]
+        replace(gm, root, qconv_transpose, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
+        return
+    y = replace(gm, conv, qconv_transpose_float, (*operands, constants.addend))
+    product.clamp_behind(gm, y, bounds)
+
+
+FAMILY = ConvTranspose()

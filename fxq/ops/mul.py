@@ -8,11 +8,20 @@ truth: `fxq.numerics.qmul`. A relu behind it is low = z_y.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from fxq import kernels
-from fxq.qdq import expect_dtype, round_clamp
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import is_float_tensor, is_tensor, replace
+from fxq.numerics import f32
+from fxq.pattern import Any, Match, Op
+from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp
+from fxq.spelling import CLAMP, MUL, RELU, float_bounds
 
 
 def _qmul(a: Tensor, b: Tensor, m: float, z_a: int, z_b: int, zero_point: int, low: int, high: int) -> Tensor:
@@ -33,3 +42,57 @@ qmul = kernels.define(
     _qmul,
     lambda a, b, m, z_a, z_b, zero_point, low, high: a.new_empty(_broadcast(a.shape, b.shape)),
 )
+
+_MUL = Op(
+    {MUL},
+    Op({dequantize}, Any("a"), Any("s_a"), Any("z_a"), shared=True),
+    Op({dequantize}, Any("b"), Any("s_b"), Any("z_b"), shared=True),
+)
+_LOWERED = tuple(
+    Op({quantize}, source, Any("s_y"), Any("z_y"))
+    for source in (_MUL, Op({RELU}, _MUL, name="clamp"), Op({CLAMP}, _MUL, Any("low"), Any("high"), name="clamp"))
+)
+
+
+@dataclass(frozen=True)
+class Mul:
+    """The product of two float32 tensors, number by number."""
+
+    name: str = "mul"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """A product of two images, or of a tensor and a gate that broadcasts, both of which the network computes.
+
+        Gated linear units of transformers stay float: their products have outliers. So do scalar and constant factors.
+        """
+        if node.op != "call_function" or node.target is not MUL or not is_float_tensor(node):
+            return None
+        operands = [operand for operand in node.args if isinstance(operand, Node) and operand.op != "get_attr"]
+        if len(operands) != 2 or not all(is_tensor(operand) for operand in operands):
+            return Refusal(Reason.NO_INTEGER_OP, "mul by a scalar or constant")
+        if not all(is_float_tensor(operand) for operand in operands):
+            return Refusal(Reason.NOT_FLOAT32, "an operand is not float32")
+        shapes = [operand.meta["value"].shape for operand in operands]
+        if shapes[0] == shapes[1] and len(shapes[0]) < 4:
+            return Refusal(Reason.UNPROFITABLE, "a gate as large as its sequence has outliers")
+        return Claim("pointwise", tuple(operands))
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """Nothing to fuse: `lower` reads through a clamp."""
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize([clamp](mul(dequantize(a), dequantize(b)))) -> qmul."""
+        for pattern in _LOWERED:
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                s_y, z_y = match["s_y"], match["z_y"]
+                bounds = float_bounds(match.bound.get("clamp")) or (None, None)
+                m = f32(match["s_a"] * match["s_b"] / s_y)
+                args = (match["a"], match["b"], m, match["z_a"], match["z_b"], z_y)
+                replace(gm, node, qmul, (*args, *integer_bounds(bounds, s_y, z_y)), (s_y, z_y))
+                return True
+        return False
+
+
+FAMILY = Mul()

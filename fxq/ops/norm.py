@@ -27,7 +27,7 @@ from fxq.decisions import Reason
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, submodule
 from fxq.qdq import expect_dtype
-from fxq.spelling import ADD
+from fxq.spelling import ADD, MEAN
 
 
 def _norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -197,7 +197,7 @@ def _unscaled(node: Node) -> Call | None:
 
 
 def _inverse_root(x: Node, node: Node) -> float | None:
-    """eps, where `node` is rsqrt(mean(x**2, -1, keepdim=True) + eps) and no one else reads what is inside."""
+    """eps, where `node` is rsqrt(mean(x**2, (last,), True) + eps) and no one else reads what is inside."""
     chain = [node]
     for _ in range(3):
         source = chain[-1].args[0] if chain[-1].args else None
@@ -207,8 +207,7 @@ def _inverse_root(x: Node, node: Node) -> float | None:
     root, shifted, mean, square = chain
     if not _calls(root, "rsqrt") or shifted.target is not ADD or not isinstance(shifted.args[1], float):
         return None
-    dims = (*mean.args[1:], *mean.kwargs.values())
-    if not _calls(mean, "mean") or dims not in ((-1, True), ([-1], True), ((-1,), True)):
+    if mean.target is not MEAN or mean.args[1:] != ((len(x.meta["value"].shape) - 1,), True):
         return None
     if len(square.users) != 1 or square.args[0] is not x:
         return None

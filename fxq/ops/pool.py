@@ -13,14 +13,22 @@ memory. NumPy truth: the functions of the same names in `fxq.numerics`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
+from fxq.decisions import Reason
+from fxq.family import Claim, Refusal
+from fxq.graph import call, is_float_tensor, replace
 from fxq.layout import empty, from_numpy
-from fxq.qdq import expect_dtype
+from fxq.pattern import Any as Operand
+from fxq.pattern import Match, Op
+from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize
+from fxq.spelling import ADAPTIVE_AVG_POOLS, AVG_POOLS, CLAMP, MAX_POOLS, MEAN, RELU, float_bounds
 
 Ints = Sequence[int]
 
@@ -62,3 +70,98 @@ qmax_pool = kernels.define(
         x, x.shape[1], numerics.pool_sizes(x.shape[2:], kernel, stride, padding, dilation, ceil_mode), x.dtype
     ),
 )
+
+_SOURCE = Op({dequantize}, Operand("x"), Operand("s_x"), Operand("z_x"), shared=True)
+_WINDOWS = tuple(map(Operand, ("kernel", "stride", "padding", "ceil_mode", "count_include_pad")))
+_POOLS = (
+    Op(AVG_POOLS, _SOURCE, *_WINDOWS, name="pool"),
+    Op(AVG_POOLS, _SOURCE, *_WINDOWS, Operand("divisor"), name="pool"),
+    Op(ADAPTIVE_AVG_POOLS, _SOURCE, Operand("sizes"), name="pool"),
+    Op({MEAN}, _SOURCE, Operand("dims"), Operand("keepdim"), name="pool"),
+)
+_LOWERED = tuple(
+    Op({quantize}, source, Operand("s_y"), Operand("z_y"))
+    for pool in _POOLS
+    for source in (
+        pool,
+        Op({RELU}, pool, name="clamp"),
+        Op({CLAMP}, pool, Operand("low"), Operand("high"), name="clamp"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Averages over windows, and the mean over all spatial dimensions, of a float32 [B, C, *spatial].
+
+    Maxima are carried by `fxq.ops.carry`, and lowered here.
+    """
+
+    name: str = "pool"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """An average with a scale of its own: averages are smaller than what they are of."""
+        if node.op != "call_function" or node.target not in AVG_POOLS | ADAPTIVE_AVG_POOLS | {MEAN}:
+            return None
+        x = node.args[0]
+        if not isinstance(x, Node) or not is_float_tensor(x) or node.kwargs:
+            return None
+        rank = len(x.meta["value"].shape)
+        if node.target is MEAN:
+            if rank not in (3, 4, 5) or node.args[1] != tuple(range(2, rank)):
+                return Refusal(Reason.NO_INTEGER_OP, "a mean over other than all spatial dimensions")
+            return Claim("pointwise", (x,))
+        if rank != len(node.args[1]) + 2:  # type: ignore[arg-type]
+            return Refusal(Reason.NO_INTEGER_OP, "its input has no batch dimension")
+        if not all(isinstance(size, int) for sizes in node.args[1:4] if isinstance(sizes, tuple) for size in sizes):
+            return Refusal(Reason.NO_INTEGER_OP, "its window is computed at run time")
+        return Claim("pointwise", (x,))
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """Nothing to fuse: `lower` reads through a clamp."""
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize([clamp](pool(dequantize(x)))) -> qavg_pool, qadaptive_avg_pool; max_pool of uint8 -> qmax_pool."""
+        if node.target in MAX_POOLS and "qparams" in node.meta:
+            return _lower_max_pool(gm, node)
+        for pattern in _LOWERED:
+            match = pattern.match(node)
+            if isinstance(match, Match):
+                _lower(gm, match)
+                return True
+        return False
+
+
+def _lower(gm: GraphModule, match: Match) -> None:
+    root, pool, qparams = match.root, match.node("pool"), (match["s_y"], match["z_y"])
+    bounds = float_bounds(match.bound.get("clamp")) or (None, None)
+    rest = (match["z_x"], match["s_x"] / qparams[0], qparams[1], *integer_bounds(bounds, *qparams))
+    x = match["x"]
+    if pool.target in AVG_POOLS:
+        windows = (*pool.args[1:6], match.bound.get("divisor"))
+        replace(gm, root, qavg_pool, (x, *windows, *rest), qparams)
+    elif pool.target in ADAPTIVE_AVG_POOLS:
+        replace(gm, root, qadaptive_avg_pool, (x, match["sizes"], *rest), qparams)
+    else:
+        ones = (1,) * len(match["dims"])
+        if match["keepdim"]:
+            replace(gm, root, qadaptive_avg_pool, (x, ones, *rest), qparams)
+            return
+        with gm.graph.inserting_before(root):
+            pooled = call(gm, qadaptive_avg_pool, (x, ones, *rest), root, qparams)
+        replace(gm, root, torch.flatten, (pooled, 1, -1), qparams)
+
+
+def _lower_max_pool(gm: GraphModule, node: Node) -> bool:
+    """`fold_qdq` has carried the integers here; without a batch dimension torch's op stays, which takes it or not."""
+    x, *windows, ceil_mode = node.args
+    assert isinstance(x, Node)
+    sizes = tuple(size if isinstance(size, tuple) else (size,) for size in windows)
+    if len(x.meta["value"].shape) != len(sizes[0]) + 2:
+        return False
+    replace(gm, node, qmax_pool, (x, *sizes, ceil_mode), node.meta["qparams"])
+    return True
+
+
+FAMILY = Pool()

@@ -10,14 +10,23 @@ Results are channels-last in memory. NumPy truth: the functions of the same name
 
 from __future__ import annotations
 
+import math
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
+from fxq.family import Claim, Refusal
+from fxq.graph import is_float_tensor, replace
 from fxq.layout import empty, from_numpy
-from fxq.qdq import expect_dtype
+from fxq.pattern import Any as Operand
+from fxq.pattern import Match, Op
+from fxq.qdq import dequantize, expect_dtype, quantize
+from fxq.spelling import INTERPOLATE
 
 
 def _portable(name: str) -> Any:
@@ -43,3 +52,72 @@ qupsample_bilinear = kernels.define(
     _portable("qupsample_bilinear"),
     lambda x, size, scales, align_corners: empty(x, x.shape[1], size, x.dtype),
 )
+
+_OPTIONS = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+_PATTERN = Op(
+    {quantize},
+    Op(
+        {INTERPOLATE},
+        Op({dequantize}, Operand("x"), Operand("scale"), Operand("zero_point"), shared=True),
+        *map(Operand, _OPTIONS),
+    ),
+    Operand("scale"),
+    Operand("zero_point"),
+)
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """Bilinear interpolation of images; the nearest neighbour is a move."""
+
+    name: str = "upsample"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """A carry: means of values of one range stay in that range."""
+        if node.op != "call_function" or node.target is not INTERPOLATE or node.args[3] != "bilinear":
+            return None
+        x, antialias = node.args[0], node.args[6]
+        if not isinstance(x, Node) or not is_float_tensor(x) or antialias or node.args[5]:
+            return None
+        return Claim("carry", (x,))
+
+    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
+        """Nothing to fuse."""
+        return False
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """quantize(interpolate(dequantize)) -> qupsample_bilinear; the nearest of uint8 -> qupsample_nearest."""
+        if node.target is INTERPOLATE and node.args[3] == "nearest" and "qparams" in node.meta:
+            x, size, factor, *_, recompute, _ = node.args
+            rank = len(node.meta["value"].shape) - 2
+            operands = _geometry(gm, node, x, size, factor, rank, recompute)
+            replace(gm, node, qupsample_nearest, operands, node.meta["qparams"])
+            return True
+        match = _PATTERN.match(node)
+        if not isinstance(match, Match):
+            return False
+        operands = _geometry(gm, node, match["x"], match["size"], match["scale_factor"], 2, False)
+        align_corners, qparams = bool(match["align_corners"]), (match["scale"], match["zero_point"])
+        replace(gm, node, qupsample_bilinear, (*operands, align_corners), qparams)
+        return True
+
+
+def _geometry(
+    gm: GraphModule, node: Node, x: Any, size: Any, factor: Any, rank: int, recompute: Any
+) -> tuple[Any, ...]:
+    """x, the size of the result, and the factors that torch computes with: 0 where it takes the sizes' quotient."""
+    if size is not None:
+        return x, (tuple(size) if isinstance(size, tuple | list) else (size,) * rank), (0.0,) * rank
+    factors = tuple(factor) if isinstance(factor, tuple | list) else (factor,) * rank
+    with gm.graph.inserting_before(node):
+        sizes = tuple(_scaled(gm, x, dim, f) for dim, f in enumerate(factors, 2))
+    return x, sizes, ((0.0,) * rank if recompute else tuple(map(float, factors)))
+
+
+def _scaled(gm: GraphModule, x: Node, dim: int, factor: float) -> Node:
+    """floor(x.size(dim) * factor), as torch computes the size of the result."""
+    size = gm.graph.call_method("size", (x, dim))
+    return gm.graph.call_function(math.floor, (gm.graph.call_function(operator.mul, (size, float(factor))),))
+
+
+FAMILY = Upsample()

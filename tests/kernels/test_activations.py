@@ -32,6 +32,8 @@ TRUTH = {
     "gelu_tanh": D * _sigmoid(2 * math.sqrt(2 / math.pi) * (D + 0.044715 * D**3)),
     "tanh": np.tanh(D),
     "relu": np.maximum(D, 0),
+    "hardsigmoid": np.clip(D + 3, 0, 6) / 6,
+    "hardswish": D * np.clip(D + 3, 0, 6) / 6,
 }
 
 
@@ -44,6 +46,8 @@ TRUTH = {
         ("gelu_tanh", 2e-7, 4e-7),
         ("tanh", 5e-7, 5e-7),
         ("relu", 0, 0),
+        ("hardsigmoid", 1e-7, 1.2e-7),
+        ("hardswish", 2e-7, 2.4e-7),
     ],
 )
 def test_errors_are_as_stated(name, absolute_below_0, relative_above_0):

@@ -75,7 +75,8 @@ def test_between_an_island_and_a_linear(staged, model, name):
     (node,) = norms(gm)
     assert node.target is norm_quantize
     assert node.args[1] == ("layer_norm" if "ayer" in name else "rms_norm")
-    assert (node.args[2] is None) == ("no" in name.split(", ")[-1].split()) or name == "F.layer_norm, nothing"
+    if name not in ("F.layer_norm, nothing", "by hand"):  # by hand, the weight is a factor of the quantize behind
+        assert (node.args[2] is None) == ("no" in name.split(", ")[-1].split())
     assert not [n for n in gm.graph.nodes if n.target is quantize]
     own = [d for d in ctx.report.decisions if d.reason is Reason.OWN_FLOAT]
     assert own

@@ -31,14 +31,14 @@ def test_a_called_module_keeps_what_it_holds(model_of, staged):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv1d(3, 3, 1)
+            self.rnn = nn.LSTM(8, 8)
 
         def forward(self, x):
-            return self.conv(x)
+            return self.rnn(x)[0]
 
     gm, _ = pruned(staged, model_of(lambda s, x: s.l(s.c(x)), c=Scaled(), l=nn.Linear(8, 8)), torch.randn(2, 3, 8))
     names = {name for name, _ in gm.named_parameters()}
-    assert names == {"c.conv.weight", "c.conv.bias"}
+    assert names == {f"c.rnn.{name}" for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")}
 
 
 def test_effects_stay(model_of, staged):
