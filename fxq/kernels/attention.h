@@ -99,17 +99,50 @@ static void product_of(int64_t rows, int64_t columns, const uint8_t* x, int64_t 
     product_of<kRows, kColumns>(columns, x, x_stride, w, w_stride, groups, done);
 }
 
-// p = rne(255 * exp(x - max x)) of one row of `count` scores, a multiple of W; returns the sum of p.
-static int32_t softmax_weights(const float* x, uint8_t* p, int64_t count) {
+struct Larger {
+  template <class V>
+  static V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+struct Sum {
+  template <class V>
+  static V of(V a, V b) {
+    return a + b;
+  }
+};
+
+template <class Step, int N, class T, class V>
+static inline T halves(V v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(T) * N / 2)));
+    T lanes[N];
+    store(lanes, v);
+    return halves<Step, N / 2, T>(Step::of(load<Half>(lanes), load<Half>(lanes + N / 2)));
+  }
+}
+
+// All lanes of a vector as one, each half of them taken together with the other. Not inlined: g++ 12 would then keep
+// the vector, whose address is taken, on the stack in the loop before as well.
+template <class Step, class T, class V>
+__attribute__((noinline)) static T fold(V v) {
+  return halves<Step, W, T>(v);
+}
+
+// The largest of a row of scores, a multiple of W; NaN compares false.
+static inline float largest(const float* x, int64_t count) {
   F tops = splat(kMinusInfinity);
   for (int64_t i = 0; i < count; i += W) {
     const F v = load<F>(x + i);
-    tops = v > tops ? v : tops;  // NaN compares false
+    tops = v > tops ? v : tops;
   }
-  float top = kMinusInfinity, lanes[W];
-  store(lanes, tops);
-  for (int i = 0; i < W; ++i) top = lanes[i] > top ? lanes[i] : top;
+  return fold<Larger, float>(tops);
+}
 
+// p = rne(255 * exp(x - top)) of a row of scores; returns the sum of p.
+static inline int32_t softmax_weights(const float* x, float top, uint8_t* p, int64_t count) {
   const F lowest = splat(-64.0f);
   I totals = I{};
   for (int64_t i = 0; i < count; i += W) {
@@ -122,10 +155,7 @@ static int32_t softmax_weights(const float* x, uint8_t* p, int64_t count) {
     totals += rounded;
     store(p + i, narrow(rounded));
   }
-  int32_t total = 0, sums[W];
-  store(sums, totals);
-  for (int i = 0; i < W; ++i) total += sums[i];
-  return total;
+  return fold<Sum, int32_t>(totals);
 }
 
 struct FillMasked {
@@ -193,11 +223,15 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
     }
     int32_t offset[kRows] = {};
     float multiplier[kRows] = {};
+    float tops[kRows];  // all before the first exp, so that no row waits for its own
     bool empty[kRows];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t last = a.is_causal && row + r + 1 < seen ? row + r + 1 : seen;
       for (int64_t s = last; s < vectors * W; ++s) at.scores[r * span + s] = kMinusInfinity;
-      const int32_t total = softmax_weights(at.scores + r * span, at.weights + r * span, vectors * W);
+      tops[r] = largest(at.scores + r * span, vectors * W);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t total = softmax_weights(at.scores + r * span, tops[r], at.weights + r * span, vectors * W);
       empty[r] = total == 0;
       offset[r] = (128 - a.v_zero_point) * total;
       multiplier[r] = a.v_multiplier / float(total);
