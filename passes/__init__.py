@@ -5,7 +5,7 @@
   fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
-- end_training, balance: OBSERVED
+- end_training, balance, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
 """
@@ -26,6 +26,7 @@ from passes import (
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
+    judge_attention,
     keep_dropout,
     lower,
     make_trainable,
@@ -84,6 +85,7 @@ PREPARE_QAT: tuple[Pass, ...] = (
 CONVERT: tuple[Pass, ...] = (
     end_training.PASS,
     balance.PASS,
+    judge_attention.PASS,
     calibrate.PASS,
     fuse_linear_relu.PASS,
     fold_qdq.PASS,
