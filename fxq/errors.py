@@ -20,7 +20,8 @@ class RecipeError(FxqError):
 class TraceError(FxqError):
     """The model could not be captured as a graph, or the captured graph does not compute what the model computes.
 
-    what: the message without the remedy. module: the path of the module to blame, "" for the root. caught: whether the
+    what: the message without the remedy. remedy: what the user can do. module: the path of the module to blame, "" for
+    the root. caught: whether the
     model's own code caught it and went on, as it might with any other tracer's.
     """
 
@@ -28,7 +29,7 @@ class TraceError(FxqError):
 
     def __init__(self, what: str, remedy: str = "", module: str = "") -> None:
         super().__init__(f"{what}; {remedy}" if remedy else what)
-        self.what, self.module = what, module
+        self.what, self.remedy, self.module = what, remedy, module
 
 
 class GuardError(FxqError):

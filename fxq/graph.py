@@ -209,21 +209,36 @@ STATE = "state"
 
 
 def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run a copy of `gm` and note in `meta[STATE]` which of its constants that modifies."""
+    """Run a copy of `gm` and note in `meta[STATE]` which of its constants that modifies.
+
+    Raises `NodeError` from what a node raised.
+    """
     probe = copy.deepcopy(gm)
     versions = {path: tensor._version for path, tensor in _constants(probe)}
-    propagate(probe, args, kwargs)
-    gm.meta[STATE] = tuple(path for path, tensor in _constants(probe) if tensor._version != versions[path])
+    finder = _Mutations(probe)
+    try:
+        with torch.no_grad():
+            finder.run(*bind(probe, args, kwargs))
+    except Exception as error:
+        if finder.failed is None:
+            raise
+        raise NodeError(finder.failed) from error
+    gm.meta[STATE] = tuple(
+        path
+        for path, tensor in _constants(probe)
+        if tensor._version != versions[path] or memory_of(tensor) in finder.modified  # `.data` has its own version
+    )
 
 
 def is_state(gm: GraphModule, tensor: Tensor) -> bool:
     """Whether `gm` modifies the memory of `tensor` (`find_state`)."""
     state = gm.meta.get(STATE, ())
-    return any(path in state and _storage(other) == _storage(tensor) for path, other in _constants(gm) if state)
+    return any(path in state and memory_of(other) == memory_of(tensor) for path, other in _constants(gm) if state)
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def memory_of(tensor: Tensor) -> int:
+    """What tensors have in common that share memory; a sparse one has none, and is taken for memory of its own."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 @contextlib.contextmanager
@@ -251,19 +266,22 @@ class _Mutations(Interpreter):
         self.holders: dict[int, list[Node]] = {}
         self.alive: list[Tensor] = []
         self.found: dict[Node, tuple[Node, ...]] = {}
+        self.modified: set[int] = set()
+        self.failed: Node | None = None
 
     def run_node(self, n: Node) -> Any:
+        self.failed = n
         operands = [tensor for node in n.all_input_nodes for tensor in tensors(self.env[node])]
         versions = [tensor._version for tensor in operands]
         result = super().run_node(n)
-        changed = {
-            t.untyped_storage()._cdata for t, version in zip(operands, versions, strict=True) if t._version != version
-        }
+        changed = {memory_of(t) for t, version in zip(operands, versions, strict=True) if t._version != version}
         if changed:
             self.found[n] = tuple(node for storage in changed for node in self.holders[storage])
+            self.modified |= changed
         for tensor in tensors(result):
             self.alive.append(tensor)  # so that no later tensor gets the same storage address
-            self.holders.setdefault(tensor.untyped_storage()._cdata, []).append(n)
+            self.holders.setdefault(memory_of(tensor), []).append(n)
+        self.failed = None
         return result
 
 

@@ -1,12 +1,14 @@
 """Rules: how a pass that gives operations one spelling reads the others.
 
 A rule is a function with the signature of the spelling that it reads; it returns the target and operands to write, or
-None where that spelling stays. A rule for a module gets the module, its input, and a function that makes a get_attr
-node of a parameter or buffer of it (None where the module has none of that name).
+None where that spelling stays. A call with other arguments stays as well. A rule for a module gets the module, its
+input, and a function that makes a get_attr node of a parameter or buffer of it (None where the module has none of that
+name).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,7 @@ class Rules:
             return None
         rules: Mapping[Any, Rule] = {"call_function": self.functions, "call_method": self.methods}.get(node.op, {})
         rule = rules.get(node.target)
-        return None if rule is None else rule(*node.args, **node.kwargs)
+        return None if rule is None or not fits(rule, node) else rule(*node.args, **node.kwargs)
 
     def _read_module(self, gm: GraphModule, node: Node) -> Rewrite | None:
         module = submodule(gm, node)
@@ -68,6 +70,15 @@ class Rules:
 
         x = node.args[0] if node.args else node.kwargs.get("input")
         return None if rule is None else rule(module, x, parameter)
+
+
+def fits(rule: Callable[..., Any], node: Node) -> bool:
+    """Whether a call has only arguments that `rule` knows (not `out=`, say)."""
+    try:
+        inspect.signature(rule).bind(*node.args, **node.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def rank(node: Node) -> int:

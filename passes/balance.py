@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
-from fxq.graph import call, constant, get_attr, set_constant, submodule
+from fxq.graph import call, constant, get_attr, memory_of, set_constant, submodule
 from fxq.numerics import activation_qparams
 from fxq.observers import Edge, Fixed, WeightObserver
 from fxq.pipeline import Context, Numbers
@@ -164,7 +164,7 @@ def _exclusive(gm: GraphModule, reader: Node, holders: dict[int, list[Node]]) ->
 
 
 def _memory(gm: GraphModule, node: Node) -> int:
-    return constant(gm, node).untyped_storage().data_ptr()
+    return memory_of(constant(gm, node))
 
 
 def _apply(gm: GraphModule, node: Node, observer: Edge, readers: list[Node], choice: Choice) -> None:

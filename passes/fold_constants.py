@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxq.graph import bypass, constant, get_attr, set_constant
+from fxq.graph import bypass, constant, get_attr, memory_of, set_constant
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -73,14 +73,15 @@ def _is_transposition(node: Node) -> bool:
 def _is_wanted(node: Node, known: dict[Node, Any]) -> bool:
     """Whether the value is a tensor, of no more numbers than it is made of, that something unknown reads."""
     value = known[node]
-    if node.op == "get_attr" or not isinstance(value, Tensor) or _is_transposition(node):
+    if node.op == "get_attr" or not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    if _is_transposition(node):
         return False
     return _is_read(node, known) and value.numel() <= sum(known[source].numel() for source in _sources(node))
 
 
 def _is_view(node: Node, known: dict[Node, Any]) -> bool:
-    storage = known[node].untyped_storage()
-    return any(known[source].untyped_storage()._cdata == storage._cdata for source in _sources(node))
+    return any(memory_of(known[source]) == memory_of(known[node]) for source in _sources(node))
 
 
 def _is_read(node: Node, known: dict[Node, Any]) -> bool:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.graph import constant, get_attr, replace, set_constant
 from fxq.pipeline import Context, Numbers
-from fxq.rewriting import Parameter, Rewrite, Rules, rank, swaps_matrix
+from fxq.rewriting import Parameter, Rewrite, Rules, fits, rank, swaps_matrix
 from fxq.spelling import LINEAR
 from fxq.stages import Stage
 
@@ -68,7 +68,8 @@ def _linear_from_product(gm: GraphModule, node: Node) -> int:
 
     The transposed weight is a view, so the same BLAS call computes the same bits.
     """
-    operands = PRODUCTS[node.target](*node.args, **node.kwargs)
+    spelling = PRODUCTS[node.target]
+    operands = spelling(*node.args, **node.kwargs) if fits(spelling, node) else None
     if operands is None:
         return 0
     bias, x, w = operands

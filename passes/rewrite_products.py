@@ -1,8 +1,9 @@
 """rewrite_products: products with one constant matrix that are a linear in other words.
 
     w @ x                                    -> (x.transpose(-2, -1) @ w.t()).transpose(-2, -1)      x: [..., K, M]
-    w @ v                                    -> v @ w.t()                                            v: [K]
+    w @ v, mv(w, v)                          -> v @ w.t()                                            v: [K]
     bmm(x, w.expand(b, -1, -1)), x @ w[None] -> x @ w
+    inner(x, w)                              -> x @ w.t()
     baddbmm(c, x, w.expand(b, -1, -1))       -> x @ w + c
 
 w is a constant matrix [N, K], or [K, N] on the right. The product runs over the same numbers in another order, so the
@@ -25,7 +26,10 @@ from fxq.spelling import ADD
 from fxq.stages import Stage
 
 PRODUCTS = frozenset({operator.matmul, *("matmul", "mm", "bmm", "__matmul__"), torch.matmul, torch.mm, torch.bmm})
+VECTORS = frozenset({torch.mv, "mv"})
+INNER = frozenset({torch.inner, "inner"})
 SUMS = frozenset({torch.baddbmm, "baddbmm"})
+SPELLINGS = PRODUCTS | VECTORS | INNER | SUMS
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,17 @@ class RewriteProducts:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of products rewritten."""
-        return sum(_rewrite(gm, node) for node in list(gm.graph.nodes) if node.target in PRODUCTS | SUMS)
+        return sum(
+            _rewrite(gm, node) for node in list(gm.graph.nodes) if node.target in PRODUCTS | VECTORS | INNER | SUMS
+        )
 
 
 def _rewrite(gm: GraphModule, node: Node) -> bool:
     addend, first, second = _operands(node)
     if not is_float_tensor(first) or not is_float_tensor(second) or "aliases" in node.meta:
         return False
+    if node.target in INNER:
+        return _is_matrix(second) and not _is_matrix(first) and _turn_right(gm, node, first, second)
     if addend is None and _is_matrix(first) and not _is_matrix(second):
         return _turn(gm, node, first, second)
     return _unite(gm, node, addend, first, second)
@@ -54,7 +62,9 @@ def _rewrite(gm: GraphModule, node: Node) -> bool:
 def _operands(node: Node) -> tuple[Any, Any, Any]:
     """(c, a, b) of a @ b + c; Nones where the call has another form."""
     named = dict(node.kwargs)
-    names = ("input", "batch1", "batch2") if node.target in SUMS else ("input", "mat2" if "mat2" in named else "other")
+    names = ("input", "batch1", "batch2")
+    if node.target not in SUMS:
+        names = ("input", next((name for name in ("mat2", "vec") if name in named), "other"))
     values = [*node.args, *(named.pop(name) for name in names[len(node.args) :] if name in named)]
     if named or len(values) != len(names):
         return None, None, None
@@ -72,6 +82,14 @@ def _turn(gm: GraphModule, node: Node, w: Node, x: Node) -> bool:
         replace(gm, node, operator.matmul, (x, turned))
     else:
         replace(gm, node, torch.transpose, (product, -2, -1))
+    return True
+
+
+def _turn_right(gm: GraphModule, node: Node, x: Node, w: Node) -> bool:
+    """inner(x, w) as x @ w.t()."""
+    with gm.graph.inserting_before(node):
+        turned = _transpose(gm, w, node)
+    replace(gm, node, operator.matmul, (x, turned))
     return True
 
 

@@ -113,7 +113,8 @@ def trace(
             try:
                 return _export(prepared, call, expected, f"torch.export, since {error.what}")
             except TraceError as second:
-                raise TraceError(f"{error.what} ({second.what})", REMEDY) from error
+                both = error.what if error.what == second.what else f"{error.what} ({second.what})"
+                raise TraceError(both, error.remedy) from error
 
 
 def _export(prepared: nn.Module, call: verify.Call, expected: Any, served: str) -> fx.GraphModule:
@@ -131,6 +132,7 @@ def _verified(task: _Task, expected: Any, served: str) -> fx.GraphModule:
                     node.meta["untraceable"] = task.untraceable[node.target]
             gm.meta["frontend"] = served
             verify.verify(gm, task.prepared, task.call, expected, partial(_watch, task))
+            verify.verify_second_call(gm, task.prepared, task.call)
             return gm
         except TraceError as error:
             if task.program is not None or not error.module or error.module in task.untraceable:

@@ -233,6 +233,13 @@ class Recorder(Questions):
     def know(self, result: Any, node: fx.Node, before: dict[int, int]) -> Any:
         """Remember each tensor of a result by a node."""
         if isinstance(result, torch.Tensor):
+            with self.working():
+                plain = type(result) in (torch.Tensor, nn.Parameter, nn.Buffer) and not result.is_nested
+            if not plain:
+                kind = (
+                    "nested tensor" if type(result) is torch.Tensor else f"tensor of the class {type(result).__name__}"
+                )
+                self.refuse(f"makes a {kind}, which a graph cannot hold")
             if before.get(id(result)) == version(result) and not result.is_inference():
                 # A call that hands back its argument as it was (`.contiguous()`, `.to()`) must not rename it.
                 with self.working():

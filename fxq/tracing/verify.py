@@ -25,12 +25,19 @@ NOISE = 16
 """Allowed between the graph and the model: units in the last place of a tensor's largest element."""
 
 
-def run(model: nn.Module, call: Call) -> Any:
+def run(model: nn.Module, call: Call, times: int = 1) -> Any:
     """Call a copy of a module on copies of the inputs, with the random numbers that every such run has."""
+    model = copy.deepcopy(model)
+    for _ in range(times):
+        result = _run(model, call)
+    return result
+
+
+def _run(model: nn.Module, call: Call) -> Any:
     args, kwargs = _cloned(call)
     torch.manual_seed(0)
     with torch.no_grad():
-        return copy.deepcopy(model)(*args, **kwargs)
+        return model(*args, **kwargs)
 
 
 def verify(gm: fx.GraphModule, model: nn.Module, call: Call, expected: Any, watch: Watch) -> None:
@@ -47,6 +54,34 @@ def verify(gm: fx.GraphModule, model: nn.Module, call: Call, expected: Any, watc
         _compare(gm, other, expected, watch, "another batch size")
     except GuardError:
         return  # The model decides on the batch size, and the graph says so.
+
+
+def verify_second_call(gm: fx.GraphModule, model: nn.Module, call: Call) -> None:
+    """Raise `TraceError` unless the graph gives the model's output when called again.
+
+    Asked only of a model that changes numbers, strings or flags on its modules: nothing else can tell the graph.
+    """
+    called = copy.deepcopy(model)
+    settings = _settings(called)
+    _run(called, call)
+    changed = [name for name, value in _settings(called).items() if settings.get(name, _UNSET) != value]
+    if changed and not _same(_run(called, call), run(gm, call, times=2)):
+        what = f"the model computes something else when it is called again, since it changes `{changed[0]}`"
+        remedy = "keep that in a buffer (register_buffer) and compute with it as with any tensor"
+        raise TraceError(what, remedy)  # Of no module: as a leaf it would have counted the calibration as well.
+
+
+_UNSET = object()
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """The numbers, strings and flags on the modules of a model, by path."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if type(value) in (bool, int, float, str)
+    }
 
 
 def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where: str) -> None:
