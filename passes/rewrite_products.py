@@ -62,7 +62,7 @@ def _rewrite(gm: GraphModule, node: Node) -> bool:
 def _operands(node: Node) -> tuple[Any, Any, Any]:
     """(c, a, b) of a @ b + c; Nones where the call has another form."""
     named = dict(node.kwargs)
-    names = ("input", "batch1", "batch2")
+    names: tuple[str, ...] = ("input", "batch1", "batch2")
     if node.target not in SUMS:
         names = ("input", next((name for name in ("mat2", "vec") if name in named), "other"))
     values = [*node.args, *(named.pop(name) for name in names[len(node.args) :] if name in named)]
