@@ -7,7 +7,8 @@
 - observe (then calibration data runs): OBSERVED
 - end_training, balance, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, use_fixed_point, fuse_residual, fuse_activation, fuse_norm, fuse_chains, prune: INTEGER
+- lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, order_channels, fuse_chains, prune:
+  INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -23,6 +24,7 @@ from passes import (
     functionalize,
     fuse_activation,
     fuse_chains,
+    fuse_conv_add,
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
@@ -36,6 +38,7 @@ from passes import (
     normalize_pointwise,
     normalize_pools,
     observe,
+    order_channels,
     prune,
     recognize_attention,
     remove_identities,
@@ -92,8 +95,10 @@ CONVERT: tuple[Pass, ...] = (
     lower.PASS,
     use_fixed_point.PASS,
     fuse_residual.PASS,
+    fuse_conv_add.PASS,
     fuse_activation.PASS,
     fuse_norm.PASS,
+    order_channels.PASS,
     fuse_chains.PASS,
     prune.PASS,
 )

@@ -60,8 +60,8 @@ _LOWERED = (
     Op({quantize}, Op({add_clamp}, *_OPERANDS, Any("low"), Any("high"), name="add"), Any("s_y"), Any("z_y")),
 )
 _CLAMPS = (
-    Op({RELU}, Op({ADD}, Any("a"), Any("b"), name="add")),
-    Op({CLAMP}, Op({ADD}, Any("a"), Any("b"), name="add"), Any("low"), Any("high")),
+    Op({RELU}, Op({ADD}, *_OPERANDS, name="add")),
+    Op({CLAMP}, Op({ADD}, *_OPERANDS, name="add"), Any("low"), Any("high")),
 )
 
 
@@ -92,7 +92,8 @@ class Add:
             match = pattern.match(clamp)
             bounds = float_bounds(clamp)
             if isinstance(match, Match) and bounds is not None:
-                replace(gm, clamp, add_clamp, (match["a"], match["b"], *bounds), like=match.node("add"))
+                add = match.node("add")
+                replace(gm, clamp, add_clamp, (*add.args, *bounds), like=add)
                 return True
         return False
 

@@ -151,6 +151,9 @@ def conv_clamp(
     return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
 
 
+CLAMPED = "clamped"
+"""In the `meta` of a qconv: whether it has a clamp of its own, which its bounds do not always tell from the range."""
+
 _SETTINGS = tuple(map(Operand, ("stride", "padding", "dilation", "groups")))
 _OPERANDS = (
     Op({dequantize}, Operand("x"), Operand("s_x"), Operand("z_x"), shared=True),
@@ -221,7 +224,8 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     bounds = (match["low"], match["high"]) if conv.target is conv_clamp else (None, None)
     if constants.to_uint8:
         qparams = match["s_y"], match["z_y"]
-        replace(gm, root, qconv, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
+        q = replace(gm, root, qconv, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
+        q.meta[CLAMPED] = bounds != (None, None)
         return
     y = replace(gm, conv, qconv_float, (*operands, constants.addend))
     product.clamp_behind(gm, y, bounds)

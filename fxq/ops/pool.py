@@ -108,7 +108,7 @@ class Pool:
             return None
         rank = len(x.meta["value"].shape)
         if node.target is MEAN:
-            if rank not in (3, 4, 5) or node.args[1] != tuple(range(2, rank)):
+            if rank not in (3, 4, 5) or node.args[1:2] != (tuple(range(2, rank)),):
                 return Refusal(Reason.NO_INTEGER_OP, "a mean over other than all spatial dimensions")
             return Claim("pointwise", (x,))
         if rank != len(node.args[1]) + 2:  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""order_channels: an image that becomes integers for convolutions becomes channels-last in the same pass over it.
+
+    qconv(quantize(x, s, z), ...)    ->  qconv(quantize_channels_last(x, s, z), ...)
+
+The ops of `fxq.layout` read and give channels-last memory; shapes stay as they were, [B, C, *spatial]. So the order
+changes at the borders only: here, and where a flatten or a float operation reads. An input that lies channels-last
+already is not copied. Not where something else reads the integers before any such op does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from fxq.graph import replace
+from fxq.layout import quantize_channels_last
+from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_float
+from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
+from fxq.ops.pool import qadaptive_avg_pool, qavg_pool, qmax_pool
+from fxq.ops.upsample import qupsample_bilinear, qupsample_nearest
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import quantize
+from fxq.spelling import CAT, PAD
+from fxq.stages import Stage
+
+_CHANNELS_LAST = frozenset(
+    {
+        *(qconv, qconv_act_quantize, qconv_add, qconv_float, qconv_transpose, qconv_transpose_float),
+        *(qavg_pool, qadaptive_avg_pool, qmax_pool, qupsample_nearest, qupsample_bilinear),
+    }
+)
+_KEEP_ORDER = CAT | {PAD}
+"""Moves that give the memory order that they read."""
+
+
+@dataclass(frozen=True)
+class OrderChannels:
+    """See the module's docstring."""
+
+    name: str = "order-channels"
+    takes: Stage = Stage.INTEGER
+    gives: Stage = Stage.INTEGER
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Returns the number of borders placed."""
+        borders = [node for node in gm.graph.nodes if node.target is quantize and _wants_channels_last(node)]
+        for node in borders:
+            replace(gm, node, quantize_channels_last, node.args, node.meta["qparams"])
+        return len(borders)
+
+
+def _wants_channels_last(node: Node) -> bool:
+    """Whether an op that reads channels-last memory reads `node`, directly or through moves that keep its order."""
+    return any(
+        user.target in _CHANNELS_LAST or (user.target in _KEEP_ORDER and _wants_channels_last(user))
+        for user in node.users
+    )
+
+
+PASS = OrderChannels()
