@@ -71,6 +71,14 @@ def qconv_add(
     return numerics.qconv_add(x, w, bias, multiplier, conv, addend, m_b, z_b, zero_point, low, high)
 
 
+def conv_weight(
+    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int, z_x: int, *rest: object, **named: object,
+) -> I8:  # fmt: skip
+    """The weight [N, C / groups, *kernel]."""
+    return _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)[0]
+
+
 def conv_parts(
     x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, z_x: int, *rest: object, **named: object,
@@ -116,6 +124,14 @@ def qconv_transpose_float(
     """`numerics.qconv_transpose_float`."""
     w, conv = _transposed(x, weight, multiplier, kernel, stride, padding, output_padding, dilation, groups, z_x)
     return numerics.qconv_transpose_float(x, w, bias, multiplier, conv, addend)
+
+
+def conv_transpose_weight(
+    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, output_padding: Ints,
+    dilation: Ints, groups: int, z_x: int, *rest: object, **named: object,
+) -> I8:  # fmt: skip
+    """The weight [C, N / groups, *kernel]."""
+    return _transposed(x, weight, multiplier, kernel, stride, padding, output_padding, dilation, groups, z_x)[0]
 
 
 def conv_transpose_parts(x: U8, *rest: object, **named: object) -> dict[str, Array]:

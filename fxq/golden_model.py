@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fxq import golden_files
 from fxq.errors import FileError, GoldenError, InputError
 from fxq.golden_ops import ELEMENTWISE, NUMBERS, OPS, Name, Op
 from fxq.numerics import Array
@@ -137,6 +138,48 @@ class GoldenModel:
         self._run(args, kwargs, traced)
         return traced
 
+    def dump(self, path: str | Path, inputs: Any) -> Path:
+        """Write all constants, and all that the model computes from `inputs`, as files for hardware: `golden_files`.
+
+        path: a folder that is not there yet, or is empty; returned. inputs: an array, a tuple of positional arguments,
+        or a dict of keyword arguments. Raises `FileError` where it cannot be written, `InputError` as the model does.
+        """
+        args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        env = self._values(args, inputs if isinstance(inputs, dict) else {}, None)
+        files = golden_files.Files()
+        refs: dict[str, Any] = {i.name: files.keep(f"input.{i.name}", env[i.name]) for i in self.program.inputs}
+        given = dict(refs)
+        for step in self.program.steps:
+            refs[step.name] = self._write_down(step, env, refs, files)
+        files.write(Path(path), given, _resolve(self.program.output, refs))
+        return Path(path)
+
+    def _write_down(self, step: Step, env: dict[str, Any], refs: dict[str, Any], files: golden_files.Files) -> Any:
+        """Keep the arrays of a step, and a layer if its value holds any; returns what stands for its value."""
+        args, kwargs = _resolve(step.args, env), _resolve(step.kwargs, env)
+        if step.op == "construct":
+            return _resolve(step.kwargs, _Refs(refs, files, self.program.constants)) or list(
+                _resolve(step.args, _Refs(refs, files, self.program.constants))[1:]
+            )
+        op = self.table.get(step.op)
+        value = env[step.name]
+        if not any(isinstance(item, np.ndarray) for item in (value if isinstance(value, tuple | list) else (value,))):
+            return value
+        operands = {}
+        for name, tagged in _named_operands(step, op):
+            constant = tagged.get("$node", "") if isinstance(tagged, dict) else ""
+            if name == "weight" and op is not None and op.weight is not None:
+                operands[name] = files.keep(f"{step.label}.weight", op.weight(*args, **kwargs))
+            elif constant.startswith("constant "):
+                operands[name] = files.keep(f"{step.label}.{name}", env[constant])
+            else:
+                operands[name] = _resolve(tagged, _Refs(refs, files, self.program.constants))
+        parts = op.parts(*args, **kwargs) if op is not None and op.parts is not None else {}
+        inside = [files.keep(f"{step.label}.{name}", array) for name, array in parts.items()]
+        result = files.keep(f"{step.label}.{op.result}" if op is not None and op.result else step.label, value)
+        files.layers.append(golden_files.Layer(step.label, step.op, step.line, operands, inside, result))
+        return result
+
     def save(self, path: str | Path) -> None:
         """Write the program to one .npz without pickles; raises `GoldenError` where it needs torch."""
         if self.islands:
@@ -171,6 +214,10 @@ class GoldenModel:
         return cls(program, ops=ops)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: dict[str, Array] | None) -> Any:
+        return _resolve(self.program.output, self._values(args, kwargs, traced))
+
+    def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: dict[str, Array] | None) -> dict[str, Any]:
+        """Every value of one call: by the name of its input or step, constants with their prefix."""
         env: dict[str, Any] = self._bind(args, kwargs)
         given = self.record(args, kwargs) if self.record is not None and self.islands else {}
         env.update((f"constant {name}", array) for name, array in self.program.constants.items())
@@ -179,7 +226,7 @@ class GoldenModel:
             if traced is not None and isinstance(value, np.ndarray):
                 op = self.table.get(step.op)
                 traced[f"{step.label}.{op.result}" if op is not None and op.result else step.label] = value
-        return _resolve(self.program.output, env)
+        return env
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -341,6 +388,30 @@ def _resolve(value: Any, env: Mapping[str, Any]) -> Any:
         case "$device":
             return Name(content)
     raise GoldenError(f"a golden model knows no {tag}")
+
+
+class _Refs(dict[str, Any]):
+    """What stands for each value in files; a constant inside a list gets a name of its own when it is asked for."""
+
+    def __init__(self, refs: Mapping[str, Any], files: golden_files.Files, constants: Mapping[str, Array]) -> None:
+        super().__init__(refs)
+        self.files, self.constants = files, constants
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = ref = self.files.keep(name.replace(" ", "."), self.constants[name.removeprefix("constant ")])
+        return ref
+
+
+def _named_operands(step: Step, op: Op | None) -> list[tuple[str, Any]]:
+    """The tagged operands of a step by parameter name, or by position where the op does not tell."""
+    positional = step.args["$tuple"]
+    named = dict(step.kwargs.get("$dict", ())) if isinstance(step.kwargs, dict) else {}
+    try:
+        assert op is not None
+        bound = inspect.signature(op.run).bind(*positional, **named).arguments
+    except (AssertionError, ValueError):  # torch's own, or a builtin without a signature
+        bound = {**{str(i): value for i, value in enumerate(positional)}, **named}
+    return [(name, list(value) if isinstance(value, tuple) else value) for name, value in bound.items()]
 
 
 def _references(value: Any) -> Iterator[str]:

@@ -27,12 +27,13 @@ class Op:
     """How a step computes, and what a trace shows of it.
 
     run: from the step's operands to its value; parts: from the same operands to what lies inside, by name; result: the
-    name of the value beside its parts.
+    name of the value beside its parts; weight: from the same operands to the weight as it was before it was packed.
     """
 
     run: Callable[..., Any]
     parts: Callable[..., dict[str, Array]] | None = None
     result: str = ""
+    weight: Callable[..., I8] | None = None
 
 
 # The integer ops. The order of their operands is that of the torch ops, whose weights are packed.
@@ -120,6 +121,10 @@ def _attention_parts(
 ) -> dict[str, Array]:
     scores = numerics.attention_scores(q, k, mask, is_causal, scale, z_q, s_qk)
     return {"scores": scores, "weights": numerics.softmax_weights(scores)}
+
+
+def _linear_weight(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> I8:
+    return _weight(x, weight, bias)
 
 
 # Moves: the same numbers in another order or shape, as torch understands the arguments.
@@ -349,13 +354,13 @@ OPS: dict[str, Op] = {
     "fxq.dequantize": Op(numerics.dequantize),
     "fxq.requantize": Op(numerics.requantize),
     "fxq.qadd": Op(numerics.qadd),
-    "fxq.qlinear": Op(_qlinear, _linear_parts, "y_q"),
-    "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y"),
+    "fxq.qlinear": Op(_qlinear, _linear_parts, "y_q", _linear_weight),
+    "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y", _linear_weight),
     "fxq.requantize_fixed": Op(numerics.requantize_fixed),
     "fxq.qadd_fixed": Op(numerics.qadd_fixed),
-    "fxq.qlinear_fixed": Op(_qlinear_fixed, _linear_parts, "y_q"),
-    "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y"),
-    "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q"),
+    "fxq.qlinear_fixed": Op(_qlinear_fixed, _linear_parts, "y_q", _linear_weight),
+    "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y", _linear_weight),
+    "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q", _linear_weight),
     "fxq.norm": Op(_norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),
     "fxq.norm_and_quantize": Op(_norm_and_quantize),
@@ -363,12 +368,21 @@ OPS: dict[str, Op] = {
     "fxq.qattention_float": Op(numerics.qattention_float, _attention_parts, "y"),
     "fxq.qmul": Op(numerics.qmul),
     "fxq.quantize_channels_last": Op(numerics.quantize),
-    "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q"),
-    "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y"),
-    "fxq.qconv_act_quantize": Op(golden_images.qconv_act_quantize, golden_images.conv_parts, "y_q"),
-    "fxq.qconv_add": Op(golden_images.qconv_add, golden_images.conv_parts, "y_q"),
-    "fxq.qconv_transpose": Op(golden_images.qconv_transpose, golden_images.conv_transpose_parts, "y_q"),
-    "fxq.qconv_transpose_float": Op(golden_images.qconv_transpose_float, golden_images.conv_transpose_parts, "y"),
+    "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q", golden_images.conv_weight),
+    "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y", golden_images.conv_weight),
+    "fxq.qconv_act_quantize": Op(
+        golden_images.qconv_act_quantize, golden_images.conv_parts, "y_q", golden_images.conv_weight
+    ),
+    "fxq.qconv_add": Op(golden_images.qconv_add, golden_images.conv_parts, "y_q", golden_images.conv_weight),
+    "fxq.qconv_transpose": Op(
+        golden_images.qconv_transpose, golden_images.conv_transpose_parts, "y_q", golden_images.conv_transpose_weight
+    ),
+    "fxq.qconv_transpose_float": Op(
+        golden_images.qconv_transpose_float,
+        golden_images.conv_transpose_parts,
+        "y",
+        golden_images.conv_transpose_weight,
+    ),
     "fxq.qavg_pool": Op(numerics.qavg_pool),
     "fxq.qadaptive_avg_pool": Op(numerics.qadaptive_avg_pool),
     "fxq.qmax_pool": Op(numerics.qmax_pool),

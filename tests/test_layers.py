@@ -18,6 +18,7 @@ LAYERS = [
     {"fxq.ops"},
     {
         "fxq.expansion",
+        "fxq.golden_files",
         "fxq.golden_images",
         "fxq.golden_model",
         "fxq.golden_ops",
