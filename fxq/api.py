@@ -15,26 +15,28 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxq import drawing, dump, pipeline, tracing
+from fxq import drawing, dump, numerics, pipeline, tracing
 from fxq import leaves as inside
 from fxq.batch_norm import BatchNorm
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.costs import Costs
 from fxq.decisions import Report
+from fxq.engine import Engine
 from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
+from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, tensors, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.observers import learning, paused
-from fxq.ops import FAMILIES
+from fxq.ops import FAMILIES, carry, clamp, linear
 from fxq.pipeline import Context, Pass
 from fxq.profiling import Profile, measure
-from fxq.quantized import QuantizedModule, encode
+from fxq.quantized import QuantizedModule, encode, weight_bytes
 from fxq.recipe import Recipe
 from fxq.stages import Stage
+from fxq.torch_quantized import StandIn, stand_ins
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MIN_SQNR = 15.0
@@ -144,6 +146,61 @@ def prepare_qat(
     ctx.report.recipe = recipe.scheme
     gm = inside.prepare_graph(gm, ctx, PREPARE_QAT if passes is None else passes)
     return calibrate(gm, [call.args or call.kwargs], progress=False).train()
+
+
+@torch.inference_mode(False)
+def from_torch(
+    model: nn.Module,
+    example_inputs: Examples,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    exact: Literal["fbgemm", "onednn", "qnnpack"] | None = None,
+    frontend: tracing.Frontend = "auto",
+    dump: str | Path | None = None,
+    check: bool = False,
+) -> QuantizedModule:
+    """An int8 GraphModule of a model that torch.ao has quantized, by its eager or FX workflow, PTQ or QAT.
+
+    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
+    are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
+    as "fbgemm"); None computes as docs/numerics.md has it. The report says how many outputs on the examples differ from
+    torch's. example_inputs and the other arguments: as in `quantize`. The model is not touched.
+    Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
+    """
+    from passes import IMPORT, IMPORT_EXACT
+
+    if exact not in (None, *numerics.ENGINES):
+        raise InputError(
+            f"fxq.from_torch: exact is {exact!r}; there are None, {', '.join(map(repr, numerics.ENGINES))}"
+        )
+    call = as_call(example_inputs, example_kwargs)
+    _check_model(model, call)
+    own = stand_ins(model)
+    gm = tracing.trace(own.eval(), call.args, call.kwargs, leaves=(StandIn,), frontend=frontend)
+    families = FAMILIES if exact is None else (Engine(exact), linear.FAMILY, clamp.FAMILY, carry.FAMILY)
+    ctx = Context(Recipe(), families, call.clone(), check=check, dump=_folder(dump))
+    ctx.report.recipe = "torch's own" if exact is None else f"torch's own, as {exact} computes it"
+    gm = inside.prepare_graph(gm, ctx, IMPORT if exact is None else IMPORT_EXACT)
+    result = QuantizedModule.of(gm, ctx.report)
+    result.report.weight_bytes = (weight_bytes(own), weight_bytes(result))
+    result.report.notes.append(_differences(model, result, call))
+    return result
+
+
+def _differences(model: nn.Module, result: QuantizedModule, call: Call) -> str:
+    """How the outputs on the examples differ from those of torch's engine."""
+    mine, theirs = call.clone(), call.clone()
+    engine = torch.backends.quantized.engine
+    with torch.no_grad(), unchanged(result):
+        outputs = model(*theirs.args, **theirs.kwargs), result(*mine.args, **mine.kwargs)
+    pairs = list(zip(*map(tensors, outputs), strict=True))
+    total = sum(a.numel() for a, _ in pairs)
+    differences = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
+    different = int((differences != 0).sum())
+    if not different:
+        return f"all {total} outputs on the examples are those of torch's {engine}"
+    most = f"by {differences.max():.3g} at most"
+    return f"{different} of {total} outputs on the examples differ from those of torch's {engine}, {most}"
 
 
 def freeze_observers(model: nn.Module, after: int = 0) -> None:

@@ -351,6 +351,8 @@ def _guard(value: object, expected: object, message: str) -> None:
 OPS: dict[str, Op] = {
     "fxq.quantize": Op(numerics.quantize),
     "fxq.quantize_scaled": Op(_quantize_scaled),
+    "fxq.quantize_fused": Op(numerics.quantize_fused),
+    "fxq.quantize_onednn": Op(numerics.quantize_onednn),
     "fxq.dequantize": Op(numerics.dequantize),
     "fxq.requantize": Op(numerics.requantize),
     "fxq.qadd": Op(numerics.qadd),

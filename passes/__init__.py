@@ -5,6 +5,7 @@
   fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
+- (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
 - end_training, balance, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, order_channels, fuse_chains, prune:
@@ -28,6 +29,7 @@ from passes import (
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
+    import_quantized,
     judge_attention,
     keep_dropout,
     lower,
@@ -85,11 +87,7 @@ PREPARE_QAT: tuple[Pass, ...] = (
 )
 """From the float trace to a graph that is ready to be trained."""
 
-CONVERT: tuple[Pass, ...] = (
-    end_training.PASS,
-    balance.PASS,
-    judge_attention.PASS,
-    calibrate.PASS,
+LOWER: tuple[Pass, ...] = (
     fuse_linear_relu.PASS,
     fold_qdq.PASS,
     lower.PASS,
@@ -102,4 +100,13 @@ CONVERT: tuple[Pass, ...] = (
     fuse_chains.PASS,
     prune.PASS,
 )
+"""From quantize/dequantize pairs to integers."""
+
+CONVERT: tuple[Pass, ...] = (end_training.PASS, balance.PASS, judge_attention.PASS, calibrate.PASS, *LOWER)
 """From a graph that has seen data, or was trained, to integers."""
+
+IMPORT: tuple[Pass, ...] = (functionalize.PASS, fold_constants.PASS, *NORMALIZE, import_quantized.PASS, *LOWER)
+"""From the trace of a model that torch has quantized to integers; with fxq's own roundings."""
+
+IMPORT_EXACT: tuple[Pass, ...] = tuple(import_quantized.EXACT if p is import_quantized.PASS else p for p in IMPORT)
+"""The same with the roundings of torch's engines."""

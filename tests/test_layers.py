@@ -16,6 +16,7 @@ LAYERS = [
     {"fxq.recipe", "fxq.qdq", "fxq.layout", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.macs"},
     {"fxq.family", "fxq.product", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
     {"fxq.ops"},
+    {"fxq.engine", "fxq.torch_quantized"},
     {
         "fxq.expansion",
         "fxq.golden_files",

@@ -61,6 +61,14 @@ from fxq.numerics.conv_packing import (
     unpack_conv,
     unpack_transposed,
 )
+from fxq.numerics.engines import (
+    ENGINES,
+    fbgemm_constants,
+    onednn_scales,
+    qnnpack_constants,
+    quantize_fused,
+    quantize_onednn,
+)
 from fxq.numerics.fixed_point import (
     ROUNDINGS,
     Rounding,
@@ -92,6 +100,7 @@ from fxq.numerics.upsampling import qupsample_bilinear, qupsample_nearest, sourc
 
 __all__ = [
     "ACTIVATIONS",
+    "ENGINES",
     "F32",
     "I8",
     "I32",
@@ -115,6 +124,7 @@ __all__ = [
     "dequantize_multiplier",
     "dequantize_weight",
     "f32",
+    "fbgemm_constants",
     "fits_int32",
     "fixed_multiplier",
     "fixed_multipliers",
@@ -127,6 +137,7 @@ __all__ = [
     "is_depthwise",
     "layer_norm",
     "norm_quantize",
+    "onednn_scales",
     "pack",
     "pack_conv",
     "pack_transposed",
@@ -155,7 +166,10 @@ __all__ = [
     "qlinear_float",
     "qmax_pool",
     "qmul",
+    "qnnpack_constants",
     "quantize",
+    "quantize_fused",
+    "quantize_onednn",
     "quantize_scaled",
     "quantize_weight",
     "qupsample_bilinear",

@@ -18,12 +18,13 @@ from fxq.ops import (
     mul,
     norm,
     pool,
+    quantize_engine,
     quantize_scaled,
     requantize,
     upsample,
 )
 
-WITHOUT_FAMILY = (activation, chain)
+WITHOUT_FAMILY = (activation, chain, quantize_engine)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (

@@ -1,0 +1,198 @@
+"""import_quantized: stand-ins of what torch has quantized become quantize/dequantize pairs around float operations.
+
+    Quantize(x)              ->  dequantize(quantize(x, s, z), s, z)
+    Linear(x)                ->  the same around relu(linear(x, dequantize_weight(q_w, s_w), b))
+    Binary(a, b)             ->  the same around add, mul; cat(...) of operands that have the result's scale
+    reshape, relu, ... of x  ->  the same around it, with the scale of x: integers pass through
+    DeQuantize(x)            ->  x
+
+A weight with zero points is q_w - z_w, whose integers reach from -255 to 255. Where they leave int8, they are split in
+two, q_w - z_w = a + b, and multiply the same input twice: linear(cat([x, x]), [a, b]). The sums stay exact.
+
+`fused`: quantizes of float inputs are marked for the rounding that torch's have (`fxq.engine`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxq.decisions import Decision, Reason
+from fxq.engine import FUSED, SCALES
+from fxq.errors import QuantizationError
+from fxq.graph import (
+    bypass,
+    call,
+    get_attr,
+    is_call,
+    is_float_tensor,
+    is_size,
+    line_of,
+    module_of,
+    place_of,
+    set_constant,
+    submodule,
+    target_name,
+)
+from fxq.macs import count_macs
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, dequantize_weight, quantize
+from fxq.spelling import LINEAR, RELU
+from fxq.stages import Stage
+from fxq.torch_quantized import Binary, DeQuantize, Linear, Quantize, StandIn
+
+Grid = tuple[float, int]
+
+
+@dataclass(frozen=True)
+class ImportQuantized:
+    """See the module's docstring."""
+
+    name: str = "import-quantized"
+    takes: Stage = Stage.FLOAT
+    gives: Stage = Stage.QDQ
+    numbers: Numbers = Numbers.ONE_STEP  # a cat of several scales rounds
+    fused: bool = False
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Raises `QuantizationError` naming the first operation that reads integers and has no integer form."""
+        for node in gm.graph.nodes:
+            node.meta["source"] = node.name
+        grids: dict[Node, Grid] = {}
+        released: set[tuple[Node, Node]] = set()
+        decisions: list[Decision] = []
+        count = 0
+        for node in list(gm.graph.nodes):
+            if not is_call(node):
+                continue
+            module = submodule(gm, node) if node.op == "call_module" else None
+            if isinstance(module, DeQuantize) or _is_dequantize(node):
+                x = node.all_input_nodes[0]
+                released.update((x, user) for user in node.users)
+                bypass(gm, node, x)
+                count += 1
+                continue
+            held = [x for x in node.all_input_nodes if x in grids and (x, node) not in released]
+            if isinstance(module, StandIn):
+                pair = _expand(gm, node, module, grids, held, self.fused)
+                grids[pair] = module.scale, module.zero_point
+                if not isinstance(module, Quantize):
+                    decisions.append(_decision(node, type(module).__name__.lower(), "int8"))
+                bypass(gm, node, pair)
+                count += 1
+            elif held and node.target is torch.cat:
+                grid = grids[held[0]]  # torch brings all to the scale of the first
+                pair = _cat(gm, node, grid, held)
+                grids[pair] = grid
+                decisions.append(_decision(node, "cat", "moved"))
+                bypass(gm, node, pair)
+                count += 1
+            elif held and not is_size(node):
+                carried = _carry(gm, node, ctx, grids, held)
+                grids[carried] = grids[held[0]]
+                decisions.append(_decision(node, target_name(node.target), "moved"))
+                count += carried is not node
+            else:
+                aside = not is_float_tensor(node)
+                reason = Reason.NON_FLOAT if aside else Reason.NO_INTEGER_OP
+                decisions.append(_decision(node, target_name(node.target), "aside" if aside else "float", reason))
+        macs = {node.meta["source"]: n for node, n in count_macs(gm, ctx.examples).items()}
+        ctx.report.decisions = [dataclasses.replace(d, macs=macs.get(d.node, 0)) for d in decisions]
+        return count
+
+
+def _is_dequantize(node: Node) -> bool:
+    return node.target == "dequantize" or node.target is torch.dequantize
+
+
+def _decision(node: Node, op: str, form: str, reason: Reason | None = None) -> Decision:
+    return Decision(node.name, module_of(node), line_of(node), op, form, reason)  # type: ignore[arg-type]
+
+
+def _pair(gm: GraphModule, x: Node, grid: Grid, like: Node) -> Node:
+    """dequantize(quantize(x)), at the insertion point."""
+    return call(gm, dequantize, (call(gm, quantize, (x, *grid), like, grid), *grid), like)
+
+
+def _expand(
+    gm: GraphModule, node: Node, module: StandIn, grids: dict[Node, Grid], held: list[Node], fused: bool
+) -> Node:
+    """The pair that stands for a stand-in's call."""
+    grid = module.scale, module.zero_point
+    operands = node.all_input_nodes
+    if not isinstance(module, Quantize) and len(held) != len(operands):
+        floats = [x.name for x in operands if x not in held]
+        raise QuantizationError(f"{place_of(node)} takes quantized tensors, and %{floats[0]} is not quantized")
+    with gm.graph.inserting_before(node):
+        if isinstance(module, Quantize):
+            pair = _pair(gm, operands[0], grid, node)
+            if fused:
+                pair.all_input_nodes[0].meta[FUSED] = True
+            return pair
+        if isinstance(module, Linear):
+            return _pair(gm, _linear(gm, node, module, grids[operands[0]]), grid, node)
+        assert isinstance(module, Binary)
+        if module.function is torch.cat:
+            return _cat(gm, node, grid, held)
+        if fused and module.function is torch.add:
+            raise QuantizationError(f"{place_of(node)}: exact= covers no quantized add; import it with exact=None")
+        y = call(gm, module.function, node.args, node)
+        return _pair(gm, call(gm, RELU, (y,), node) if module.relu else y, grid, node)
+
+
+def _cat(gm: GraphModule, node: Node, grid: Grid, held: list[Node]) -> Node:
+    """The pair of a cat, whose operands are brought to the scale of the result first."""
+    pieces, *dim = node.args
+    assert isinstance(pieces, list | tuple)
+    if len(held) != len(node.all_input_nodes):
+        raise QuantizationError(f"{place_of(node)}: cat takes quantized tensors, and not all of its operands are")
+    with gm.graph.inserting_before(node):
+        scaled = [_pair(gm, piece, grid, node) for piece in pieces if isinstance(piece, Node)]
+        return _pair(gm, call(gm, torch.cat, (scaled, *(dim or (0,))), node), grid, node)
+
+
+def _linear(gm: GraphModule, node: Node, module: Linear, grid: Grid) -> Node:
+    """The product of a stand-in's call, with its relu."""
+    x, path = node.all_input_nodes[0], str(node.target)
+    w = module.weight
+    if w.min() < -128 or w.max() > 127:
+        half = w.div(2, rounding_mode="floor")
+        w = torch.cat([half, w - half], 1)
+        both = call(gm, torch.cat, ([x, x], -1), node)
+        x = _pair(gm, both, grid, node)
+    integers = get_attr(gm, set_constant(gm, f"{path}.weight_int8", w.to(torch.int8).contiguous()), node)
+    scales = get_attr(gm, set_constant(gm, f"{path}.weight_scale", module.scales.float()), node)
+    weight = call(gm, dequantize_weight, (integers, scales), node)
+    weight.meta[SCALES] = module.scales.numpy()
+    bias = None if module.bias is None else get_attr(gm, f"{path}.bias", node)
+    y = call(gm, LINEAR, (x, weight, bias), node)
+    return call(gm, RELU, (y,), node) if module.relu else y
+
+
+def _carry(gm: GraphModule, node: Node, ctx: Context, grids: dict[Node, Grid], held: list[Node]) -> Node:
+    """The value of an operation that integers pass through: several as they are, a tensor in a pair of its own."""
+    claims = (family.claim(gm, node) for family in ctx.families)
+    claim = next((claim for claim in claims if claim is not None), None)
+    if getattr(claim, "kind", "") != "carry":
+        raise QuantizationError(
+            f"{place_of(node)}: {target_name(node.target)} reads the quantized %{held[0].name} and has no integer form "
+            "here; dequantize before it"
+        )
+    if len({grids[x] for x in held}) > 1 or len(held) < len([x for x in node.all_input_nodes if is_float_tensor(x)]):
+        raise QuantizationError(f"{place_of(node)}: {target_name(node.target)} ties tensors of different scales")
+    if not is_float_tensor(node):
+        return node
+    grid = grids[held[0]]
+    with gm.graph.inserting_after(node):
+        q = call(gm, quantize, (node, *grid), node, grid)
+    with gm.graph.inserting_after(q):
+        pair = call(gm, dequantize, (q, *grid), node)
+    node.replace_all_uses_with(pair, delete_user_cb=lambda user: user is not q)
+    return pair
+
+
+PASS = ImportQuantized()
+EXACT = ImportQuantized(fused=True)
