@@ -37,11 +37,14 @@ static inline F gelu_tanh_logit(F x) {
   return c * polynomial(c * c, {0.07135481627f, 1.59576912161f});
 }
 
-static inline F gelu_logit(F x) {
-  const F c = clip(x, -87.0f, 87.0f);
-  return c * polynomial(at_most(c * c, 30.0f),
-                        {3.611615229104359e-09f, -2.669106606845162e-07f, 7.938518137962092e-06f,
-                         -0.00011048255692003295f, -6.625254172831774e-05f, 0.07266855984926224f, 1.5957684516906738f});
+static inline F gelu(F x) {
+  const F c = clip(x, -5.306929f, 5.306929f);
+  const F t = c * c;
+  const F p = polynomial(t, {6.264670446398668e-06f, 0.00034161523217335343f, 0.005699352826923132f,
+                             0.05206981301307678f, 0.3989418148994446f});
+  const F q = polynomial(t, {5.29815679328749e-07f, 0.00012253080785740167f, 0.0028634381014853716f,
+                             0.038829389959573746f, 0.2971790134906769f, 1.0f});
+  return at_least(x, -5.306929f) * (0.5f + c * (p / q));
 }
 
 static inline F tanh(F x) {
@@ -61,7 +64,7 @@ static inline F silu(F x) { return gate(x, x); }
 
 static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
 
-static inline F hardswish(F x) { return x * clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+static inline F hardswish(F x) { return x * hardsigmoid(x); }
 
 template <F (*function)(F)>
 static void map(float* y, int64_t count) {  // count: a multiple of W, at most a tile
@@ -78,7 +81,7 @@ static void map_gate(float* y, int64_t count) {
 
 static void activate(Activation activation, float* y, int64_t count) {
   switch (activation) {
-    case Activation::kGelu: return map_gate<gelu_logit>(y, count);
+    case Activation::kGelu: return map<gelu>(y, count);
     case Activation::kGeluTanh: return map_gate<gelu_tanh_logit>(y, count);
     case Activation::kSilu: return map<silu>(y, count);
     case Activation::kTanh: return map<tanh>(y, count);
