@@ -64,7 +64,7 @@ static inline F silu(F x) { return gate(x, x); }
 
 static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
 
-static inline F hardswish(F x) { return x * hardsigmoid(x); }
+static inline F hardswish(F x) { return at_least(x, -3.0f) * hardsigmoid(x); }
 
 template <F (*function)(F)>
 static void map(float* y, int64_t count) {  // count: a multiple of W, at most a tile

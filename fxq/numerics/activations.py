@@ -115,9 +115,9 @@ def hardsigmoid(x: F32) -> F32:
 
 
 def hardswish(x: F32) -> F32:
-    """x * (clip(x + 3, 0, 6) / 6): the gate first, so that a large x does not overflow."""
+    """max(x, -3) * (clip(x + 3, 0, 6) / 6): no product of this order overflows, and -inf gives 0."""
     x = np.asarray(x, np.float32)
-    y: F32 = x * (np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6))
+    y: F32 = np.maximum(x, np.float32(-3)) * (np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6))
     return y
 
 
