@@ -4,6 +4,7 @@
 //   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
+//   input_lanes(I)           the same, other four in every lane
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
@@ -74,9 +75,10 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "activations.h"
 #include "fixed_point.h"
 #include "gemm.h"
+#include "depthwise.h"
 #include "norms.h"
 #include "attention.h"
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention};
+                         add_fixed, norm, gemm, attention, depthwise};

@@ -34,6 +34,14 @@ inline bool rounds_twice(const char* op, const std::string& rounding) {
   return rounding == "tflite";
 }
 
+inline Activation activation_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu",        "tanh",
+                                    "sigmoid", "relu", "hardsigmoid", "hardswish"};
+  for (int i = 0; i < 8; ++i)
+    if (name == kNames[i]) return Activation(i);
+  fail(op, ": activation '", name, "', expected one of fxq.numerics.ACTIVATIONS");
+}
+
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
 template <class Function>
 void parallel(int64_t count, int64_t grain, const Function& f) {

@@ -5,12 +5,15 @@ enum class Leaves { kUint8, kFloat, kSums };  // what a tile writes; kSums: its 
 // Where one tile finds its operands and leaves its result; each pointer stands at the tile's first row and channel.
 struct Place {
   const uint8_t* x;
+  const uint8_t* const* rows;  // instead of x, where the product has them
   const int8_t* weight;
   int64_t step;  // bytes from one group of four k to the next
   const int32_t* bias;
   const float* multiplier;
   const float* addend;
   int64_t addend_stride;
+  const uint8_t* residual;
+  int64_t residual_stride;
   void* y;
   int64_t y_stride;
 };
@@ -21,32 +24,39 @@ static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to f
   return group;
 }
 
-// R rows of 4 * count bytes, read four at a time.
+// R rows of bytes from `begin` to `end`, read four at a time.
 template <int R>
 struct Rows {
 #ifdef WIDEN_ROWS
-  static constexpr int64_t kMost = 256;
-  uint32_t pairs[R][kMost][2];  // widened here once, and not again for every vector of channels
+  static constexpr int64_t kMost = 1024;
+  int64_t begin;
+  uint32_t pairs[R][kMost / 4][2];  // widened here once, and not again for every vector of channels
 
-  Rows(const uint8_t* x, int64_t stride, int64_t count) {
-    for (int r = 0; r < R; ++r, x += stride) {
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t group = load<uint32_t>(x + 4 * i);
-        pairs[r][i][0] = group & 0x00FF00FF;
-        pairs[r][i][1] = group >> 8 & 0x00FF00FF;
+  Rows(const uint8_t* const (&x)[R], int64_t begin, int64_t end) : begin(begin) {
+    for (int r = 0; r < R; ++r) {
+      for (int64_t i = begin; i < end; i += 4) {
+        const uint32_t group = load<uint32_t>(x[r] + i);
+        pairs[r][(i - begin) / 4][0] = group & 0x00FF00FF;
+        pairs[r][(i - begin) / 4][1] = group >> 8 & 0x00FF00FF;
       }
     }
   }
-  Input operator()(int r, int64_t i) const { return input(pairs[r][i][0], pairs[r][i][1]); }
+  Input operator()(int r, int64_t i) const {
+    const uint32_t(&pair)[2] = pairs[r][(i - begin) / 4];
+    return input(pair[0], pair[1]);
+  }
 #else
-  static constexpr int64_t kMost = INT64_MAX;
-  const uint8_t* x;
-  int64_t stride;
+  static constexpr int64_t kMost = INT64_MAX / 2;
+  const uint8_t* const (&x)[R];
 
-  Rows(const uint8_t* x, int64_t stride, int64_t) : x(x), stride(stride) {}
-  Input operator()(int r, int64_t i) const { return input(load<uint32_t>(x + r * stride + 4 * i)); }
+  Rows(const uint8_t* const (&x)[R], int64_t, int64_t) : x(x) {}
+  Input operator()(int r, int64_t i) const { return input(load<uint32_t>(x[r] + i)); }
 #endif
 };
+
+static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
+  return __builtin_convertvector(widen(load_some<B>(q, count)) - g.residual_zero_point, F) * g.residual_multiplier;
+}
 
 // R rows x C vectors of channels: summed up in registers from the bias on, and the epilogue in registers as well.
 template <int R, int C, Leaves kLeaves>
@@ -55,24 +65,28 @@ static void tile(const Gemm& g, const Place& at) {
   UNROLL for (int c = 0; c < C; ++c) {
     UNROLL for (int r = 0; r < R; ++r) acc[r][c] = load<I>(at.bias + c * W);
   }
-  const uint8_t* x = at.x;
+  const uint8_t* x[R];
+  UNROLL for (int r = 0; r < R; ++r) x[r] = at.rows ? at.rows[r] : at.x + r * g.x_stride;
   const int8_t* w = at.weight;
-  const int64_t stride = g.x_stride, step = at.step;
-  for (int64_t groups = g.k / 4, count; groups > 0; groups -= count, x += 4 * count) {
-    count = groups < Rows<R>::kMost ? groups : Rows<R>::kMost;
-    const Rows<R> rows(x, stride, count);
-    for (int64_t i = 0; i < count; ++i, w += step) {
-      Weights b[C];
-      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
-      UNROLL for (int r = 0; r < R; ++r) {
-        const Input a = rows(r, i);
-        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+  const int64_t step = at.step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
+  for (int64_t run = 0; run < g.run_count; ++run) {
+    int64_t i = at.rows ? g.runs[run] : 0;
+    for (const int64_t run_end = i + whole; i < run_end;) {
+      const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
+      const Rows<R> rows(x, i, end);
+      for (; i < end; i += 4, w += step) {
+        Weights b[C];
+        UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const Input a = rows(r, i);
+          UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+        }
       }
     }
   }
-  if (g.k % 4) {  // the packed weights end in zeros, but x ends
+  if (!at.rows && g.k % 4) {  // the packed weights end in zeros, but x ends
     UNROLL for (int r = 0; r < R; ++r) {
-      const Input a = input(load_group(x + r * stride, g.k % 4));
+      const Input a = input(load_group(x[r] + whole, g.k % 4));
       UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, weights(w + 4 * W * c));
     }
   }
@@ -92,6 +106,7 @@ static void tile(const Gemm& g, const Place& at) {
         if (at.addend) value += load<F>(at.addend + r * at.addend_stride + c * W);
         store(static_cast<float*>(at.y) + i, value);
       } else {
+        if (at.residual) value += residual(g, at.residual + r * at.residual_stride + c * W, W);
         store(static_cast<uint8_t*>(at.y) + i, round(value));
       }
     }
@@ -144,7 +159,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
                                                      : Leaves::kFloat;
 
   const float* own_multiplier = g.multiplier ? g.multiplier + channel : nullptr;  // kFixed has none
-  Place at = {nullptr, weight, step, g.bias + channel, own_multiplier, nullptr, g.addend_stride, nullptr, 0};
+  Place at = {nullptr, nullptr, weight, step, g.bias + channel, own_multiplier, nullptr, g.addend_stride,
+              nullptr, g.residual_stride, nullptr, 0};
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
   if (ragged) {
@@ -155,11 +171,15 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
   alignas(64) float stage[kRows * kWidth];
   alignas(64) float addend[kRows * kWidth];
+  alignas(64) uint8_t added[kRows * kWidth];
 
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
     uint8_t* y = static_cast<uint8_t*>(g.y) + (row * g.y_stride + channel) * size;
-    at.x = g.x + row * g.x_stride;
+    if (g.rows)
+      at.rows = g.rows + row;
+    else
+      at.x = g.x + row * g.x_stride;
     at.y = staged ? static_cast<void*>(stage) : y;
     at.y_stride = staged ? width : g.y_stride;
     if (g.addend) {
@@ -169,6 +189,15 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
           memcpy(addend + r * width, at.addend + r * g.addend_stride, valid * sizeof(float));
         at.addend = addend;
         at.addend_stride = width;
+      }
+    }
+    if (g.residual) {
+      at.residual = g.residual + row * g.residual_stride + channel;
+      if (ragged) {
+        for (int64_t r = 0; r < rows; ++r)
+          memcpy(added + r * width, at.residual + r * g.residual_stride, valid);
+        at.residual = added;
+        at.residual_stride = width;
       }
     }
     (leaves == Leaves::kUint8   ? tile_of<Leaves::kUint8>(rows, columns)

@@ -19,6 +19,9 @@ enum class Activation { kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kRelu, kHardsi
 struct Gemm {
   const uint8_t* x = nullptr;
   int64_t x_stride = 0;  // elements from one row of x to the next
+  const uint8_t* const* rows = nullptr;  // instead of x: where each row begins, and of what runs it consists
+  const int64_t* runs = nullptr;         // offsets from there
+  int64_t run_count = 1, run_bytes = 0;  // bytes of each: a multiple of four
   int64_t k = 0, n = 0;
   const int8_t* weight = nullptr;  // panels of 64 channels, [panel][k / 4][width][4], as numerics.pack wrote them
   const int32_t* bias = nullptr;
@@ -30,6 +33,10 @@ struct Gemm {
   int32_t zero_point = 0, low = 0, high = 255;  // kUint8, kFixed
   const float* addend = nullptr;                // kFloat, kActivation: added before the activation
   int64_t addend_stride = 0;                    // 0 adds one row to all
+  const uint8_t* residual = nullptr;            // kUint8: (q - zero point) * multiplier is added before the rounding
+  int64_t residual_stride = 0;
+  int32_t residual_zero_point = 0;
+  float residual_multiplier = 0;
   Activation activation = Activation::kRelu;    // kActivation, kActivationUint8
   float inverse = 1;                            // kActivationUint8: f32(1 / scale) of the output
   const float* factor = nullptr;                // kActivationUint8: per channel, before the scale; or none
@@ -104,6 +111,8 @@ struct Kernels {
   // The queries [row, row_end) of one of batch * heads heads; packed: its keys and values are in the scratch memory.
   void (*attention)(const Attention& a, int64_t head, int64_t row, int64_t row_end, const AttentionScratch& at,
                     bool packed);
+  // A row of `pixels` outputs of a depthwise convolution: x at the first window, x_stride to the next, runs the taps.
+  void (*depthwise)(const Gemm& g, int64_t pixels);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -30,6 +30,10 @@ static inline Input input(uint32_t even, uint32_t odd) {
 
 static inline Input input(uint32_t group) { return input(group & 0x00FF00FF, group >> 8 & 0x00FF00FF); }
 
+static inline Input input_lanes(I groups) {
+  return {(__m256i)(groups & 0x00FF00FF), (__m256i)(groups >> 8 & 0x00FF00FF)};
+}
+
 static inline Weights weights(const int8_t* p) {
   __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   asm("" : "+x"(w));  // keeps it in its register, where g++ would rather load it twice

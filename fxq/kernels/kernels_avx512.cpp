@@ -29,6 +29,10 @@ static inline Input input(uint32_t even, uint32_t odd) {
 
 static inline Input input(uint32_t group) { return input(group & 0x00FF00FF, group >> 8 & 0x00FF00FF); }
 
+static inline Input input_lanes(I groups) {
+  return {(__m512i)(groups & 0x00FF00FF), (__m512i)(groups >> 8 & 0x00FF00FF)};
+}
+
 static inline Weights weights(const int8_t* p) {
   const __m512i w = _mm512_loadu_si512(p);
   return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};

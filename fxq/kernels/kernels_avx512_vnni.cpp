@@ -20,6 +20,8 @@ using Weights = __m512i;
 
 static inline Input input(uint32_t group) { return _mm512_set1_epi32(int32_t(group)); }
 
+static inline Input input_lanes(I groups) { return (Input)groups; }
+
 static inline Weights weights(const int8_t* p) {
   Weights w = _mm512_loadu_si512(p);
   asm("" : "+v"(w));  // keeps it in its register, where g++ would rather load it again for every row

@@ -27,6 +27,8 @@ static inline Input input(uint32_t even, uint32_t odd) { return {(H)(int32_t(eve
 
 static inline Input input(uint32_t group) { return input(group & 0x00FF00FF, group >> 8 & 0x00FF00FF); }
 
+static inline Input input_lanes(I groups) { return {(H)(groups & 0x00FF00FF), (H)(groups >> 8 & 0x00FF00FF)}; }
+
 static inline Weights weights(const int8_t* p) {
   H w;
   memcpy(&w, p, sizeof w);

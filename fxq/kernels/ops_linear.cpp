@@ -149,14 +149,6 @@ Tensor qlinear_float(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   return linear("qlinear_float", x, weight, bias, multiplier, addend ? &*addend : nullptr, g);
 }
 
-Activation activation_named(const char* op, const std::string& name) {
-  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu",        "tanh",
-                                    "sigmoid", "relu", "hardsigmoid", "hardswish"};
-  for (int i = 0; i < 8; ++i)
-    if (name == kNames[i]) return Activation(i);
-  fail(op, ": activation '", name, "', expected one of fxq.numerics.ACTIVATIONS");
-}
-
 Tensor qlinear_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
                    const std::string& activation, const std::optional<Tensor>& addend) {
   Gemm g;

@@ -49,6 +49,16 @@ class Tensor {  // owns its handle, a reference to the tensor
                                                            aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
+  static Tensor empty_channels_last(Shape shape, int32_t dtype) {  // [B, C, *spatial], the channels innermost
+    int64_t strides[kMaxDim], step = shape.sizes[1];
+    for (int64_t i = shape.dim - 1; i >= 2; --i) {
+      strides[i] = step;
+      step *= shape.sizes[i];
+    }
+    strides[1] = 1;
+    strides[0] = step;
+    return empty(shape, strides, dtype);
+  }
 
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }

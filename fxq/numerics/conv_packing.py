@@ -2,7 +2,8 @@
 
 In channels-last memory the pixels of a kernel row lie side by side, so a row of `kernel` pixels is one run of
 kernel * C bytes, unless dilation spreads it or a group takes part of the channels only: then every tap is a run. Each
-run is padded to a multiple of four bytes with zeros. A depthwise weight is [taps][C]: no sum over channels, no panels.
+run is padded to a multiple of four bytes with zeros. A depthwise weight [C, 1, *kernel] is packed as [C, taps]: every
+channel has a sum of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def conv_runs(channels: int, kernel: Ints, dilation: Ints, groups: int) -> tuple
 def packed_conv_size(n: int, channels: int, kernel: Ints, dilation: Ints, groups: int) -> int:
     """Bytes of an [n, channels, *kernel] weight once packed."""
     if is_depthwise(n, channels, groups):
-        return n * math.prod(kernel)
+        return packed_size(n, math.prod(kernel))
     runs, length = conv_runs(channels, kernel, dilation, groups)
     return groups * packed_size(n // groups, runs * (-(-length // 4) * 4))
 
@@ -43,7 +44,7 @@ def pack_conv(q_w: I8, dilation: Ints, groups: int) -> I8:
     """int8 [N, C / groups, *kernel] -> int8 [packed_conv_size]."""
     n, channels, *kernel = q_w.shape
     if is_depthwise(n, channels, groups):
-        return np.ascontiguousarray(q_w.reshape(n, -1).T).reshape(-1)
+        return pack(q_w.reshape(n, -1))
     runs, length = conv_runs(channels, kernel, dilation, groups)
     rows = q_w.reshape(n, channels, -1).transpose(0, 2, 1).reshape(n, runs, length)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, -length % 4))).reshape(groups, n // groups, -1)
@@ -54,7 +55,7 @@ def unpack_conv(packed: I8, n: int, channels: int, kernel: Ints, dilation: Ints,
     """The inverse of `pack_conv`: int8 [n, channels, *kernel]; channels: those of one group."""
     assert packed.shape == (packed_conv_size(n, channels, kernel, dilation, groups),), (packed.shape, n, channels)
     if is_depthwise(n, channels, groups):
-        return np.ascontiguousarray(packed.reshape(-1, n).T).reshape(n, 1, *kernel)
+        return unpack(packed, n, math.prod(kernel)).reshape(n, 1, *kernel)
     runs, length = conv_runs(channels, kernel, dilation, groups)
     padded = -(-length // 4) * 4
     rows = np.concatenate([unpack(part, n // groups, runs * padded) for part in np.split(packed, groups)])
