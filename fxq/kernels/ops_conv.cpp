@@ -256,6 +256,126 @@ Tensor qconv_add(const Tensor& x, const Tensor& weight, const Tensor& bias, cons
               &addend, c);
 }
 
+// Along one dimension: the outputs first, first + stride, ..., which all see the same taps, as an ordinary convolution.
+struct Phase {
+  int64_t first, count, taps, start, dilation;  // taps: how many; start: the input that the first window begins at
+};
+
+Phase phase_of(int64_t first, int64_t kernel, int64_t stride, int64_t before, int64_t dilation, int64_t out) {
+  Phase phase = {first, out > first ? ceil_div(out - first, stride) : 0, 0, 0, 1};
+  int64_t last = 0, gcd = stride;
+  for (int64_t a = dilation % stride; a;) gcd = std::exchange(a, gcd % a);
+  for (int64_t t = 0; t < kernel; ++t)
+    if ((first + before - t * dilation) % stride == 0) ++phase.taps, last = t;
+  phase.dilation = dilation / gcd;
+  phase.start = phase.taps ? (first + before - last * dilation) / stride : 0;
+  return phase;
+}
+
+Tensor conv_transpose(const char* op, const Operands& o, const Ints& kernel, const Ints& stride, const Ints& padding,
+                      const Ints& output_padding, const Ints& dilation, int64_t groups, int64_t z_x,
+                      const Tensor* addend, Conv c) {
+  expect_operands(op, o);
+  expect_range(op, z_x, 0, 255);
+  const size_t rank = kernel.size();
+  expect_entries(op, "kernel", kernel, rank, 1);
+  expect_entries(op, "stride", stride, rank, 1);
+  expect_entries(op, "padding", padding, 2 * rank, INT32_MIN);
+  expect_entries(op, "output_padding", output_padding, rank, 0);
+  expect_entries(op, "dilation", dilation, rank, 1);
+  const ChannelsLast<uint8_t> x(op, o.x, int64_t(rank));
+  const int64_t n = o.multiplier.numel();
+  if (groups < 1 || x.channels % groups || n % groups)
+    fail(op, ": groups = ", groups, " does not divide the channels of x", o.x.shape(), " and N = ", n);
+  int64_t full[3] = {1, 1, 1}, step[3] = {1, 1, 1}, sizes[5] = {x.batch, n}, phases = 1;
+  for (size_t i = 0; i < rank; ++i) {
+    const size_t at = 3 - rank + i;
+    step[at] = stride[i];
+    phases *= stride[i];
+    sizes[2 + i] = full[at] = (x.size[at] - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
+                              dilation[i] * (kernel[i] - 1) + output_padding[i] + 1;
+    if (full[at] < 0) fail(op, ": the result would have a negative size for x", o.x.shape());
+  }
+  if (o.multiplier.dim() != 1 || o.bias.dim() != 2 || o.bias.shape().sizes[0] != phases || o.bias.shape().sizes[1] != n)
+    fail(op, ": bias", o.bias.shape(), " and multiplier", o.multiplier.shape(), ", expected [", phases,
+         " phases of the stride, N] and [N]");
+  c.x = x.data;
+  c.batch = x.batch;
+  c.channels = x.channels;
+  c.groups = groups;
+  c.z_x = uint8_t(z_x);
+  std::copy(x.size, x.size + 3, c.size);
+  std::copy(x.step, x.step + 4, c.x_step);
+  c.product.n = n / groups;
+  const Contiguous w(o.weight), b(o.bias), m(o.multiplier);
+  const Shape shape = {sizes, int64_t(rank) + 2};
+  Tensor y = Tensor::empty_channels_last(shape, result_dtype(c.product));
+  const Epilogue epilogue(op, c.product, addend, nullptr, shape, n);
+  const int64_t row = full[2] * n, plane = full[1] * row;
+  const int64_t y_step[4] = {full[0] * plane, step[0] * plane, step[1] * row, step[2] * n};
+  std::copy(y_step, y_step + 4, c.y_step);
+
+  std::vector<Conv> parts;
+  std::vector<int8_t> zeros;
+  int64_t weight = 0;
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    Conv own = c;
+    int64_t rest = phase, offset = 0;
+    bool empty = false;
+    const int64_t distance[3] = {plane, row, n};
+    for (int at = 2; at >= 0; --at) {
+      const int64_t i = at + int64_t(rank) - 3;
+      const Phase p = i < 0 ? Phase{0, 1, 1, 0, 1}
+                            : phase_of(rest % step[at], kernel[i], step[at], padding[2 * i], dilation[i], full[at]);
+      rest /= step[at];
+      own.kernel[at] = p.taps;
+      own.before[at] = -p.start;
+      own.dilation[at] = p.dilation;
+      own.out[at] = p.count;
+      offset += p.first * distance[at];
+      empty = empty || p.taps == 0;
+    }
+    own.product.bias = b.data<int32_t>() + phase * n;
+    own.product.multiplier = m.data<float>();
+    const bool is_float = own.product.output == Output::kFloat;
+    own.product.y = y.data<uint8_t>() + offset * (is_float ? sizeof(float) : 1);
+    if (own.product.addend_stride) own.product.addend += offset;
+    if (empty) {  // outputs that no tap reaches: a weight of zeros says so
+      std::fill_n(own.kernel, 3, 1);
+      zeros.resize(std::max<size_t>(zeros.size(), own.weight_bytes()));
+    } else {
+      own.product.weight = w.data<int8_t>() + weight;
+      weight += own.weight_bytes();
+    }
+    parts.push_back(own);
+  }
+  if (o.weight.dim() != 1 || o.weight.numel() != weight)
+    fail(op, ": a packed weight of shape ", o.weight.shape(), ", expected [", weight, "] for N = ", n, ", x",
+         o.x.shape(), " and groups = ", groups);
+  for (Conv& own : parts) {
+    if (!own.product.weight) own.product.weight = zeros.data();
+    run(own);
+  }
+  return y;
+}
+
+Tensor qconv_transpose(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                       const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& output_padding,
+                       const Ints& dilation, int64_t groups, int64_t z_x, int64_t zero_point, int64_t low,
+                       int64_t high) {
+  return conv_transpose("qconv_transpose", {x, weight, bias, multiplier}, kernel, stride, padding, output_padding,
+                        dilation, groups, z_x, nullptr, requantized("qconv_transpose", zero_point, low, high));
+}
+
+Tensor qconv_transpose_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                             const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& output_padding,
+                             const Ints& dilation, int64_t groups, int64_t z_x, const std::optional<Tensor>& addend) {
+  Conv c;
+  c.product.output = Output::kFloat;
+  return conv_transpose("qconv_transpose_float", {x, weight, bias, multiplier}, kernel, stride, padding,
+                        output_padding, dilation, groups, z_x, addend ? &*addend : nullptr, c);
+}
+
 }  // namespace
 }  // namespace fxq
 
@@ -264,4 +384,6 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qconv_float", fxq::boxed<fxq::qconv_float>);
   m.impl("qconv_act_quantize", fxq::boxed<fxq::qconv_act_quantize>);
   m.impl("qconv_add", fxq::boxed<fxq::qconv_add>);
+  m.impl("qconv_transpose", fxq::boxed<fxq::qconv_transpose>);
+  m.impl("qconv_transpose_float", fxq::boxed<fxq::qconv_transpose_float>);
 }

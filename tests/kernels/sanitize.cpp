@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chain.h"
+#include "conv.h"
 #include "kernels.h"
 
 using namespace fxq;
@@ -93,6 +94,59 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   }
 }
 
+// A convolution of [batch, height, width, channels], each array of exactly its size.
+static void check_conv(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t n, int64_t kernel,
+                       int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
+  Conv c;
+  const auto x = draw<uint8_t>(batch * height * width * channels, 0, 255);
+  c.x = x.data();
+  c.batch = batch;
+  c.channels = channels;
+  c.groups = groups;
+  c.z_x = 9;
+  c.size[1] = height;
+  c.size[2] = width;
+  c.x_step[3] = channels;
+  c.x_step[2] = width * channels;
+  c.x_step[1] = c.x_step[0] = height * c.x_step[2];
+  c.product.n = n / groups;
+  for (int i = 1; i < 3; ++i) {
+    c.kernel[i] = kernel;
+    c.stride[i] = stride;
+    c.before[i] = padding;
+    c.dilation[i] = dilation;
+    c.out[i] = (c.size[i] + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  }
+  c.y_step[3] = n;
+  c.y_step[2] = c.out[2] * n;
+  c.y_step[1] = c.y_step[0] = c.out[1] * c.y_step[2];
+  const auto weight = draw<int8_t>(c.weight_bytes(), -128, 127);
+  const auto bias = draw<int32_t>(n, -3000, 3000);
+  const auto multiplier = draw<float>(n, 1, 100, 1e-4);
+  const int64_t outputs = batch * c.y_step[0];
+  const auto addend = draw<float>(outputs, -1000, 1000, 0.01);
+  const auto residual = draw<uint8_t>(outputs, 0, 255);
+  c.product.weight = weight.data();
+  c.product.bias = bias.data();
+  c.product.multiplier = multiplier.data();
+  c.product.zero_point = c.product.low = 7;
+  c.product.residual_multiplier = 0.3f;
+  for (const Output output : {Output::kUint8, Output::kFloat, Output::kActivationUint8}) {
+    c.product.output = output;
+    c.product.residual = output == Output::kUint8 && stride == 1 ? residual.data() : nullptr;
+    c.product.addend = output == Output::kFloat ? addend.data() : nullptr;
+    c.product.addend_stride = stride == 1 ? n : 0;
+    std::vector<float> wide(output == Output::kFloat ? outputs : 0);
+    compare("conv", outputs * (wide.empty() ? 1 : 4), [&](uint8_t* y) {
+      c.product.y = wide.empty() ? static_cast<void*>(y) : wide.data();
+      for (int64_t image = 0; image < batch; ++image)
+        for (int64_t row = 0; row < c.out[1]; row += 2)
+          convolve(c, image, 0, row, row + 2 < c.out[1] ? row + 2 : c.out[1], 0, c.panels());
+      if (!wide.empty()) memcpy(y, wide.data(), wide.size() * 4);
+    });
+  }
+}
+
 static std::vector<uint8_t> program_of(const std::vector<uint32_t>& sizes) {
   const uint32_t layers = sizes.size() - 1;
   std::vector<uint8_t> program(sizeof(ChainHeader) + layers * sizeof(ChainLayer));
@@ -159,6 +213,15 @@ int main() {
     for (const int64_t n : {0, 1, 15, 16, 17, 63, 64, 65, 130})
       for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 97})
         if (k < 1000 || rows < 8) check_gemm(rows, n, k);
+  for (const int64_t kernel : {1, 2, 3})
+    for (const int64_t stride : {1, 2})
+      for (const int64_t padding : {0, 2})
+        for (const int64_t dilation : {1, 2}) {
+          for (const int64_t channels : {1, 3, 4, 18}) check_conv(2, 7, 6, channels, 17, kernel, stride, padding, dilation, 1);
+          for (const int64_t channels : {4, 19, 66})
+            check_conv(1, 5, 9, channels, channels, kernel, stride, padding, dilation, channels);
+          check_conv(1, 6, 5, 6, 66, kernel, stride, padding, dilation, 2);
+        }
   check_chain({1, 1}, 3);
   check_chain({33, 17, 65, 7}, 20);
   check_chain({64, 5000, 30}, 13);
