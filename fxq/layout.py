@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxq import kernels, numerics
-from fxq.qdq import expect_dtype
+from fxq import numerics
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -29,16 +28,12 @@ def empty(like: Tensor, channels: int, sizes: list[int], dtype: torch.dtype) -> 
     return like.new_empty((like.shape[0], *sizes, channels), dtype=dtype).movedim(-1, 1)
 
 
-def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    expect_dtype("quantize_channels_last", "x", x, torch.float32)
-    if x.dim() < 2:
-        raise ValueError(f"fxq::quantize_channels_last: x has shape {list(x.shape)}, expected [B, C, *spatial]")
-    return channels_last(kernels.portable("quantize")(x, scale, zero_point))
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is dense with the channels innermost, and not contiguous as well."""
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-quantize_channels_last = kernels.define(
-    "quantize_channels_last(Tensor x, float scale, int zero_point) -> Tensor",
-    _quantize,
-    lambda x, scale, zero_point: empty(x, x.shape[1], x.shape[2:], torch.uint8),
-)
-"""`quantize` of float32 [B, C, *spatial] in any memory order, into channels-last uint8."""
+def laid_like(y: Tensor, *operands: Tensor) -> Tensor:
+    """y, channels-last where an operand of its shape is, else contiguous: what elementwise ops return."""
+    last = any(is_channels_last(operand) and operand.shape == y.shape for operand in operands)
+    return channels_last(y) if last else y.contiguous()

@@ -1,11 +1,13 @@
 """quantize, dequantize, requantize as torch ops: where real numbers become integers, and back.
 
     quantize     q = clamp(rne(f32(x * f32(1 / scale))) + zero_point, 0, 255)              float32 -> uint8, any shape
+    quantize_channels_last   the same of [B, C, *spatial], into memory with the channels innermost
     dequantize   x = f32(scale * (q - zero_point))                                         uint8 -> float32
     requantize   q_y = clamp(rne(f32((q - z_x) * m)) + z_y, low, high), m = f32(s_x / s_y)  uint8 -> uint8
     quantize_weight, dequantize_weight: symmetric int8, one scale per output channel or one in all.
 
-The NumPy truth of each is the function of the same name in `fxq.numerics`.
+The NumPy truth of each is the function of the same name in `fxq.numerics`. Results lie in memory as the inputs do where
+those are contiguous or channels-last, else contiguous.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxq import kernels, numerics
+from fxq.layout import channels_last, empty, laid_like
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, WEIGHT_QMAX
 
 
@@ -38,18 +41,25 @@ def steps_from(q: Tensor, zero_point: int, multiplier: float) -> Tensor:
 def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     expect_dtype("quantize", "x", x, torch.float32)
     inverse = torch.tensor(1.0, dtype=torch.float32) / torch.tensor(scale, dtype=torch.float32)
-    steps = torch.nan_to_num(x.contiguous() * inverse, ACT_QMIN - zero_point, torch.inf, -torch.inf)
+    steps = torch.nan_to_num(laid_like(x, x) * inverse, ACT_QMIN - zero_point, torch.inf, -torch.inf)
     return round_clamp(steps, zero_point, ACT_QMIN, ACT_QMAX)
+
+
+def _quantize_channels_last(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    expect_dtype("quantize_channels_last", "x", x, torch.float32)
+    if x.dim() < 2:
+        raise ValueError(f"fxq::quantize_channels_last: x has shape {list(x.shape)}, expected [B, C, *spatial]")
+    return channels_last(_quantize(x, scale, zero_point))
 
 
 def _dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
     expect_dtype("dequantize", "q", q, torch.uint8)
-    return steps_from(q.contiguous(), zero_point, scale)
+    return steps_from(laid_like(q, q), zero_point, scale)
 
 
 def _requantize(q: Tensor, z_x: int, multiplier: float, zero_point: int, low: int, high: int) -> Tensor:
     expect_dtype("requantize", "q", q, torch.uint8)
-    return round_clamp(steps_from(q.contiguous(), z_x, multiplier), zero_point, low, high)
+    return round_clamp(steps_from(laid_like(q, q), z_x, multiplier), zero_point, low, high)
 
 
 def _column(scales: Tensor, ndim: int) -> Tensor:
@@ -70,17 +80,22 @@ def _dequantize_weight(q: Tensor, scales: Tensor) -> Tensor:
 quantize = kernels.define(
     "quantize(Tensor x, float scale, int zero_point) -> Tensor",
     _quantize,
-    lambda x, scale, zero_point: x.new_empty(x.shape, dtype=torch.uint8),
+    lambda x, scale, zero_point: laid_like(x.new_empty(x.shape, dtype=torch.uint8), x),
 )
 dequantize = kernels.define(
     "dequantize(Tensor q, float scale, int zero_point) -> Tensor",
     _dequantize,
-    lambda q, scale, zero_point: q.new_empty(q.shape, dtype=torch.float32),
+    lambda q, scale, zero_point: laid_like(q.new_empty(q.shape, dtype=torch.float32), q),
+)
+quantize_channels_last = kernels.define(
+    "quantize_channels_last(Tensor x, float scale, int zero_point) -> Tensor",
+    _quantize_channels_last,
+    lambda x, scale, zero_point: empty(x, x.shape[1], x.shape[2:], torch.uint8),
 )
 requantize = kernels.define(
     "requantize(Tensor q, int z_x, float multiplier, int zero_point, int low, int high) -> Tensor",
     _requantize,
-    lambda q, z_x, multiplier, zero_point, low, high: q.new_empty(q.shape),
+    lambda q, z_x, multiplier, zero_point, low, high: laid_like(q.new_empty(q.shape), q),
 )
 quantize_weight = kernels.define(
     "quantize_weight(Tensor w, Tensor scales) -> Tensor",

@@ -76,9 +76,11 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "fixed_point.h"
 #include "gemm.h"
 #include "depthwise.h"
+#include "images.h"
 #include "norms.h"
 #include "attention.h"
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention, depthwise};
+                         add_fixed, norm, gemm, attention, depthwise,
+                         max_of, mean_of, mix_of, multiply};

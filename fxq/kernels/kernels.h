@@ -113,6 +113,16 @@ struct Kernels {
                     bool packed);
   // A row of `pixels` outputs of a depthwise convolution: x at the first window, x_stride to the next, runs the taps.
   void (*depthwise)(const Gemm& g, int64_t pixels);
+  // Channels-last images: one pixel y of `channels`, from pixels of x at offsets.
+  void (*max_of)(const uint8_t* x, const int64_t* taps, int64_t count, uint8_t* y, int64_t channels);
+  // Runs of `pixels`, pixel_step apart; multiplier: of the sum of (q - z_x).
+  void (*mean_of)(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
+                  int32_t z_x, float multiplier, uint8_t* y, int64_t channels, int32_t zero_point, int32_t low,
+                  int32_t high);
+  // The mean of the rows q[0], q[1] and q[2], q[3], v along a row, u across.
+  void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
+  // f32((q_a - z_a) * (q_b - z_b) * multiplier of a).
+  void (*multiply)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,4 @@
-// The elementwise kernels as torch operators: quantize, dequantize, requantize, add.
+// The elementwise kernels as torch operators: quantize, dequantize, requantize, add, multiply.
 #include <algorithm>
 #include <string>
 
@@ -10,8 +10,8 @@ namespace {
 Tensor quantize(const Tensor& x, double scale, int64_t zero_point) {
   expect_dtype("quantize", "x", x, aoti_torch_dtype_float32(), "float32");
   expect_range("quantize", zero_point, 0, 255);
-  const Contiguous from(x);
-  Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
+  const Contiguous from(x, true);
+  Tensor y = x.empty_like(aoti_torch_dtype_uint8());
   const float* source = from.data<float>();
   uint8_t* target = y.data<uint8_t>();
   parallel(x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -43,8 +43,8 @@ Tensor quantize_scaled(const Tensor& x, const Tensor& factor, double scale, int6
 Tensor dequantize(const Tensor& q, double scale, int64_t zero_point) {
   expect_dtype("dequantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
   expect_range("dequantize", zero_point, 0, 255);
-  const Contiguous from(q);
-  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_float32());
+  const Contiguous from(q, true);
+  Tensor y = q.empty_like(aoti_torch_dtype_float32());
   const uint8_t* source = from.data<uint8_t>();
   float* target = y.data<float>();
   parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -57,8 +57,8 @@ Tensor requantize(const Tensor& q, int64_t z_x, double multiplier, int64_t zero_
   expect_dtype("requantize", "q", q, aoti_torch_dtype_uint8(), "uint8");
   expect_range("requantize", zero_point, low, high);
   expect_range("requantize (z_x)", z_x, 0, 255);
-  const Contiguous from(q);
-  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
+  const Contiguous from(q, true);
+  Tensor y = q.empty_like(aoti_torch_dtype_uint8());
   const uint8_t* source = from.data<uint8_t>();
   uint8_t* target = y.data<uint8_t>();
   parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -115,9 +115,9 @@ void broadcast(const Broadcast& a, const Broadcast& b, uint8_t* y, Shape shape, 
   }
 }
 
-// What the adds share: checks and the way through broadcast operands; `run` as in `broadcast`.
+// What adds and products share: checks and the way through broadcast operands; `run` as in `broadcast`.
 template <class Run>
-Tensor sum(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, int64_t z_b, const Run& run) {
+Tensor combine(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, int64_t z_b, const Run& run) {
   expect_dtype(op, "a", a, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype(op, "b", b, aoti_torch_dtype_uint8(), "uint8");
   expect_range(op, z_a, 0, 255);
@@ -134,15 +134,25 @@ Tensor sum(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, int64_
     sizes[dim - i] = size_a == 1 ? size_b : size_a;
   }
   const Shape shape = {sizes, dim};
-  Tensor y = Tensor::empty(shape, aoti_torch_dtype_uint8());
+  const auto full = [&](Shape own) { return own.dim == dim && std::equal(sizes, sizes + dim, own.sizes); };
+  const bool last = (full(shape_a) && a.is_channels_last()) || (full(shape_b) && b.is_channels_last());
+  Tensor y = last ? Tensor::empty_channels_last(shape, aoti_torch_dtype_uint8())
+                  : Tensor::empty(shape, aoti_torch_dtype_uint8());
   uint8_t* target = y.data<uint8_t>();
-  if (dim == 0 || (same && a.is_contiguous() && b.is_contiguous())) {
+  const bool alike = last ? a.is_channels_last() && b.is_channels_last() : a.is_contiguous() && b.is_contiguous();
+  if (dim == 0 || (same && alike)) {
     const uint8_t *values_a = a.data<uint8_t>(), *values_b = b.data<uint8_t>();
     parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
       run(values_a + begin, values_b + begin, target + begin, end - begin);
     });
   } else if (y.numel() > 0) {
-    broadcast(Broadcast(a, shape), Broadcast(b, shape), target, shape, run);
+    Broadcast from_a(a, shape), from_b(b, shape);
+    if (last) {  // the channels innermost
+      std::rotate(sizes + 1, sizes + 2, sizes + dim);
+      std::rotate(from_a.strides + 1, from_a.strides + 2, from_a.strides + dim);
+      std::rotate(from_b.strides + 1, from_b.strides + 2, from_b.strides + dim);
+    }
+    broadcast(from_a, from_b, target, shape, run);
   }
   return y;
 }
@@ -150,9 +160,18 @@ Tensor sum(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, int64_
 Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
             int64_t low, int64_t high) {
   expect_range("qadd", zero_point, low, high);
-  return sum("qadd", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+  return combine("qadd", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
     active().add({q_a, int32_t(z_a), float(m_a)}, {q_b, int32_t(z_b), float(m_b)}, y, count, int32_t(zero_point),
                  int32_t(low), int32_t(high));
+  });
+}
+
+Tensor qmul(const Tensor& a, const Tensor& b, double m, int64_t z_a, int64_t z_b, int64_t zero_point, int64_t low,
+            int64_t high) {
+  expect_range("qmul", zero_point, low, high);
+  return combine("qmul", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+    active().multiply({q_a, int32_t(z_a), float(m)}, {q_b, int32_t(z_b), 1}, y, count, int32_t(zero_point),
+                      int32_t(low), int32_t(high));
   });
 }
 
@@ -167,7 +186,7 @@ Tensor qadd_fixed(const Tensor& a, const Tensor& b, int64_t m_a, int64_t z_a, in
   expect_range("qadd_fixed", zero_point, low, high);
   expect_fixed("qadd_fixed", m_a, shift);
   expect_fixed("qadd_fixed", m_b, shift);
-  return sum("qadd_fixed", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+  return combine("qadd_fixed", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
     active().add_fixed({q_a, int32_t(z_a), int32_t(m_a)}, {q_b, int32_t(z_b), int32_t(m_b)}, y, count, int32_t(shift),
                        int32_t(zero_point), int32_t(low), int32_t(high));
   });
@@ -180,8 +199,8 @@ Tensor requantize_fixed(const Tensor& q, int64_t z_x, int64_t multiplier, int64_
   expect_range("requantize_fixed (z_x)", z_x, 0, 255);
   expect_fixed("requantize_fixed", multiplier, shift);
   const bool twice = rounds_twice("requantize_fixed", rounding);
-  const Contiguous from(q);
-  Tensor y = Tensor::empty(q.shape(), aoti_torch_dtype_uint8());
+  const Contiguous from(q, true);
+  Tensor y = q.empty_like(aoti_torch_dtype_uint8());
   const uint8_t* source = from.data<uint8_t>();
   uint8_t* target = y.data<uint8_t>();
   parallel(q.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
@@ -200,6 +219,7 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("dequantize", fxq::boxed<fxq::dequantize>);
   m.impl("requantize", fxq::boxed<fxq::requantize>);
   m.impl("qadd", fxq::boxed<fxq::qadd>);
+  m.impl("qmul", fxq::boxed<fxq::qmul>);
   m.impl("qadd_fixed", fxq::boxed<fxq::qadd_fixed>);
   m.impl("requantize_fixed", fxq::boxed<fxq::requantize_fixed>);
 }

@@ -66,6 +66,20 @@ class Tensor {  // owns its handle, a reference to the tensor
   Shape shape() const { return {get<int64_t*>(aoti_torch_get_sizes), dim()}; }
   const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
   bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
+  // [B, C, *spatial] with the channels of every pixel, and the pixels, side by side, and not contiguous as well.
+  bool is_channels_last() const {
+    const Shape own = shape();
+    if (own.dim < 3 || is_contiguous()) return false;
+    const int64_t* steps = strides();
+    int64_t step = own.sizes[1];
+    bool dense = step == 1 || steps[1] == 1;
+    for (int64_t i = own.dim - 1; i >= 2; step *= own.sizes[i--]) dense = dense && (own.sizes[i] == 1 || steps[i] == step);
+    return dense && (own.sizes[0] == 1 || steps[0] == step);
+  }
+  // Of the same shape, and channels-last where this one is.
+  Tensor empty_like(int32_t dtype) const {
+    return is_channels_last() ? empty_channels_last(shape(), dtype) : empty(shape(), dtype);
+  }
   template <class T>
   T* data() const {
     return static_cast<T*>(get<void*>(aoti_torch_get_data_ptr));
@@ -91,11 +105,12 @@ class Tensor {  // owns its handle, a reference to the tensor
   AtenTensorHandle handle_;
 };
 
-// The elements of a tensor one after the other: its own, or those of a copy where its strides are others.
+// The elements of a tensor one after the other: its own, or those of a copy where its strides are others. In the order
+// of `Tensor::empty_like` where elements may come channels-last.
 class Contiguous {
  public:
-  explicit Contiguous(const Tensor& tensor) {
-    if (!tensor.is_contiguous()) copy_.emplace(tensor.contiguous());
+  explicit Contiguous(const Tensor& tensor, bool or_channels_last = false) {
+    if (!tensor.is_contiguous() && !(or_channels_last && tensor.is_channels_last())) copy_.emplace(tensor.contiguous());
     data_ = (copy_ ? *copy_ : tensor).data<void>();
   }
   template <class T>

@@ -19,6 +19,7 @@ from fxq import kernels
 from fxq.decisions import Reason
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
+from fxq.layout import laid_like
 from fxq.numerics import f32
 from fxq.pattern import Any, Match, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
@@ -30,7 +31,8 @@ def _qadd(
 ) -> Tensor:
     expect_dtype("qadd", "a", a, torch.uint8)
     expect_dtype("qadd", "b", b, torch.uint8)
-    return round_clamp(steps_from(a, z_a, m_a) + steps_from(b, z_b, m_b), zero_point, low, high).contiguous()
+    y = round_clamp(steps_from(a, z_a, m_a) + steps_from(b, z_b, m_b), zero_point, low, high)
+    return laid_like(y, a, b)
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
@@ -41,7 +43,7 @@ def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
 qadd = kernels.define(
     "qadd(Tensor a, Tensor b, float m_a, int z_a, float m_b, int z_b, int zero_point, int low, int high) -> Tensor",
     _qadd,
-    lambda a, b, m_a, z_a, m_b, z_b, zero_point, low, high: a.new_empty(_broadcast(a.shape, b.shape)),
+    lambda a, b, m_a, z_a, m_b, z_b, zero_point, low, high: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
 )
 
 

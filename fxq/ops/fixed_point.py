@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fxq import kernels, numerics
+from fxq.layout import laid_like
 from fxq.qdq import expect_dtype
 
 
@@ -68,7 +69,8 @@ def _requantize_fixed(
 ) -> Tensor:
     expect_dtype("requantize_fixed", "q", q, torch.uint8)
     _expect_fixed("requantize_fixed", rounding, multiplier, shift, shift)
-    return _tensor(numerics.requantize_fixed(q.numpy(), z_x, multiplier, shift, zero_point, low, high, rounding))
+    y = _tensor(numerics.requantize_fixed(q.numpy(), z_x, multiplier, shift, zero_point, low, high, rounding))
+    return laid_like(y, q)
 
 
 def _qadd_fixed(
@@ -78,7 +80,13 @@ def _qadd_fixed(
     expect_dtype("qadd_fixed", "b", b, torch.uint8)
     for multiplier in (m_a, m_b):
         _expect_fixed("qadd_fixed", "single", multiplier, shift, shift)
-    return _tensor(numerics.qadd_fixed(a.numpy(), b.numpy(), m_a, z_a, m_b, z_b, shift, zero_point, low, high))
+    y = _tensor(numerics.qadd_fixed(a.numpy(), b.numpy(), m_a, z_a, m_b, z_b, shift, zero_point, low, high))
+    return laid_like(y, a, b)
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
+    return shape
 
 
 qlinear_fixed = kernels.define(
@@ -91,11 +99,11 @@ requantize_fixed = kernels.define(
     "requantize_fixed(Tensor q, int z_x, int multiplier, int shift, int zero_point, int low, int high, "
     'str rounding="single") -> Tensor',
     _requantize_fixed,
-    lambda q, *rest: q.new_empty(q.shape),
+    lambda q, *rest: laid_like(q.new_empty(q.shape), q),
 )
 qadd_fixed = kernels.define(
     "qadd_fixed(Tensor a, Tensor b, int m_a, int z_a, int m_b, int z_b, int shift, int zero_point, int low, int high) "
     "-> Tensor",
     _qadd_fixed,
-    lambda a, b, *rest: a.new_empty(torch.broadcast_shapes(a.shape, b.shape)),  # type: ignore[no-untyped-call]
+    lambda a, b, *rest: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
 )

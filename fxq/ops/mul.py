@@ -18,6 +18,7 @@ from fxq import kernels
 from fxq.decisions import Reason
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
+from fxq.layout import laid_like
 from fxq.numerics import f32
 from fxq.pattern import Any, Match, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp
@@ -29,7 +30,7 @@ def _qmul(a: Tensor, b: Tensor, m: float, z_a: int, z_b: int, zero_point: int, l
     expect_dtype("qmul", "b", b, torch.uint8)
     product = (a.to(torch.int32) - z_a) * (b.to(torch.int32) - z_b)
     steps = product.to(torch.float32) * torch.tensor(m, dtype=torch.float32)
-    return round_clamp(steps, zero_point, low, high).contiguous()
+    return laid_like(round_clamp(steps, zero_point, low, high), a, b)
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
@@ -40,7 +41,7 @@ def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
 qmul = kernels.define(
     "qmul(Tensor a, Tensor b, float m, int z_a, int z_b, int zero_point, int low, int high) -> Tensor",
     _qmul,
-    lambda a, b, m, z_a, z_b, zero_point, low, high: a.new_empty(_broadcast(a.shape, b.shape)),
+    lambda a, b, m, z_a, z_b, zero_point, low, high: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
 )
 
 _MUL = Op(

@@ -94,6 +94,21 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   }
 }
 
+static void check_images(int64_t channels) {
+  const auto x = draw<uint8_t>(20 * channels, 0, 255), p = draw<uint8_t>(channels, 0, 255);
+  const int64_t taps[5] = {0, 3 * channels, 19 * channels, 7 * channels, channels};
+  compare("max_of", channels, [&](uint8_t* y) { active().max_of(x.data(), taps, 5, y, channels); });
+  const int64_t runs[2] = {0, 10 * channels};
+  compare("mean_of", channels, [&](uint8_t* y) {
+    active().mean_of(x.data(), runs, 2, 5, 2 * channels, 30, 0.13f, y, channels, 40, 3, 250);
+  });
+  const uint8_t* const four[4] = {x.data(), x.data() + channels, x.data() + 5 * channels, x.data() + 19 * channels};
+  compare("mix_of", channels, [&](uint8_t* y) { active().mix_of(four, .3f, .7f, .25f, .75f, y, channels); });
+  compare("multiply", channels, [&](uint8_t* y) {
+    active().multiply({x.data(), 9, .01f}, {p.data(), 200, 1}, y, channels, 3, 0, 255);
+  });
+}
+
 // A convolution of [batch, height, width, channels], each array of exactly its size.
 static void check_conv(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t n, int64_t kernel,
                        int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
@@ -213,6 +228,7 @@ int main() {
     for (const int64_t n : {0, 1, 15, 16, 17, 63, 64, 65, 130})
       for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 97})
         if (k < 1000 || rows < 8) check_gemm(rows, n, k);
+  for (int64_t channels = 0; channels < 70; ++channels) check_images(channels);
   for (const int64_t kernel : {1, 2, 3})
     for (const int64_t stride : {1, 2})
       for (const int64_t padding : {0, 2})

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxq import numerics
-from fxq.layout import channels_last, quantize_channels_last
+from fxq.layout import channels_last
 from fxq.numerics import Conv, ConvTranspose
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
+from fxq.qdq import quantize_channels_last
 
 
 def is_channels_last(y):

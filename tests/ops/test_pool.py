@@ -9,9 +9,12 @@ import torch.nn.functional as F
 
 from fxq import numerics
 from fxq.layout import channels_last
+from fxq.ops.add import qadd
+from fxq.ops.fixed_point import qadd_fixed, requantize_fixed
 from fxq.ops.mul import qmul
 from fxq.ops.pool import qadaptive_avg_pool, qavg_pool, qmax_pool
 from fxq.ops.upsample import qupsample_bilinear, qupsample_nearest
+from fxq.qdq import dequantize, quantize, requantize
 
 
 def draw(*shape):
@@ -144,6 +147,29 @@ def test_products(on_isa, a, b):
             for y in (b, channels_last(b)):
                 assert np.array_equal(on_isa(qmul, channels_last(a), y, *args).numpy(), expected)
             assert np.array_equal(on_isa(qmul, b, channels_last(a), *swapped).numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5, 7), (1, 3, 2, 3, 4)])
+def test_elementwise_ops_leave_channels_last_as_it_is(on_isa, shape):
+    q, p = channels_last(draw(*shape)), channels_last(draw(*shape))
+    gate = draw(*shape[:2], *[1] * (len(shape) - 2))
+    x = q.float() - 100
+    assert np.array_equal(q.numpy(), q.contiguous().numpy())
+    same(on_isa(quantize, x, 1.5, 9), numerics.quantize(x.numpy(), 1.5, 9))
+    same(on_isa(dequantize, q, 1.5, 9), numerics.dequantize(q.numpy(), 1.5, 9))
+    same(on_isa(requantize, q, 9, 0.7, 5, 0, 255), numerics.requantize(q.numpy(), 9, 0.7, 5, 0, 255))
+    same(
+        on_isa(requantize_fixed, q, 9, 2**30, 31, 5, 0, 255),
+        numerics.requantize_fixed(q.numpy(), 9, 2**30, 31, 5, 0, 255),
+    )
+    sums, fixed = (0.3, 4, 0.5, 6, 7, 0, 255), (2**29, 4, 2**30, 6, 31, 7, 0, 255)
+    for a, b in ((q, p), (q, p.contiguous()), (p.contiguous(), q), (q, gate), (gate, q)):
+        same(on_isa(qadd, a, b, *sums), numerics.qadd(a.numpy(), b.numpy(), *sums))
+        same(on_isa(qadd_fixed, a, b, *fixed), numerics.qadd_fixed(a.numpy(), b.numpy(), *fixed))
+        same(on_isa(qmul, a, b, *FACTORS[0]), numerics.qmul(a.numpy(), b.numpy(), *FACTORS[0]))
+    torch.library.opcheck(qadd, (q, gate, *sums))
+    torch.library.opcheck(quantize, (x, 1.5, 9))
+    torch.library.opcheck(requantize, (q, 9, 0.7, 5, 0, 255))
 
 
 def test_a_product_against_fractions():

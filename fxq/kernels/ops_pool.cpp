@@ -1,0 +1,320 @@
+// Pooling and upsampling of channels-last images as torch operators.
+#include <cmath>
+#include <vector>
+
+#include "channels_last.h"
+#include "checks.h"
+
+namespace fxq {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+// Along one dimension: the part [begin, end) of the input that an output sees, and how many values it counts.
+struct Window {
+  int64_t begin, end, count;
+};
+using Windows = std::vector<Window>;
+
+struct Image {
+  ChannelsLast<uint8_t> x;
+  int64_t out[3] = {1, 1, 1};
+  int64_t shape[5];
+  int64_t rank;
+
+  Image(const char* op, const Tensor& t, int64_t rank) : x(op, t, rank), shape{x.batch, x.channels}, rank(rank) {}
+  void set_out(int64_t i, int64_t size) { out[3 - rank + i] = shape[2 + i] = size; }
+  int64_t in(int64_t i) const { return x.size[3 - rank + i]; }
+  Tensor result() const { return Tensor::empty_channels_last({shape, rank + 2}, aoti_torch_dtype_uint8()); }
+};
+
+// f(image, plane, row, y) for every row of the result, y where it begins.
+template <class Function>
+void for_each_row(const Image& image, const Tensor& y, int64_t work, const Function& f) {
+  const int64_t rows = image.x.batch * image.out[0] * image.out[1], bytes = image.out[2] * image.x.channels;
+  uint8_t* target = y.data<uint8_t>();
+  const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, bytes * work));
+  parallel(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      f(i / image.out[1] / image.out[0], i / image.out[1] % image.out[0], i % image.out[1], target + i * bytes);
+  });
+}
+
+void expect_entries(const char* op, const char* name, const Ints& list, size_t count, int64_t least) {
+  if (list.size() != count) fail(op, ": ", name, " has ", list.size(), " entries, expected ", count);
+  for (const int64_t entry : list)
+    if (entry < least) fail(op, ": ", name, " holds ", entry, ", expected at least ", least);
+}
+
+int64_t pooled_size(const char* op, int64_t size, int64_t k, int64_t s, int64_t p, int64_t d, bool ceil_mode) {
+  const int64_t room = size + 2 * p - d * (k - 1) - 1;
+  if (room < 0) fail(op, ": a window of ", k, " does not fit into ", size, " with padding ", p);
+  const int64_t count = (ceil_mode ? ceil_div(room, s) : room / s) + 1;
+  return ceil_mode && (count - 1) * s >= size + p ? count - 1 : count;
+}
+
+Tensor average(Image& image, const Windows (&windows)[3], int64_t divisor, int64_t z_x, double m, int64_t zero_point,
+               int64_t low, int64_t high) {
+  Tensor y = image.result();
+  const ChannelsLast<uint8_t>& x = image.x;
+  int64_t seen = 1;
+  for (const Windows& own : windows)
+    if (!own.empty()) seen *= own[0].end - own[0].begin;
+  for_each_row(image, y, seen, [&](int64_t b, int64_t d, int64_t h, uint8_t* to) {
+    const Window &plane = windows[0][d], &row = windows[1][h];
+    const uint8_t* from = x.data + b * x.step[0];
+    std::vector<int64_t> runs;
+    for (int64_t i = plane.begin; i < plane.end; ++i)
+      for (int64_t j = row.begin; j < row.end; ++j) runs.push_back(i * x.step[1] + j * x.step[2]);
+    for (const Window& column : windows[2]) {
+      const int64_t count = divisor ? divisor : plane.count * row.count * column.count;
+      const int64_t pixels = std::max<int64_t>(0, column.end - column.begin);
+      active().mean_of(from + column.begin * x.step[3], runs.data(), int64_t(runs.size()), pixels, x.step[3],
+                       int32_t(z_x), float(m / double(count)), to, x.channels, int32_t(zero_point), int32_t(low),
+                       int32_t(high));
+      to += x.channels;
+    }
+  });
+  return y;
+}
+
+Tensor qavg_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, bool ceil_mode,
+                 bool count_include_pad, std::optional<int64_t> divisor, int64_t z_x, double m, int64_t zero_point,
+                 int64_t low, int64_t high) {
+  const char* op = "qavg_pool";
+  expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
+  expect_range(op, zero_point, low, high);
+  const size_t rank = kernel.size();
+  expect_entries(op, "kernel", kernel, rank, 1);
+  expect_entries(op, "stride", stride, rank, 1);
+  expect_entries(op, "padding", padding, rank, 0);
+  Image image(op, t, int64_t(rank));
+  Windows windows[3] = {{{0, 1, 1}}, {{0, 1, 1}}, {{0, 1, 1}}};
+  for (size_t i = 0; i < rank; ++i) {
+    const int64_t size = image.in(i), p = padding[i];
+    const int64_t out = pooled_size(op, size, kernel[i], stride[i], p, 1, ceil_mode);
+    image.set_out(i, out);
+    Windows& own = windows[3 - rank + i];
+    own.clear();
+    for (int64_t o = 0; o < out; ++o) {
+      const int64_t begin = o * stride[i] - p, end = std::min(begin + kernel[i], size + p);
+      const int64_t inside = std::clamp<int64_t>(begin, 0, size), stop = std::clamp<int64_t>(end, 0, size);
+      own.push_back({inside, stop, count_include_pad ? end - begin : stop - inside});
+    }
+  }
+  return average(image, windows, divisor.value_or(0), z_x, m, zero_point, low, high);
+}
+
+Tensor qadaptive_avg_pool(const Tensor& t, const Ints& output_size, int64_t z_x, double m, int64_t zero_point,
+                          int64_t low, int64_t high) {
+  const char* op = "qadaptive_avg_pool";
+  expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
+  expect_range(op, zero_point, low, high);
+  const size_t rank = output_size.size();
+  expect_entries(op, "output_size", output_size, rank, 0);
+  Image image(op, t, int64_t(rank));
+  Windows windows[3] = {{{0, 1, 1}}, {{0, 1, 1}}, {{0, 1, 1}}};
+  for (size_t i = 0; i < rank; ++i) {
+    const int64_t size = image.in(i), out = output_size[i];
+    image.set_out(i, out);
+    Windows& own = windows[3 - rank + i];
+    own.clear();
+    for (int64_t o = 0; o < out; ++o) {
+      const int64_t begin = o * size / out, end = ceil_div((o + 1) * size, out);
+      own.push_back({begin, end, end - begin});
+    }
+  }
+  return average(image, windows, 0, z_x, m, zero_point, low, high);
+}
+
+Tensor qmax_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+                 bool ceil_mode) {
+  const char* op = "qmax_pool";
+  expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
+  const size_t rank = kernel.size();
+  expect_entries(op, "kernel", kernel, rank, 1);
+  expect_entries(op, "stride", stride, rank, 1);
+  expect_entries(op, "padding", padding, rank, 0);
+  expect_entries(op, "dilation", dilation, rank, 1);
+  Image image(op, t, int64_t(rank));
+  int64_t taps[3] = {1, 1, 1}, step[3] = {1, 1, 1}, before[3] = {}, apart[3] = {1, 1, 1}, seen = 1;
+  for (size_t i = 0; i < rank; ++i) {
+    const size_t at = 3 - rank + i;
+    image.set_out(i, pooled_size(op, image.in(i), kernel[i], stride[i], padding[i], dilation[i], ceil_mode));
+    taps[at] = kernel[i];
+    step[at] = stride[i];
+    before[at] = padding[i];
+    apart[at] = dilation[i];
+    seen *= kernel[i];
+  }
+  Tensor y = image.result();
+  const ChannelsLast<uint8_t>& x = image.x;
+  // Offsets of the taps of one window that lie inside the input: what is padded is never the largest.
+  const auto inside = [&](int at, int64_t o, int64_t tap) {
+    const int64_t i = o * step[at] - before[at] + tap * apart[at];
+    return i >= 0 && i < x.size[at] ? i * x.step[at + 1] : int64_t(-1);
+  };
+  for_each_row(image, y, seen, [&](int64_t b, int64_t d, int64_t h, uint8_t* to) {
+    std::vector<int64_t> rows, found;
+    for (int64_t i = 0; i < taps[0]; ++i)
+      for (int64_t j = 0; j < taps[1]; ++j) {
+        const int64_t plane = inside(0, d, i), row = inside(1, h, j);
+        if (plane >= 0 && row >= 0) rows.push_back(plane + row);
+      }
+    for (int64_t w = 0; w < image.out[2]; ++w, to += x.channels) {
+      found.clear();
+      for (int64_t i = 0; i < taps[2]; ++i)
+        if (const int64_t pixel = inside(2, w, i); pixel >= 0)
+          for (const int64_t row : rows) found.push_back(row + pixel);
+      if (found.empty())
+        std::fill_n(to, x.channels, uint8_t(0));
+      else
+        active().max_of(x.data + b * x.step[0], found.data(), int64_t(found.size()), to, x.channels);
+    }
+  });
+  return y;
+}
+
+float source_step(int64_t size, int64_t out, double scale, bool align_corners) {
+  if (align_corners) return out <= 1 ? 0.0f : float(size - 1) / float(out - 1);
+  return scale != 0 ? float(1.0 / scale) : float(size) / float(out);
+}
+
+Image upsampled(const char* op, const Tensor& t, const Ints& size, const std::vector<double>& scales) {
+  expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
+  expect_entries(op, "size", size, scales.size(), 0);
+  Image image(op, t, int64_t(size.size()));
+  for (size_t i = 0; i < size.size(); ++i) {
+    if (image.in(i) < 1) fail(op, ": x", t.shape(), " has no pixels");
+    image.set_out(i, size[i]);
+  }
+  return image;
+}
+
+Tensor qupsample_nearest(const Tensor& t, const Ints& size, const std::vector<double>& scales) {
+  const Image image = upsampled("qupsample_nearest", t, size, scales);
+  const ChannelsLast<uint8_t>& x = image.x;
+  std::vector<int64_t> source[3] = {{0}, {0}, {0}};
+  for (size_t i = 0, at = 3 - size.size(); i < size.size(); ++i, ++at) {
+    source[at].clear();
+    const float step = source_step(x.size[at], size[i], scales[i], false);
+    for (int64_t o = 0; o < size[i]; ++o) {
+      const float place = float(o) * step;
+      source[at].push_back(std::min<int64_t>(int64_t(std::floor(place)), x.size[at] - 1) * x.step[at + 1]);
+    }
+  }
+  Tensor y = image.result();
+  for_each_row(image, y, 1, [&](int64_t b, int64_t d, int64_t h, uint8_t* to) {
+    const uint8_t* from = x.data + b * x.step[0] + source[0][d] + source[1][h];
+    for (const int64_t pixel : source[2]) to = std::copy_n(from + pixel, x.channels, to);
+  });
+  return y;
+}
+
+struct Neighbours {  // the two inputs that an output lies between, as offsets, and their weights
+  int64_t first, second;
+  float w0, w1;
+};
+
+Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<double>& scales, bool align_corners) {
+  const Image image = upsampled("qupsample_bilinear", t, size, scales);
+  if (size.size() != 2) fail("qupsample_bilinear: x", t.shape(), ", expected [B, C, H, W]");
+  const ChannelsLast<uint8_t>& x = image.x;
+  std::vector<Neighbours> sources[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t last = x.size[i + 1] - 1;
+    const float step = source_step(last + 1, size[i], scales[i], align_corners);
+    for (int64_t o = 0; o < size[i]; ++o) {
+      const float place = align_corners ? float(o) * step : std::max((float(o) + 0.5f) * step - 0.5f, 0.0f);
+      const int64_t first = std::min<int64_t>(int64_t(place), last);
+      const float w1 = std::clamp(place - float(first), 0.0f, 1.0f);
+      sources[i].push_back({first * x.step[i + 2], std::min(first + 1, last) * x.step[i + 2], 1.0f - w1, w1});
+    }
+  }
+  Tensor y = image.result();
+  for_each_row(image, y, 4, [&](int64_t b, int64_t, int64_t h, uint8_t* to) {
+    const Neighbours& v = sources[0][h];
+    const uint8_t* from = x.data + b * x.step[0];
+    for (const Neighbours& u : sources[1]) {
+      const uint8_t* const pixels[4] = {from + v.first + u.first, from + v.first + u.second, from + v.second + u.first,
+                                        from + v.second + u.second};
+      active().mix_of(pixels, u.w0, u.w1, v.w0, v.w1, to, x.channels);
+      to += x.channels;
+    }
+  });
+  return y;
+}
+
+// Pixels in parts that stay in the first-level cache, channels in parts of 64: quantized as they lie, then transposed.
+void transpose_quantized(const float* x, uint8_t* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
+                         float inverse, int32_t zero_point) {
+  constexpr int64_t kPixels = 256, kChannels = 64;
+  alignas(64) uint8_t part[kChannels * kPixels];
+  for (int64_t p = begin; p < end; p += kPixels) {
+    const int64_t count = std::min(kPixels, end - p);
+    for (int64_t c = 0; c < channels; c += kChannels) {
+      const int64_t own = std::min(kChannels, channels - c);
+      for (int64_t i = 0; i < own; ++i)
+        active().quantize(x + (c + i) * pixels + p, part + i * kPixels, count, inverse, zero_point);
+      for (int64_t j = 0; j < count; ++j) {
+        uint8_t* to = y + (p + j) * channels + c;
+        if (own == 3) {
+          to[0] = part[j], to[1] = part[kPixels + j], to[2] = part[2 * kPixels + j];
+          continue;
+        }
+        for (int64_t i = 0; i < own; ++i) to[i] = part[i * kPixels + j];
+      }
+    }
+  }
+}
+
+Tensor quantize_channels_last(const Tensor& x, double scale, int64_t zero_point) {
+  const char* op = "quantize_channels_last";
+  expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32");
+  expect_range(op, zero_point, 0, 255);
+  const Shape shape = x.shape();
+  if (shape.dim < 2) fail(op, ": x", shape, ", expected [B, C, *spatial]");
+  Tensor y = Tensor::empty_channels_last(shape, aoti_torch_dtype_uint8());
+  const float inverse = 1.0f / float(scale);
+  uint8_t* to = y.data<uint8_t>();
+  int64_t pixels = 1, step = shape.sizes[1];
+  bool dense = shape.sizes[1] == 1 || x.strides()[1] == 1;  // channels-last already
+  for (int64_t i = shape.dim - 1; i >= 2; --i) {
+    dense = dense && (shape.sizes[i] == 1 || x.strides()[i] == step);
+    pixels *= shape.sizes[i];
+    step *= shape.sizes[i];
+  }
+  dense = dense && (shape.sizes[0] == 1 || x.strides()[0] == step);
+  if (dense) {
+    const float* from = x.data<float>();
+    parallel(x.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+      active().quantize(from + begin, to + begin, end - begin, inverse, int32_t(zero_point));
+    });
+    return y;
+  }
+  const Contiguous source(x);
+  const float* from = source.data<float>();
+  const int64_t channels = shape.sizes[1];
+  const int64_t grain = std::max<int64_t>(256, kElementGrain / std::max<int64_t>(1, channels) / 256 * 256);
+  parallel(shape.sizes[0] * pixels, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // image by image
+      const int64_t image = begin / pixels, first = begin % pixels, last = std::min(pixels, first + end - begin);
+      transpose_quantized(from + image * pixels * channels, to + image * pixels * channels, channels, pixels, first,
+                          last, inverse, int32_t(zero_point));
+      begin += last - first;
+    }
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace fxq
+
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
+  m.impl("qavg_pool", fxq::boxed<fxq::qavg_pool>);
+  m.impl("qadaptive_avg_pool", fxq::boxed<fxq::qadaptive_avg_pool>);
+  m.impl("qmax_pool", fxq::boxed<fxq::qmax_pool>);
+  m.impl("qupsample_nearest", fxq::boxed<fxq::qupsample_nearest>);
+  m.impl("qupsample_bilinear", fxq::boxed<fxq::qupsample_bilinear>);
+  m.impl("quantize_channels_last", fxq::boxed<fxq::quantize_channels_last>);
+}
