@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.graph import replace
-from fxq.layout import quantize_channels_last
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
 from fxq.ops.pool import qadaptive_avg_pool, qavg_pool, qmax_pool
 from fxq.ops.upsample import qupsample_bilinear, qupsample_nearest
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import quantize
+from fxq.qdq import quantize, quantize_channels_last
 from fxq.spelling import CAT, PAD
 from fxq.stages import Stage
 
