@@ -83,6 +83,15 @@ def constant(gm: GraphModule, node: Node) -> Tensor:
     return value
 
 
+def exclusive_constants(gm: GraphModule) -> set[Node]:
+    """The get_attr nodes with one user each whose memory no other node reads, under any name."""
+    holders: dict[int, list[Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.users:
+            holders.setdefault(memory_of(constant(gm, node)), []).append(node)
+    return {nodes[0] for nodes in holders.values() if len(nodes) == 1 and len(nodes[0].users) == 1}
+
+
 def set_constant(gm: GraphModule, path: str, tensor: Tensor) -> str:
     """Register `tensor` as a buffer at `path`, or at `path_1`, ... if that is taken; return the path used."""
     owner_path, _, name = path.rpartition(".")

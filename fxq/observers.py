@@ -267,12 +267,15 @@ def _draw(rows: Tensor, most: int) -> Tensor:
 
 
 class Fixed(Observer):
-    """A range that is settled."""
+    """A range that is settled; rows: a sample of what is quantized, float32 [rows, K]."""
 
-    def __init__(self, where: str, low: float, high: float) -> None:
+    def __init__(self, where: str, low: float, high: float, rows: Tensor) -> None:
         super().__init__(where)
+        self.register_buffer("rows", rows)
         self.low.fill_(low)
         self.high.fill_(high)
+
+    rows: Tensor
 
     def _observe(self, x: Tensor, low: float, high: float) -> None:
         pass
@@ -312,3 +315,15 @@ class WeightObserver(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.where!r}, {self.granularity}"
+
+
+class FixedScales(WeightObserver):
+    """Scales that are settled: the weight lies on their grid."""
+
+    def __init__(self, where: str, granularity: Granularity, scales: Tensor) -> None:
+        super().__init__(where, granularity)
+        self.scales = scales
+
+    def forward(self, w: Tensor) -> Tensor:
+        """`w` as it is."""
+        return w

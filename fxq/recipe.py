@@ -53,6 +53,7 @@ class Recipe:
     scheme: "w8a8" (static int8 weights and activations). observer, weight: the defaults of `Rule`.
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
+    round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
     requant: how a sum becomes the next layer's uint8: "float" multiplies in float32, "fixed" by an integer multiplier
     and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
@@ -67,6 +68,7 @@ class Recipe:
     observer: str = "histogram"
     weight: Granularity = "per_channel"
     balance: bool = True
+    round_weights: bool = True
     learn_steps: bool = False
     requant: Requant = "float"
     rounding: RequantRounding = "single"

@@ -6,7 +6,7 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, balance, judge_attention: OBSERVED
+- end_training, balance, round_weights, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, order_channels, fuse_chains, prune:
   INTEGER
@@ -47,6 +47,7 @@ from passes import (
     rewrite_batch_norm,
     rewrite_einsum,
     rewrite_products,
+    round_weights,
     use_fixed_point,
 )
 
@@ -102,7 +103,14 @@ LOWER: tuple[Pass, ...] = (
 )
 """From quantize/dequantize pairs to integers."""
 
-CONVERT: tuple[Pass, ...] = (end_training.PASS, balance.PASS, judge_attention.PASS, calibrate.PASS, *LOWER)
+CONVERT: tuple[Pass, ...] = (
+    end_training.PASS,
+    balance.PASS,
+    round_weights.PASS,
+    judge_attention.PASS,
+    calibrate.PASS,
+    *LOWER,
+)
 """From a graph that has seen data, or was trained, to integers."""
 
 IMPORT: tuple[Pass, ...] = (functionalize.PASS, fold_constants.PASS, *NORMALIZE, import_quantized.PASS, *LOWER)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
-from fxq.graph import call, constant, get_attr, memory_of, set_constant, submodule
+from fxq.graph import call, constant, exclusive_constants, get_attr, set_constant, submodule
 from fxq.numerics import activation_qparams
 from fxq.observers import Edge, Fixed, WeightObserver
 from fxq.pipeline import Context, Numbers
@@ -60,10 +60,9 @@ class Balance:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Settles every `Edge`; the effect goes into the decisions of the report."""
-        holders: dict[int, list[Node]] = {}
-        for attribute in gm.graph.find_nodes(op="get_attr"):
-            if attribute.users:
-                holders.setdefault(_memory(gm, attribute), []).append(attribute)
+        if not ctx.recipe.balance:
+            return 0
+        exclusive = exclusive_constants(gm)
         edges = [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(submodule(gm, n), Edge)]
         effects: dict[str, str] = {}
         for node in edges:
@@ -71,7 +70,7 @@ class Balance:
             assert isinstance(observer, Edge)
             if observer.rows.numel():
                 readers = [user for user in node.users if user.target is LINEAR]
-                plain, best = _choose(gm, observer, readers, holders)
+                plain, best = _choose(gm, observer, readers, exclusive)
                 _apply(gm, node, observer, readers, best)
                 effects |= {reader.name: _effect(plain, best) for reader in readers}
         ctx.report.decisions = [replace(d, detail=effects.get(d.node, d.detail)) for d in ctx.report.decisions]
@@ -83,10 +82,8 @@ def _effect(plain: Choice, best: Choice) -> str:
     return f"{how}: {plain.sqnr:.1f} -> {best.sqnr:.1f} dB" if best is not plain else ""
 
 
-def _choose(
-    gm: GraphModule, observer: Edge, readers: list[Node], holders: dict[int, list[Node]]
-) -> tuple[Choice, Choice]:
-    """The edge as its observer alone would have it, and the best way found; holders: constants by their memory."""
+def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set[Node]) -> tuple[Choice, Choice]:
+    """The edge as its observer alone would have it, and the best way found; exclusive: constants with one reader."""
     weights = [_weight(gm, reader) for reader in readers]
 
     def attempt(factors: Tensor | None, low: float, high: float, x: Tensor = observer.rows[::2]) -> Choice:
@@ -103,7 +100,7 @@ def _choose(
 
     plain = attempt(None, *observer.range())
     choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
-    if all(_exclusive(gm, reader, holders) for reader in readers):
+    if all(_exclusive(reader, exclusive) for reader in readers):
         for exponent in EXPONENTS:
             factors = _factors(observer, [w for w, _ in weights], exponent)
             choices.append(attempt(factors, *_scaled_range(observer, factors)))
@@ -155,20 +152,16 @@ def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, Granularity]:
     return constant(gm, source).detach(), observer.granularity
 
 
-def _exclusive(gm: GraphModule, reader: Node, holders: dict[int, list[Node]]) -> bool:
+def _exclusive(reader: Node, exclusive: set[Node]) -> bool:
     """Whether the weight of `reader` is read nowhere else, under any name."""
     observed = reader.args[1]
     assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
-    source = observed.args[0]
-    return holders[_memory(gm, source)] == [source] and len(source.users) == 1 and len(observed.users) == 1
-
-
-def _memory(gm: GraphModule, node: Node) -> int:
-    return memory_of(constant(gm, node))
+    return observed.args[0] in exclusive and len(observed.users) == 1
 
 
 def _apply(gm: GraphModule, node: Node, observer: Edge, readers: list[Node], choice: Choice) -> None:
-    gm.set_submodule(str(node.target), Fixed(observer.where, choice.low, choice.high))
+    rows = observer.rows if choice.factors is None else observer.rows * choice.factors
+    gm.set_submodule(str(node.target), Fixed(observer.where, choice.low, choice.high, rows))
     if choice.factors is None:
         return
     x = node.args[0]

@@ -43,8 +43,9 @@ class Observe:
             if isinstance(spec, SharedSpec):
                 path = owners[spec.owner]
             else:
-                balance = ctx.recipe.balance and place.readers is not None and products.issuperset(place.readers)
-                path = _new(gm, place, value, readers, spec, balance)
+                sampled = ctx.recipe.balance or ctx.recipe.round_weights
+                sampled = sampled and place.readers is not None and products.issuperset(place.readers)
+                path = _new(gm, place, value, readers, spec, sampled)
             if place.readers is None:
                 owners[place.value] = path
             _insert(gm, value, readers, path, at_edge=place.readers is not None)
@@ -65,8 +66,8 @@ def _insert(gm: GraphModule, value: Node, readers: list[Node], path: str, *, at_
         reader.replace_input_with(value, observer)
 
 
-def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: Spec, balance: bool) -> str:
-    """Create the observer of `place`, one that `balance` can use where asked; returns its path."""
+def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: Spec, sampled: bool) -> str:
+    """Create the observer of `place`, one that keeps rows of it where asked; returns its path."""
     holder = gm.get_submodule(HOLDER)
     observer: nn.Module
     if isinstance(spec, WeightSpec):
@@ -79,8 +80,8 @@ def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: 
             where = f"the input {value.target!r}"
         else:
             where = f"the input of {module_of(readers[0]) or place_of(readers[0])}"
-        balanced = balance and spec.observer == "histogram"
-        observer = Edge(where) if balanced else OBSERVERS[spec.observer](where)
+        sampled = sampled and spec.observer == "histogram"
+        observer = Edge(where) if sampled else OBSERVERS[spec.observer](where)
     name = f"{value.name}_{len(list(holder.children()))}"
     holder.add_module(name, observer)
     return f"{HOLDER}.{name}"
