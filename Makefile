@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench observers conversion tracing-table pictures clean
+.PHONY: demo test lint check-types pytest sanitize bench observers conversion tracing-table pictures plots clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -53,3 +53,6 @@ clean:
 
 pictures: $(VENV)/ready
 	$(BIN)/python docs/pictures.py
+
+plots: $(VENV)/ready-bench
+	$(BIN)/python docs/numerics_pictures.py

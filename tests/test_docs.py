@@ -1,0 +1,68 @@
+"""The page that explains int8 inference: its cells, run in order in one namespace, print what the page shows."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "how-int8-inference-works.md"
+CELL = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```\n", re.DOTALL)
+
+
+@pytest.fixture
+def engine():
+    """torch's engine for x86, which one cell shows; what the cell changes is put back."""
+    if "x86" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no engine for x86")
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        yield
+    torch.backends.quantized.engine = before
+
+
+def test_every_cell_prints_what_the_page_shows(engine):
+    text = PAGE.read_text()
+    cells = CELL.findall(text)
+    assert len(cells) == text.count("```python") > 15
+    namespace = {}
+    for code, shown in cells:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(PAGE), "exec"), namespace)
+        assert printed.getvalue() == shown, code
+
+
+def test_the_wrong_formulas_fail_and_the_right_one_does_not():
+    rows = re.findall(r"^(.+?) +([\d.]+)% wrong", PAGE.read_text(), re.MULTILINE)
+    wrong = {name: float(share) for name, share in rows}
+    assert wrong.pop("right: all four parts") == 0
+    assert len(wrong) == 4
+    assert min(wrong.values()) > 50
+
+
+def test_equations_are_numbered_in_order():
+    numbers = [int(number) for number in re.findall(r" \(H(\d+)\)$", PAGE.read_text(), re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", PAGE.read_text())
+    assert [target for target in targets if not (DOCS / target).exists()] == []
+
+
+def test_the_plots_are_what_their_script_draws(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("numerics_pictures", DOCS / "numerics_pictures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    script.main()
+    for name in ("errors.svg", "range.svg"):
+        assert (tmp_path / name).stat().st_size < 100_000
+        assert (DOCS / "pictures" / name).exists()
