@@ -356,6 +356,28 @@ class TestTraining:
             torch.equal(a, b) for a, b in zip(qat.state_dict().values(), again.state_dict().values(), strict=True)
         )
 
+    def test_convolutions(self):
+        """Batch norms behind convolutions fold while they train; the integers are those of the trained graph."""
+        torch.manual_seed(2)
+        model = nn.Sequential(
+            nn.Unflatten(1, (1, 8)),
+            *(nn.Conv1d(1, 6, 3, padding=1, bias=False), nn.BatchNorm1d(6), nn.ReLU()),
+            *(nn.Conv1d(6, 6, 3, groups=6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Dropout(0.1), nn.Flatten()),
+            nn.Linear(36, 3),
+        )
+        qat = fxq.prepare_qat(model, torch.randn(32, 8), check=True)
+        assert sum(isinstance(m, FoldedBatchNorm) for m in qat.modules()) == 2
+        assert {n for n, _ in qat.named_parameters()} == {n for n, _ in model.named_parameters()}
+        losses = train(qat, batches(40))
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+        x = torch.randn(64, 8)
+        qmodel = fxq.convert(qat)
+        assert fxq.report(qmodel).int8_share == 1
+        with torch.no_grad():
+            fake = qat.eval()(x)
+            assert torch.equal(as_qdq(qat)(x), fake)
+            assert (qmodel(x) - fake).abs().max() < 0.02 * fake.abs().max()
+
     def test_a_deepcopy_trains_alike(self):
         qat = fxq.prepare_qat(classifier(), torch.randn(32, 8))
         train(qat, batches(2))
