@@ -20,10 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxq.batch_norm import column
 from fxq.errors import QuantizationError
 from fxq.qdq import dequantize, quantize
 
-SUPPORTED = "Quantize, DeQuantize, Linear, LinearReLU, ReLU6, QFunctional (add, add_relu, mul, cat), Dropout"
+SUPPORTED = (
+    "Quantize, DeQuantize, Linear, LinearReLU, Conv1d to 3d, ConvReLU1d to 3d, ReLU6, Dropout, "
+    "QFunctional (add, add_relu, mul, cat)"
+)
+
+_CONVS = {nnq.Conv1d, nnq.Conv2d, nnq.Conv3d}
+_CONV_RELUS = {nniq.ConvReLU1d, nniq.ConvReLU2d, nniq.ConvReLU3d}
 
 
 class StandIn(nn.Module):
@@ -59,15 +66,29 @@ class DeQuantize(StandIn):
         return x
 
 
-class Linear(StandIn):
-    """A linear, with its relu where it has one. weight: q_w - z_w, int16 [N, K]; scales: float64 [N]; bias or None."""
+class Product(StandIn):
+    """A linear or convolution, with its relu where it has one: function(x, weight, bias, *settings).
+
+    weight: q_w - z_w, int16 [N, ...]; scales: float64 [N]; bias: float32 [N] or None.
+    """
 
     weight: Tensor
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, zero_point: int, relu: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        zero_point: int,
+        relu: bool,
+        function: Callable[..., Tensor] = F.linear,
+        settings: tuple[Any, ...] = (),
+    ) -> None:
         super().__init__(scale, zero_point)
+        self.function = function
+        self.settings = settings
         integers, scales = _integers(weight)
         self.register_buffer("weight", integers)
         self.register_buffer("scales", scales)
@@ -75,8 +96,9 @@ class Linear(StandIn):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., K] on the grid of its producer."""
-        y = F.linear(x, self.weight * self.scales.float()[:, None], self.bias)
+        """x: float32 on the grid of its producer."""
+        weight = self.weight * column(self.scales.float(), self.weight.dim())
+        y = self.function(x, weight, self.bias, *self.settings)
         return self.on_grid(torch.relu(y) if self.relu else y)
 
 
@@ -178,14 +200,17 @@ def _stand_in(module: Any) -> nn.Module | str:
         return Quantize(float(module.scale), int(module.zero_point))
     if kind is nnq.DeQuantize:
         return DeQuantize()
-    if kind in (nnq.Linear, nniq.LinearReLU):
+    if kind in (nnq.Linear, nniq.LinearReLU, *_CONVS, *_CONV_RELUS):
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return f"it pads with {module.padding_mode!r}"
         weight = module.weight()
         if weight.dtype is not torch.qint8:
             return f"its weight is {weight.dtype}; weights must be torch.qint8"
         if weight.qscheme() not in (torch.per_tensor_affine, torch.per_channel_affine):
             return f"its weight has the scheme {weight.qscheme()}"
-        relu = kind is nniq.LinearReLU
-        return Linear(weight, module.bias(), module.scale, module.zero_point, relu)
+        relu = kind in (nniq.LinearReLU, *_CONV_RELUS)
+        rest = _convolution(module) if kind in _CONVS | _CONV_RELUS else ()
+        return Product(weight, module.bias(), module.scale, module.zero_point, relu, *rest)
     if kind is nnq.ReLU6:
         return nn.ReLU6()
     if kind is nnq.QFunctional:
@@ -199,13 +224,25 @@ def _stand_in(module: Any) -> nn.Module | str:
     return f"{kind.__name__} has no form here"
 
 
+def _convolution(module: Any) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """The function of a convolution and its settings, one number for each spatial dimension."""
+    rank = module.weight().dim() - 2
+
+    def wide(value: Any) -> tuple[int, ...]:
+        return tuple(value) if isinstance(value, tuple | list) else (value,) * rank
+
+    function = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[rank]
+    settings = (*map(wide, (module.stride, module.padding, module.dilation)), module.groups)
+    return function, settings
+
+
 def _integers(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q_w - z_w as int16 [N, K], and one float64 scale per output channel."""
+    """q_w - z_w as int16 [N, ...], and one float64 scale per output channel."""
     q = weight.int_repr().to(torch.int16)
     if weight.qscheme() is torch.per_tensor_affine:
         return q - weight.q_zero_point(), torch.full((len(q),), weight.q_scale(), dtype=torch.float64)
     zero_points = weight.q_per_channel_zero_points().to(torch.int16)
-    return q - zero_points[:, None], weight.q_per_channel_scales().to(torch.float64)
+    return q - column(zero_points, q.dim()), weight.q_per_channel_scales().to(torch.float64)
 
 
 # The FX workflow writes functions into its graph where the eager one has modules.
@@ -239,7 +276,7 @@ def _function(gm: GraphModule, node: Node) -> Iterator[tuple[tuple[Any, ...], nn
         x, packed, scale, zero_point = node.args
         weight, bias = _value(gm, packed).unpack()
         relu = node.target is ops.linear_relu
-        yield (x,), Linear(weight, bias, _value(gm, scale), _value(gm, zero_point), relu)
+        yield (x,), Product(weight, bias, _value(gm, scale), _value(gm, zero_point), relu)
     elif node.target in (ops.add, ops.add_relu, ops.mul) and len(node.args) == 4:
         a, b, scale, zero_point = node.args
         function, relu = (torch.mul if node.target is ops.mul else torch.add), node.target is ops.add_relu

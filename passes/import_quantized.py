@@ -1,9 +1,10 @@
 """import_quantized: stand-ins of what torch has quantized become quantize/dequantize pairs around float operations.
 
     Quantize(x)              ->  dequantize(quantize(x, s, z), s, z)
-    Linear(x)                ->  the same around relu(linear(x, dequantize_weight(q_w, s_w), b))
+    Product(x)               ->  the same around relu(linear(x, dequantize_weight(q_w, s_w), b)), or a convolution
     Binary(a, b)             ->  the same around add, mul; cat(...) of operands that have the result's scale
     reshape, relu, ... of x  ->  the same around it, with the scale of x: integers pass through
+    average pooling of x     ->  likewise, rounded as docs/numerics.md has it
     DeQuantize(x)            ->  x
 
 A weight with zero points is q_w - z_w, whose integers reach from -255 to 255. Where they leave int8, they are split in
@@ -23,6 +24,7 @@ from torch.fx import GraphModule, Node
 from fxq.decisions import Decision, Reason
 from fxq.engine import FUSED, SCALES
 from fxq.errors import QuantizationError
+from fxq.family import Claim
 from fxq.graph import (
     bypass,
     call,
@@ -42,7 +44,7 @@ from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, quantize
 from fxq.spelling import LINEAR, RELU
 from fxq.stages import Stage
-from fxq.torch_quantized import Binary, DeQuantize, Linear, Quantize, StandIn
+from fxq.torch_quantized import Binary, DeQuantize, Product, Quantize, StandIn
 
 Grid = tuple[float, int]
 
@@ -80,7 +82,8 @@ class ImportQuantized:
                 pair = _expand(gm, node, module, grids, held, self.fused)
                 grids[pair] = module.scale, module.zero_point
                 if not isinstance(module, Quantize):
-                    decisions.append(_decision(node, type(module).__name__.lower(), "int8"))
+                    op = target_name(getattr(module, "function", type(module).__name__))
+                    decisions.append(_decision(node, op, "int8"))
                 bypass(gm, node, pair)
                 count += 1
             elif held and node.target is torch.cat:
@@ -91,7 +94,7 @@ class ImportQuantized:
                 bypass(gm, node, pair)
                 count += 1
             elif held and not is_size(node):
-                carried = _carry(gm, node, ctx, grids, held)
+                carried = _carry(gm, node, ctx, grids, held, self.fused)
                 grids[carried] = grids[held[0]]
                 decisions.append(_decision(node, target_name(node.target), "moved"))
                 count += carried is not node
@@ -132,8 +135,10 @@ def _expand(
             if fused:
                 pair.all_input_nodes[0].meta[FUSED] = True
             return pair
-        if isinstance(module, Linear):
-            return _pair(gm, _linear(gm, node, module, grids[operands[0]]), grid, node)
+        if isinstance(module, Product):
+            if fused and module.function is not LINEAR:
+                raise QuantizationError(f"{place_of(node)}: exact= covers linears only; import it with exact=None")
+            return _pair(gm, _product(gm, node, module, grids[operands[0]]), grid, node)
         assert isinstance(module, Binary)
         if module.function is torch.cat:
             return _cat(gm, node, grid, held)
@@ -154,11 +159,16 @@ def _cat(gm: GraphModule, node: Node, grid: Grid, held: list[Node]) -> Node:
         return _pair(gm, call(gm, torch.cat, (scaled, *(dim or (0,))), node), grid, node)
 
 
-def _linear(gm: GraphModule, node: Node, module: Linear, grid: Grid) -> Node:
+def _product(gm: GraphModule, node: Node, module: Product, grid: Grid) -> Node:
     """The product of a stand-in's call, with its relu."""
     x, path = node.all_input_nodes[0], str(node.target)
     w = module.weight
     if w.min() < -128 or w.max() > 127:
+        if module.function is not LINEAR:
+            raise QuantizationError(
+                f"{place_of(node)}: its weights less their zero points reach from {w.min()} to {w.max()}, which a "
+                "convolution does not take; quantize its weights symmetrically"
+            )
         half = w.div(2, rounding_mode="floor")
         w = torch.cat([half, w - half], 1)
         both = call(gm, torch.cat, ([x, x], -1), node)
@@ -168,15 +178,16 @@ def _linear(gm: GraphModule, node: Node, module: Linear, grid: Grid) -> Node:
     weight = call(gm, dequantize_weight, (integers, scales), node)
     weight.meta[SCALES] = module.scales.numpy()
     bias = None if module.bias is None else get_attr(gm, f"{path}.bias", node)
-    y = call(gm, LINEAR, (x, weight, bias), node)
+    y = call(gm, module.function, (x, weight, bias, *module.settings), node)
     return call(gm, RELU, (y,), node) if module.relu else y
 
 
-def _carry(gm: GraphModule, node: Node, ctx: Context, grids: dict[Node, Grid], held: list[Node]) -> Node:
+def _carry(gm: GraphModule, node: Node, ctx: Context, grids: dict[Node, Grid], held: list[Node], fused: bool) -> Node:
     """The value of an operation that integers pass through: several as they are, a tensor in a pair of its own."""
     claims = (family.claim(gm, node) for family in ctx.families)
     claim = next((claim for claim in claims if claim is not None), None)
-    if getattr(claim, "kind", "") != "carry":
+    averages = not fused and isinstance(claim, Claim) and claim.kind == "pointwise" and len(claim.inputs) == 1
+    if not averages and not (isinstance(claim, Claim) and claim.kind == "carry"):
         raise QuantizationError(
             f"{place_of(node)}: {target_name(node.target)} reads the quantized %{held[0].name} and has no integer form "
             "here; dequantize before it"

@@ -140,7 +140,7 @@ class Functions(nn.Module):
         return self.dequant(self.c(self.f.add_relu(self.g.add(a, b), x)))
 
 
-def statically(model, engine, train=False):
+def statically(model, engine, train=False, x=X):
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine
     try:
@@ -150,7 +150,7 @@ def statically(model, engine, train=False):
         else:
             model.eval().qconfig = tq.get_default_qconfig(engine)
             prepared = tq.prepare(model)
-        prepared(X)
+        prepared(x)
         return tq.convert(prepared.eval())
     finally:
         torch.backends.quantized.engine = before
@@ -220,6 +220,33 @@ class TestContract:
         assert np.abs(qmodel(x).numpy() - np.clip(y, -93 * 0.0631, 162 * 0.0631)).max() < 0.51 * 0.0631
         close(qmodel, model, step=0.0631, x=x)
 
+    def test_convolutions(self):
+        class Images(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+                self.c1, self.r1 = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.ReLU()
+                self.c2, self.pool = nn.Conv2d(8, 8, 3, groups=8), nn.AdaptiveAvgPool2d(1)
+                self.fc = nn.Linear(8, 3)
+
+            def forward(self, x):
+                x = F.max_pool2d(self.r1(self.c1(self.quant(x))), 2)
+                return self.dequant(self.fc(self.pool(self.c2(x)).flatten(1)))
+
+        torch.manual_seed(4)
+        x = torch.randn(64, 3, 16, 16)
+        model = statically(tq.fuse_modules(Images().eval(), [["c1", "r1"]]), "x86", x=x)
+        qmodel = fxq.from_torch(model, x)
+        close(qmodel, model, step=model.fc.scale, x=x)
+        assert {d.module: d.form for d in qmodel.report.decisions if d.macs} == {
+            "c1": "int8",
+            "c2": "int8",
+            "fc": "int8",
+        }
+        assert np.array_equal(fxq.golden(qmodel)(x.numpy()), qmodel(x).numpy())
+        with pytest.raises(fxq.QuantizationError, match="exact= covers linears only"):
+            fxq.from_torch(model, x, exact="fbgemm")
+
     def test_other_batches_copies_and_files(self, tmp_path):
         model = eager("x86")
         for exact in (None, "fbgemm"):
@@ -260,7 +287,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("module", "message"),
         [
-            (lambda: nnq.Conv2d(1, 2, 3), r"0: Conv2d has no form here"),
+            (lambda: nnq.ConvTranspose2d(1, 2, 3), r"0: ConvTranspose2d has no form here"),
+            (lambda: nnq.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), r"0: it pads with 'reflect'"),
             (lambda: nnq.Embedding(4, 8), r"0: Embedding has no form here"),
             (lambda: nnq.EmbeddingBag(4, 8), r"0: EmbeddingBag has no form here"),
             (
