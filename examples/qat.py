@@ -1,9 +1,9 @@
 """Training with int8 in mind: float, quantized after training, and quantized while training, on small data sets.
 
 A 4-16-3 network on the iris flowers, that of a forum question, and two classifiers of handwritten digits with batch
-norm and dropout, one of linears, one of convolutions. Each is trained in float, quantized (PTQ), then trained on for a few epochs with fake quantization (QAT)
-and converted. At 8 bits there is little left to win; the last lines show that the graph that was trained and the
-integer model that runs give the same answers.
+norm and dropout, one of linears, one of convolutions. Each is trained in float, quantized (PTQ), then trained on for a
+few epochs with fake quantization (QAT) and converted. At 8 bits there is little left to win; the last lines show that
+the graph that was trained and the integer model that runs give the same answers.
 
     python examples/qat.py
 """
