@@ -2,7 +2,7 @@
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
   rewrite_products, normalize_linears, fold_bias, normalize_convolutions, normalize_pools, recognize_attention,
-  fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
+  split_linears, fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
@@ -48,6 +48,7 @@ from passes import (
     rewrite_einsum,
     rewrite_products,
     round_weights,
+    split_linears,
     use_fixed_point,
 )
 
@@ -69,6 +70,7 @@ PREPARE: tuple[Pass, ...] = (
     fold_constants.PASS,
     *NORMALIZE,
     recognize_attention.PASS,
+    split_linears.PASS,
     fold_batch_norm.PASS,
     rewrite_batch_norm.PASS,
     annotate.PASS,

@@ -1,9 +1,9 @@
 """judge_attention: an attention whose integers lose too much on the examples stays float.
 
 A softmax takes the exponential of its scores, so the noise of q and k counts for as much as their products are large;
-and parts of one tensor share its range, however small v is beside q and k. No rule tells beforehand what that costs.
-Each attention is run on the examples in float and in integers, with the ranges that calibration has found; one below
-`LEAST_SQNR` loses the observers of its q, k and v, and those of the values that nobody else reads.
+and one large channel of q, to which k answers with nothing, takes the range of all. No rule tells beforehand what that
+costs. Each attention is run on the examples in float and in integers, with the ranges that calibration has found; one
+below `LEAST_SQNR` loses the observers of its q, k and v, and those of the values that nobody else reads.
 """
 
 from __future__ import annotations
