@@ -58,12 +58,8 @@ def mlp(*sizes: int) -> nn.Sequential:
 def mlp_workload(sizes: tuple[int, ...], batches: tuple[int, ...]) -> Workload:
     """An MLP on normally distributed inputs."""
 
-    def inputs(held_out: bool, shape: tuple[int, ...], count: int) -> list[Inputs]:
-        make = torch.Generator().manual_seed(int(held_out))
-        return [(torch.randn(shape, generator=make),) for _ in range(count)]
-
     shapes = tuple((batch, sizes[0]) for batch in batches)
-    return Workload(f"MLP {'-'.join(map(str, sizes))}", lambda: mlp(*sizes), inputs, shapes, (32, sizes[0]), rows=512)
+    return Workload(f"MLP {'-'.join(map(str, sizes))}", lambda: mlp(*sizes), noise, shapes, (32, sizes[0]), rows=512)
 
 
 class Encoder(nn.Module):
@@ -102,10 +98,66 @@ def prose(held_out: bool, shape: tuple[int, ...], count: int) -> list[Inputs]:
     return [(part, torch.ones_like(part)) for part in torch.split(torch.tensor(rows), batch)]
 
 
+class Block(nn.Module):
+    """A block of the size and the kind of GPT-2, causal: float32 [B, T, 768] to the same; random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.project = nn.LayerNorm(768), nn.Linear(768, 2304), nn.Linear(768, 768)
+        self.norm2, self.widen, self.narrow = nn.LayerNorm(768), nn.Linear(768, 3072), nn.Linear(3072, 768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention, then the feed-forward part, each added to its input."""
+        b, t, c = x.shape
+        q, k, v = (part.view(b, t, 12, 64).transpose(1, 2) for part in self.qkv(self.norm(x)).split(c, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(y.transpose(1, 2).reshape(b, t, c))
+        wide: Tensor = F.gelu(self.widen(self.norm2(x)), approximate="tanh")
+        return x + self.narrow(wide)  # type: ignore[no-any-return]
+
+
+def blocks() -> nn.Module:
+    """Two of them."""
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).eval()
+
+
+class VisionTransformer(nn.Module):
+    """ViT-Tiny: images, float32 [B, 3, 224, 224], to the class token's features, float32 [B, 192]; random weights."""
+
+    def __init__(self) -> None:
+        from transformers import ViTConfig, ViTModel
+
+        super().__init__()
+        torch.manual_seed(0)
+        config = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+        self.vit = ViTModel(config, add_pooling_layer=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features that a classifier would read."""
+        state: Tensor = self.vit(pixel_values=x).last_hidden_state
+        return state[:, 0]
+
+
+def noise(held_out: bool, shape: tuple[int, ...], count: int) -> list[Inputs]:
+    """Normally distributed inputs."""
+    make = torch.Generator().manual_seed(int(held_out))
+    return [(torch.randn(shape, generator=make),) for _ in range(count)]
+
+
 WORKLOADS = (
     mlp_workload((64, 128, 64, 10), (1,)),
     mlp_workload((784, 256, 128, 10), (1, 64)),
     mlp_workload((1024, 4096, 4096, 1024), (1, 16, 128)),
+    Workload("GPT-2, 2 blocks", blocks, noise, ((1, 128, 768),), (4, 128, 768), batches=4, dynamic=2),
+    Workload(
+        "ViT-Tiny",
+        lambda: VisionTransformer().eval(),
+        noise,
+        ((1, 3, 224, 224),),
+        (4, 3, 224, 224),
+        batches=4,
+    ),
     Workload("MiniLM-L6", minilm, prose, ((1, 16), (1, 128), (8, 128)), (4, 128), batches=8, dynamic=2),
 )
 

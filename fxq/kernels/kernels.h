@@ -60,7 +60,7 @@ struct Attention {
   void* y = nullptr;   // uint8 or float [batch, queries, heads, width]
 };
 
-// Memory for one head and a tile of its queries; padded as `round_up` in ops_attention.cpp has it.
+// Memory for one head and a tile of its queries; `AttentionMemory` holds it.
 struct AttentionScratch {
   int8_t *keys, *values;
   int32_t* bias;

@@ -2,15 +2,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 
+#include "attention_memory.h"
 #include "checks.h"
 
 namespace fxq {
 namespace {
-
-int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // [B, H, T, D] or [B, T, D] as sizes and strides of [B, H, T, D].
 struct Heads {
@@ -60,41 +58,6 @@ void set_mask(Attention& a, const Tensor& mask, int64_t batch, int64_t dim) {
   a.mask = mask.data<void>();
 }
 
-class Memory {  // one allocation per thread and call, cut into parts that begin at cache lines
- public:
-  explicit Memory(const Attention& a) {
-    const int64_t span = round_up(a.keys, kPanel), depth = round_up(a.depth, 4);
-    for (int pass = 0; pass < 2; ++pass) {
-      used_ = 0;
-      at_.keys = take<int8_t>(span * depth);
-      at_.values = take<int8_t>(round_up(a.width, kPanel) * round_up(a.keys, 4));
-      at_.bias = take<int32_t>(span);
-      at_.mask = take<float>(a.mask ? kMaxRows * span : 0);
-      at_.scores = take<float>(kMaxRows * span);
-      at_.queries = take<uint8_t>(kMaxRows * depth);
-      at_.weights = take<uint8_t>(kMaxRows * span);
-      if (pass == 0) {
-        bytes_.reset(new uint8_t[used_ + kLine]());
-        base_ = bytes_.get() + (kLine - reinterpret_cast<uintptr_t>(bytes_.get()) % kLine);
-      }
-    }
-  }
-  const AttentionScratch& parts() const { return at_; }
-
- private:
-  static constexpr int64_t kLine = 64;
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t begin = used_;
-    used_ += round_up(count * int64_t(sizeof(T)), kLine);
-    return reinterpret_cast<T*>(base_ + begin);
-  }
-  std::unique_ptr<uint8_t[]> bytes_;
-  uint8_t* base_ = nullptr;
-  int64_t used_ = 0;
-  AttentionScratch at_;
-};
-
 // Shares heads, and blocks of the queries of a head where there are fewer heads than threads could use.
 void run(const Attention& a, int64_t batch) {
   const int64_t heads = batch * a.heads, work = a.queries * a.keys * (a.depth + a.width);
@@ -102,12 +65,12 @@ void run(const Attention& a, int64_t batch) {
   const int64_t threads = heads * work < 2 * kProductGrain ? 1 : torch::stable::get_num_threads();
   const int64_t most = ceil_div(a.queries, 4 * kMaxRows);
   const int64_t blocks = threads == 1 ? 1 : std::max<int64_t>(1, std::min(most, ceil_div(4 * threads, heads)));
-  const int64_t height = round_up(ceil_div(a.queries, blocks), kMaxRows);
+  const int64_t height = ceil_div(ceil_div(a.queries, blocks), kMaxRows) * kMaxRows;
   const Kernels& kernels = active();
   const int64_t sharing = a.heads / a.kv_heads;
   parallel(heads * blocks, threads == 1 ? heads * blocks : std::max<int64_t>(1, heads * blocks / (4 * threads)),
            [&](int64_t begin, int64_t end) {
-             const Memory memory(a);
+             const AttentionMemory memory(a);
              int64_t packed = -1;  // whose keys and values the memory holds
              for (int64_t i = begin; i < end; ++i) {
                const int64_t head = i / blocks, row = i % blocks * height;

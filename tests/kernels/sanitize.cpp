@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_memory.h"
 #include "chain.h"
 #include "conv.h"
 #include "kernels.h"
@@ -162,6 +163,52 @@ static void check_conv(int64_t batch, int64_t height, int64_t width, int64_t cha
   }
 }
 
+static void check_attention(int64_t queries, int64_t keys, int64_t depth, int64_t width) {
+  const int64_t batch = 2, heads = 4, kv_heads = 2;
+  const auto q = draw<uint8_t>(batch * queries * heads * depth, 0, 255);
+  const auto k = draw<uint8_t>(batch * keys * kv_heads * depth, 0, 255);
+  const auto v = draw<uint8_t>(batch * keys * kv_heads * width, 0, 255);
+  const auto seen = draw<uint8_t>(batch * queries * keys, 0, 1);
+  const auto added = draw<float>(keys, -100, 100, 0.1);
+  for (int kind = 0; kind < 6; ++kind) {
+    Attention a;
+    a.q = q.data();
+    a.k = k.data();
+    a.v = v.data();
+    const int64_t strides[3][3] = {{queries * heads * depth, depth, heads * depth},
+                                   {keys * kv_heads * depth, depth, kv_heads * depth},
+                                   {keys * kv_heads * width, width, kv_heads * width}};
+    memcpy(a.q_stride, strides[0], sizeof strides[0]);
+    memcpy(a.k_stride, strides[1], sizeof strides[1]);
+    memcpy(a.v_stride, strides[2], sizeof strides[2]);
+    a.heads = heads;
+    a.kv_heads = kv_heads;
+    a.queries = queries;
+    a.keys = keys;
+    a.depth = depth;
+    a.width = width;
+    a.is_causal = kind % 2;
+    a.is_float = kind == 5;
+    a.mask_is_float = kind == 3;
+    if (kind == 2 || kind == 3) a.mask = kind == 2 ? static_cast<const void*>(seen.data()) : added.data();
+    const int64_t of_seen[4] = {queries * keys, 0, keys, 1}, of_added[4] = {0, 0, 0, 1};
+    memcpy(a.mask_stride, kind == 2 ? of_seen : of_added, sizeof of_seen);
+    a.q_zero_point = 120;
+    a.v_zero_point = 9;
+    a.zero_point = 100;
+    a.multiplier = 1e-3f;
+    const int64_t count = batch * queries * heads * width;
+    std::vector<float> wide(a.is_float ? count : 0);
+    compare("attention", count * (a.is_float ? 4 : 1), [&](uint8_t* y) {
+      const AttentionMemory memory(a);
+      a.y = a.is_float ? static_cast<void*>(wide.data()) : y;
+      for (int64_t head = 0; head < batch * heads; ++head)
+        active().attention(a, head, 0, queries, memory.parts(), head % 2);
+      if (!wide.empty()) memcpy(y, wide.data(), wide.size() * 4);
+    });
+  }
+}
+
 static std::vector<uint8_t> program_of(const std::vector<uint32_t>& sizes) {
   const uint32_t layers = sizes.size() - 1;
   std::vector<uint8_t> program(sizeof(ChainHeader) + layers * sizeof(ChainLayer));
@@ -238,6 +285,10 @@ int main() {
             check_conv(1, 5, 9, channels, channels, kernel, stride, padding, dilation, channels);
           check_conv(1, 6, 5, 6, 66, kernel, stride, padding, dilation, 2);
         }
+  for (const int64_t queries : {1, 6, 13})
+    for (const int64_t keys : {0, 1, 4, 15, 64, 67})
+      for (const int64_t depth : {1, 4, 7, 32})
+        for (const int64_t width : {1, 16, 33, 64}) check_attention(queries, keys, depth, width);
   check_chain({1, 1}, 3);
   check_chain({33, 17, 65, 7}, 20);
   check_chain({64, 5000, 30}, 13);
