@@ -99,7 +99,12 @@ def prepare(
     if recipe.learn_steps:
         raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
     call = as_call(example_inputs, example_kwargs)
-    _check_model(model, call)
+    _check_model(model, call, narrow="w8a16" in recipe.schemes)
+    if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not _is_narrow(model, call):
+        raise InputError(
+            "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
+            "inputs with .to(torch.bfloat16), or use the recipe w8a32"
+        )
     recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
     folder = _folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
@@ -304,9 +309,9 @@ def quantize(
     """An int8 GraphModule of `model`, with the same signature; the model itself is not touched.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments (example_kwargs for models
-    that take both). calibration_data: an iterable of the same; by default the examples alone. recipe: "w8a8" or a
-    `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of them in one;
-    under `requant="fixed"` any float arithmetic between quantized inputs and dequantized outputs is.
+    that take both). calibration_data: an iterable of the same; by default the examples alone. recipe: the name of a
+    scheme or a `Recipe`. strict: an operation with multiply-accumulates that stays float unasked is an error, all of
+    them in one; under `requant="fixed"` any float arithmetic between quantized inputs and dequantized outputs is.
     min_sqnr: in dB, what the output on the examples must reach against the float model; on_low_sqnr: what else.
     passes: the passes before and after calibration, by default `passes.PREPARE` and `passes.CONVERT`.
     leaves: module classes or paths not to look into. frontend: as in `trace`. dump: a folder for texts, diffs and
@@ -369,7 +374,7 @@ def compare(
     call = as_call(inputs, kwargs)
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    _check_model(model, call)
+    _check_model(model, call, narrow=any(decision.scheme == "w8a16" for decision in qmodel.report.decisions))
     frontend: tracing.Frontend = "export" if qmodel.report.frontend.startswith("torch.export") else "trace"
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(Recipe(), (), call.clone())
@@ -449,7 +454,16 @@ def _folder(path: str | Path | None) -> dump.Folder | None:
     return None if path is None else dump.Folder(path, drawing.draw_step)
 
 
-def _check_model(model: nn.Module, call: Call) -> None:
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def _is_narrow(model: nn.Module, call: Call) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *(tensor for _, tensor in call.tensors()))
+    return any(tensor.dtype in _NARROW for tensor in tensors)
+
+
+def _check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
+    """narrow: whether the recipe has a scheme for bfloat16 and float16."""
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
     if isinstance(model, QuantizedModule):
@@ -460,16 +474,17 @@ def _check_model(model: nn.Module, call: Call) -> None:
         if tensor.device.type != "cpu":
             remedy = "load its weights first" if tensor.device.type == "meta" else "move it with model.cpu()"
             raise InputError(f"parameter {name} is on the device {tensor.device}; fxq runs on CPUs: {remedy}")
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, *(_NARROW if narrow else ())):
+            other = ', or use recipe="w8a16"' if tensor.dtype in _NARROW else ""
             raise InputError(
-                f"parameter {name} has dtype {tensor.dtype}; fxq quantizes float32: convert it with .float()"
+                f"parameter {name} has dtype {tensor.dtype}; fxq quantizes float32: convert it with .float(){other}"
             )
     if not call.args and not call.kwargs:
         raise InputError("example_inputs is empty; give a tensor, a tuple of positional or a dict of keyword arguments")
     for name, tensor in call.tensors():
         if tensor.device.type != "cpu":
             raise InputError(f"{name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")
-        if tensor.dtype in (torch.float64, torch.float16, torch.bfloat16):
+        if tensor.dtype == torch.float64 or (tensor.dtype in _NARROW and not narrow):
             raise InputError(f"{name} has dtype {tensor.dtype}, the model is float32; convert it with .float()")
     check_finite(call, "example_inputs")
 

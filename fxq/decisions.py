@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Form = Literal["int8", "moved", "float", "aside"]
-"""int8: runs on integers; moved: passes integers on unchanged; float: a float island; aside: sizes, ids, masks."""
+Form = Literal["int8", "weight", "moved", "float", "aside"]
+"""int8: runs on integers; weight: reads int8 weights and computes in float; moved: passes integers on unchanged; float:
+a float island; aside: sizes, ids, masks."""
 
 
 class Reason(enum.Enum):
@@ -25,6 +26,7 @@ class Reason(enum.Enum):
     NOT_FLOAT32 = ("its data is not float32", "convert the model and inputs with .float()")
     OWN_FLOAT = ("fxq computes it in float32, in steps of a fixed order: the same bits everywhere", "")
     UNPROFITABLE = ("integers would cost accuracy or time", "")
+    OTHER_SCHEME = ("it has no form in the scheme that the recipe gives it", "give it another scheme in the recipe")
     FLOAT_READER = ("its result is read in float, so integers would only cost accuracy", "")
     FLOAT_DATA = ("it moves data that is float here", "")
     ALIASED = ("its memory is modified in place", "write the assignment out of place")
@@ -42,7 +44,8 @@ class Decision:
     """What became of one operation.
 
     node: its name in the float graph; module: the user's module path; line: the user's file:line; op: its spelling;
-    macs: multiply-accumulates on the examples (0 where the op is not a product); detail: what the reason is about.
+    macs: multiply-accumulates on the examples (0 where the op is not a product); detail: what the reason is about;
+    scheme: the recipe's scheme that it runs in, "" where it computes no product or sum in one.
     """
 
     node: str
@@ -53,6 +56,7 @@ class Decision:
     reason: Reason | None = None
     detail: str = ""
     macs: int = 0
+    scheme: str = ""
 
     def __str__(self) -> str:
         place = self.module or self.line or self.node
@@ -120,7 +124,7 @@ class Report:
         return cls(**fields)
 
     def __str__(self) -> str:
-        rows = [("form", "module", "op", "MACs", "why, and what to do")]
+        rows = [("form", "module", "op", "scheme", "MACs", "why, and what to do")]
         for d in self.decisions:
             if d.form == "aside":
                 continue
@@ -128,10 +132,10 @@ class Report:
             if d.reason is not None:
                 why = f"{d.reason.name}: {d.detail or d.reason.text}"
                 why += f" -> {d.reason.remedy}" if d.reason.remedy else ""
-            rows.append((d.form, d.module or "(root)", d.op, f"{d.macs:,}" if d.macs else "", why))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+            rows.append((d.form, d.module or "(root)", d.op, d.scheme, f"{d.macs:,}" if d.macs else "", why))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
-            "  ".join([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3]), row[4]]).rstrip() for row in rows
+            "  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4]), row[5]]).rstrip() for row in rows
         ]
         lines.insert(1, "-" * min(100, max(map(len, lines))))
         forms = Counter(d.form for d in self.decisions)
@@ -140,8 +144,9 @@ class Report:
         lines += [
             "",
             f"recipe {self.recipe}, captured by {self.frontend}",
-            f"operations: {forms['int8']} int8, {forms['moved']} moved as integers, {forms['float']} float, "
-            f"{forms['aside']} aside (sizes, ids, masks)",
+            f"operations: {forms['int8']} int8, "
+            + (f"{forms['weight']} float with int8 weights, " if forms["weight"] else "")
+            + f"{forms['moved']} moved as integers, {forms['float']} float, {forms['aside']} aside (sizes, ids, masks)",
             f"multiply-accumulates in int8: {int8:,} of {total:,} ({100 * self.int8_share:.1f} %)",
             f"parameters and buffers: {before:,} bytes before, {after:,} after"
             + (f" ({before / after:.2f}x smaller)" if after else ""),

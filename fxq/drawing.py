@@ -19,7 +19,9 @@ from fxq import qdq
 from fxq.errors import FileError, InputError
 from fxq.expansion import summary
 from fxq.graph import Value, constant, is_float_tensor, line_of, module_of, submodule, target_name
-from fxq.observers import Observer, WeightObserver
+from fxq.observers import Observer, Rows, WeightObserver
+from fxq.ops.linear_dynamic import qlinear_dynamic
+from fxq.ops.linear_weight_only import linear_weight_only
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.profiling import Profile
 from fxq.stages import quantized_nodes
@@ -28,6 +30,7 @@ SUFFIXES = ("svg", "png", "pdf", "dot")
 BORDERS = frozenset({qdq.quantize, quantize_scaled, qdq.dequantize, qdq.quantize_weight, qdq.dequantize_weight})
 COLOURS = {  # fill, line
     "int8": ("#d3f0d9", "#1e7a34"),
+    "weight": ("#d6eef0", "#1f7480"),
     "float": ("#d9e6fb", "#2b5fb0"),
     "border": ("#fdebc8", "#a86a00"),
     "observer": ("#f3d9f5", "#86348c"),
@@ -37,6 +40,7 @@ COLOURS = {  # fill, line
 }
 MEANINGS = {
     "int8": "runs on integers",
+    "weight": "int8 weights, float sums",
     "float": "float32",
     "border": "float32 to integers, or back",
     "observer": "observer",
@@ -50,7 +54,8 @@ TALL = 40
 def to_networkx(gm: GraphModule) -> nx.DiGraph[str]:
     """The graph by node name. Of a node: op, target, module, line, form, dtype, shape, scale, zero_point, label.
 
-    form: "int8", "float", "border" (quantize, dequantize), "observer", "constant", "aside" (sizes, ids, masks), "io".
+    form: "int8", "weight" (int8 weights, float sums), "float", "border" (quantize, dequantize), "observer", "constant",
+    "aside" (sizes, ids, masks), "io".
     An edge has the dtype, shape, scale and zero_point of what flows along it.
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -93,13 +98,15 @@ def _form(gm: GraphModule, node: Node, quantized: set[Node]) -> str:
         return "io"
     if node.op == "get_attr":
         return "constant"
-    if node.op == "call_module" and isinstance(submodule(gm, node), Observer | WeightObserver):
+    if node.op == "call_module" and isinstance(submodule(gm, node), Observer | Rows | WeightObserver):
         return "observer"
     if node.target in BORDERS:
         return "border"
     reads_integers = "inside" in node.meta or any(operand in quantized for operand in node.all_input_nodes)
-    if node in quantized or (reads_integers and is_float_tensor(node)):
+    if node in quantized or (reads_integers and is_float_tensor(node)) or node.target is qlinear_dynamic:
         return "int8"
+    if node.target is linear_weight_only:
+        return "weight"
     return "float" if is_float_tensor(node) else "aside"
 
 
@@ -116,7 +123,7 @@ def _label(gm: GraphModule, node: Node) -> str:
     lines = [target_name(node.target).removeprefix("fxq.")]
     if "inside" in node.meta:
         lines += [f"{op} {text}" for _, op, text in summary(gm, node)]
-    elif target_name(node.target).startswith("fxq.qlinear"):
+    elif target_name(node.target).startswith(("fxq.qlinear", "fxq.linear")):
         x = node.args[0]
         assert isinstance(x, Node)
         lines.append(f"{x.meta['value'].shape[-1]} -> {node.meta['value'].shape[-1]}")

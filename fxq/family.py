@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch.fx import GraphModule, Node
 
 from fxq.decisions import Reason
+from fxq.qtypes import Scheme
 
 Kind = Literal["product", "pointwise", "carry"]
 
@@ -18,12 +19,14 @@ class Claim:
 
     kind: "product" reads uint8 and may give uint8 or float32 (linear); "pointwise" reads uint8 and gives uint8 with a
     range of its own (add); "carry" passes integers on with the range that they have (reshape, max-pool, relu).
-    inputs: the operands that become uint8; weight: the constant operand that becomes int8.
+    inputs: the operands that become uint8; weight: the constant operand that becomes int8. schemes: in which schemes of
+    a recipe the family can run it.
     """
 
     kind: Kind
     inputs: tuple[Node, ...]
     weight: Node | None = None
+    schemes: tuple[Scheme, ...] = ("w8a8",)
 
 
 @dataclass(frozen=True)

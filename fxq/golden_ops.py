@@ -43,7 +43,7 @@ def _quantize_scaled(x: F32, factor: F32, scale: float, zero_point: int) -> U8:
     return numerics.quantize(x * factor, scale, zero_point)
 
 
-def _weight(x: Array, packed: I8, bias: I32) -> I8:
+def _weight(x: Array, packed: I8, bias: Array) -> I8:
     n, k = len(bias), x.shape[-1]
     if len(packed) != numerics.packed_size(n, k):
         raise ValueError(f"its input has {k} features, which is not what its weight takes")
@@ -92,6 +92,22 @@ def _qlinear_fixed(
     return numerics.qlinear_fixed(x, _weight(x, weight, bias), *operands)
 
 
+def _qlinear_dynamic(x: F32, weight: I8, column_sums: I32, scale: F32, *rest: Any, **named: Any) -> F32:
+    return numerics.qlinear_dynamic(x, _weight(x, weight, column_sums), scale, *rest, **named)
+
+
+def _dynamic_parts(x: F32, weight: I8, column_sums: I32, *rest: object, **named: object) -> dict[str, Array]:
+    q, scale, zero_point = numerics.quantize_rows(x)
+    acc = numerics.accumulate(q, _weight(x, weight, column_sums))
+    return {"x_q": q, "scale": scale, "zero_point": zero_point, "acc": acc}
+
+
+def _linear_weight_only(x: F32, weight: I8, scale: F32, bias: F32 | None = None) -> F32:
+    if x.dtype != np.float32:
+        raise GoldenError(f"fxq.linear_weight_only of {x.dtype}: a golden model computes in float32 alone")
+    return numerics.linear_weight_only(x, numerics.unpack(weight, len(scale), x.shape[-1]), scale, bias)
+
+
 def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> dict[str, Array]:
     acc = numerics.accumulate(x, _weight(x, weight, bias))
     return {"x_q": x, "acc": acc, "acc+bias": acc + bias}
@@ -123,7 +139,7 @@ def _attention_parts(
     return {"scores": scores, "weights": numerics.softmax_weights(scores)}
 
 
-def _linear_weight(x: U8, weight: I8, bias: I32, *rest: object, **named: object) -> I8:
+def _linear_weight(x: Array, weight: I8, bias: Array, *rest: object, **named: object) -> I8:
     return _weight(x, weight, bias)
 
 
@@ -363,6 +379,8 @@ OPS: dict[str, Op] = {
     "fxq.qlinear_fixed": Op(_qlinear_fixed, _linear_parts, "y_q", _linear_weight),
     "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y", _linear_weight),
     "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q", _linear_weight),
+    "fxq.qlinear_dynamic": Op(_qlinear_dynamic, _dynamic_parts, "y", _linear_weight),
+    "fxq.linear_weight_only": Op(_linear_weight_only, weight=_linear_weight),
     "fxq.norm": Op(_norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),
     "fxq.norm_and_quantize": Op(_norm_and_quantize),

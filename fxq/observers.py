@@ -289,6 +289,14 @@ OBSERVERS: dict[str, type[Observer]] = {
 }
 
 
+class Rows(nn.Module):
+    """Stands on the edge of a product whose rows find their scales as it runs: there is nothing to learn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+
 class WeightObserver(nn.Module):
     """Stands on a weight's edge; its scales follow from the weight alone."""
 
@@ -301,13 +309,13 @@ class WeightObserver(nn.Module):
         self.register_buffer("scales", torch.zeros(0))
 
     def forward(self, w: Tensor) -> Tensor:
-        """Take the scales of `w` (float32 [N, ...]) and return it."""
+        """Take the scales of `w` (floating-point [N, ...]) and return it."""
         self.scales = self.scales_of(w)
         return w
 
     def scales_of(self, w: Tensor) -> Tensor:
         """The scales that the largest magnitudes of `w` have: float32 [N], or [1] per tensor."""
-        magnitude = w.detach().abs().reshape(len(w), w[:1].numel())
+        magnitude = w.detach().float().abs().reshape(len(w), w[:1].numel())
         peak = magnitude.amax(1) if magnitude.numel() else magnitude.new_zeros(len(w))
         if self.granularity == "per_tensor":
             peak = peak.amax().reshape(1) if len(peak) else peak.new_zeros(1)

@@ -5,6 +5,7 @@
     dequantize   x = f32(scale * (q - zero_point))                                         uint8 -> float32
     requantize   q_y = clamp(rne(f32((q - z_x) * m)) + z_y, low, high), m = f32(s_x / s_y)  uint8 -> uint8
     quantize_weight, dequantize_weight: symmetric int8, one scale per output channel or one in all.
+    fake_quantize_rows: f32(s * (q - z)) of the quantized q of x, with s and z from each row of x itself.
 
 The NumPy truth of each is the function of the same name in `fxq.numerics`. Results lie in memory as the inputs do where
 those are contiguous or channels-last, else contiguous.
@@ -67,14 +68,18 @@ def _column(scales: Tensor, ndim: int) -> Tensor:
 
 
 def _quantize_weight(w: Tensor, scales: Tensor) -> Tensor:
-    expect_dtype("quantize_weight", "w", w, torch.float32)
     steps = torch.round(w.to(torch.float64) / _column(scales, w.ndim).to(torch.float64))
     return torch.clamp(steps, -WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8).contiguous()
 
 
-def _dequantize_weight(q: Tensor, scales: Tensor) -> Tensor:
+def _dequantize_weight(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     expect_dtype("dequantize_weight", "q", q, torch.int8)
-    return q.to(torch.float32) * _column(scales, q.ndim)
+    return (q.to(torch.float32) * _column(scales, q.ndim)).to(dtype)
+
+
+def _fake_quantize_rows(x: Tensor) -> Tensor:
+    expect_dtype("fake_quantize_rows", "x", x, torch.float32)
+    return torch.from_numpy(numerics.fake_quantize_rows(x.detach().numpy()))
 
 
 quantize = kernels.define(
@@ -103,9 +108,12 @@ quantize_weight = kernels.define(
     lambda w, scales: w.new_empty(w.shape, dtype=torch.int8),
 )
 dequantize_weight = kernels.define(
-    "dequantize_weight(Tensor q, Tensor scales) -> Tensor",
+    "dequantize_weight(Tensor q, Tensor scales, ScalarType dtype=float) -> Tensor",
     _dequantize_weight,
-    lambda q, scales: q.new_empty(q.shape, dtype=torch.float32),
+    lambda q, scales, dtype=torch.float32: q.new_empty(q.shape, dtype=dtype),
+)
+fake_quantize_rows = kernels.define(
+    "fake_quantize_rows(Tensor x) -> Tensor", _fake_quantize_rows, lambda x: x.new_empty(x.shape)
 )
 
 

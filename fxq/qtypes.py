@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ACT_QMIN, ACT_QMAX = 0, 255
 WEIGHT_QMIN, WEIGHT_QMAX = -127, 127
@@ -22,6 +22,9 @@ SCALE_FLOOR = 2.0**-60
 """The smallest scale: products of two scales and their reciprocals stay normal float32 numbers."""
 
 Granularity = Literal["per_tensor", "per_channel"]
+Scheme = Literal["w8a8", "w8a8-dynamic", "w8a32", "w8a16", "float"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+"""How a part of a model is quantized: bits of weights and activations; `fxq.Recipe` explains them."""
 
 
 @dataclass(frozen=True)
@@ -61,4 +64,9 @@ class WeightSpec:
     granularity: Granularity
 
 
-Spec = QuantSpec | SharedSpec | WeightSpec
+@dataclass(frozen=True)
+class RowSpec:
+    """A value each of whose rows finds its scale and zero point when the model runs."""
+
+
+Spec = QuantSpec | SharedSpec | WeightSpec | RowSpec

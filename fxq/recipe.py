@@ -10,9 +10,7 @@ from typing import Literal, get_args
 
 from fxq.errors import RecipeError
 from fxq.observers import OBSERVERS
-from fxq.qtypes import Granularity
-
-SCHEMES = ("w8a8",)
+from fxq.qtypes import SCHEMES, Granularity, Scheme
 
 Requant = Literal["float", "fixed"]
 RequantRounding = Literal["single", "tflite"]
@@ -22,15 +20,17 @@ RequantRounding = Literal["single", "tflite"]
 class Rule:
     """How a part of the model departs from the rest; None leaves a setting as it is.
 
-    int8: False keeps the part float. observer: the activations that its operations produce, or read where a float
-    island produces them. weight: "per_channel" or "per_tensor" scales.
+    scheme: one of `SCHEMES` (see `Recipe`). observer: of the activations that its operations produce, or read where a
+    float island produces them. weight: "per_channel" or "per_tensor" scales.
     """
 
-    int8: bool | None = None
+    scheme: Scheme | None = None
     observer: str | None = None
     weight: Granularity | None = None
 
     def __post_init__(self) -> None:
+        if self.scheme is not None and self.scheme not in SCHEMES:
+            raise RecipeError(f"unknown scheme {self.scheme!r}; there are {', '.join(SCHEMES)}")
         if self.observer is not None and self.observer not in OBSERVERS:
             raise RecipeError(f"unknown observer {self.observer!r}; there are {', '.join(OBSERVERS)}")
         if self.weight not in (None, "per_channel", "per_tensor"):
@@ -42,7 +42,7 @@ class Rule:
         return replace(other, **given)
 
 
-FLOAT = Rule(int8=False)
+FLOAT = Rule(scheme="float")
 """The rule that keeps a part of the model float."""
 
 
@@ -50,7 +50,9 @@ FLOAT = Rule(int8=False)
 class Recipe:
     """How a model is quantized.
 
-    scheme: "w8a8" (static int8 weights and activations). observer, weight: the defaults of `Rule`.
+    scheme: "w8a8", int8 weights and activations whose scales are found by calibration; "w8a8-dynamic", activations with
+    a scale for each row, found as the model runs; "w8a32", float32 activations beside int8 weights; "w8a16", the same
+    with bfloat16 or float16 activations; "float", as it is. observer, weight: with scheme the defaults of `Rule`.
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
@@ -64,7 +66,7 @@ class Recipe:
         Recipe(modules={"head": FLOAT, "blocks.*.fc1": Rule(weight="per_tensor")}, ops={"add": FLOAT})
     """
 
-    scheme: str = "w8a8"
+    scheme: Scheme = "w8a8"
     observer: str = "histogram"
     weight: Granularity = "per_channel"
     balance: bool = True
@@ -97,11 +99,17 @@ class Recipe:
     @classmethod
     def of(cls, recipe: str | Recipe) -> Recipe:
         """A recipe from its name, or the recipe itself."""
-        return recipe if isinstance(recipe, Recipe) else cls(recipe)
+        return recipe if isinstance(recipe, Recipe) else cls(recipe)  # type: ignore[arg-type]
+
+    @property
+    def schemes(self) -> frozenset[Scheme]:
+        """The schemes that it names for any part of a model."""
+        rules = (*self.modules.values(), *self.ops.values())
+        return frozenset({self.scheme, *(rule.scheme for rule in rules if rule.scheme is not None)})
 
     def rule_for(self, module: str, op: str) -> Rule:
         """The settings of an operation of family `op` in the module at path `module`, all filled in."""
-        rule = Rule(True, self.observer, self.weight)
+        rule = Rule(self.scheme, self.observer, self.weight)
         for name, given in self.ops.items():
             if fnmatch.fnmatchcase(op, name):
                 rule = given.over(rule)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import qdq
 from fxq.graph import Value, is_call, submodule, target_name
-from fxq.observers import Observer, WeightObserver
+from fxq.observers import Observer, Rows, WeightObserver
 from fxq.spelling import CAT, CLAMP, GETITEM, MAX_POOLS, MOVES, SPLITS
 
 
@@ -28,8 +28,8 @@ class Stage(enum.Enum):
     INTEGER = "INTEGER"
 
 
-_PAIRS = frozenset({qdq.quantize, qdq.dequantize, qdq.quantize_weight, qdq.dequantize_weight})
-_ONLY_BEFORE_LOWERING = frozenset({qdq.quantize_weight, qdq.dequantize_weight})
+_ONLY_BEFORE_LOWERING = frozenset({qdq.quantize_weight, qdq.dequantize_weight, qdq.fake_quantize_rows})
+_PAIRS = _ONLY_BEFORE_LOWERING | {qdq.quantize, qdq.dequantize}
 _CARRIERS = MOVES | MAX_POOLS | SPLITS | CAT | {CLAMP, GETITEM}
 """Torch functions that may read quantized uint8."""
 
@@ -42,7 +42,7 @@ def is_integer_op(node: Node) -> bool:
 def illegal(gm: GraphModule, node: Node, stage: Stage) -> str | None:
     """Why `node` may not stand in a graph of `stage`; None where it may."""
     if node.op == "call_module":
-        observer = isinstance(submodule(gm, node), Observer | WeightObserver)
+        observer = isinstance(submodule(gm, node), Observer | Rows | WeightObserver)
         return "an observer outlives calibration" if observer and stage is not Stage.OBSERVED else None
     if not is_integer_op(node):
         return None

@@ -9,6 +9,9 @@
 5. A pointwise operation is worth it only between integers: in an integer group, with an operand from one. Otherwise it
    stays float, and 2 to 4 are decided again without it.
 
+6. A product of another scheme than "w8a8" reads and writes float: its rows are quantized as it runs
+   ("w8a8-dynamic"), or its weight alone is int8 ("w8a32", "w8a16").
+
 A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them. So
 do a product and an activation of `fxq.ops.activation`, where something else than products reads the activation; where
 only products read, each quantizes at its own edge, and the epilogue writes what they want.
@@ -32,24 +35,29 @@ from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place
 from fxq.macs import count_macs
 from fxq.ops.activation import activation_of
 from fxq.pipeline import Context, Numbers, Place
-from fxq.qtypes import QuantSpec, SharedSpec, WeightSpec
+from fxq.qtypes import QuantSpec, RowSpec, Scheme, SharedSpec, WeightSpec
 from fxq.spelling import float_bounds
 from fxq.stages import Stage
 
 
 @dataclass
 class Plan:
-    """What is known of a graph while it is decided: claims and refusals by node, swallowed clamps."""
+    """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps."""
 
     claims: dict[Node, Claim] = field(default_factory=dict)
+    schemes: dict[Node, Scheme] = field(default_factory=dict)
     families: dict[Node, str] = field(default_factory=dict)
     refusals: dict[Node, Refusal] = field(default_factory=dict)
     swallowed: dict[Node, Node] = field(default_factory=dict)
 
+    def is_static(self, node: Node) -> bool:
+        """Whether `node` is an operation that may read and write integers."""
+        return node in self.claims and self.schemes[node] == "w8a8"
+
     def produces(self, node: Node) -> bool:
         """Whether `node` is the result of an integer operation with a range of its own."""
         source = self.swallowed.get(node, node)
-        return source in self.claims and self.claims[source].kind != "carry"
+        return self.is_static(source) and self.claims[source].kind != "carry"
 
     def carries(self, node: Node) -> bool:
         """Whether `node` passes on the range of its inputs."""
@@ -80,6 +88,8 @@ class Annotate:
                 rule = ctx.recipe.rule_for(module_of(node), plan.families[node])
                 assert rule.weight is not None
                 ctx.specs[Place(claim.weight.name, (node.name,))] = WeightSpec(rule.weight)
+            if plan.schemes[node] == "w8a8-dynamic":
+                ctx.specs |= {Place(x.name, (node.name,)): RowSpec() for x in claim.inputs}
         integer = {node for group in groups if _is_integer(group, plan) for node in group}
         macs = count_macs(gm, ctx.examples)
         for node in gm.graph.nodes:
@@ -100,7 +110,9 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
             if answer is None:
                 continue
             plan.families[node] = family.name
-            if ctx.recipe.rule_for(module_of(node), family.name).int8 is False:
+            scheme = ctx.recipe.rule_for(module_of(node), family.name).scheme
+            assert scheme is not None
+            if scheme == "float":
                 plan.refusals[node] = Refusal(Reason.USER_EXCLUDED)
             elif isinstance(answer, Refusal):
                 plan.refusals[node] = answer
@@ -110,8 +122,12 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
                     )
             elif "aliases" in node.meta and answer.kind != "product":
                 plan.refusals[node] = Refusal(Reason.ALIASED, f"%{node.meta['aliases']} modifies it in place")
+            elif answer.kind != "carry" and scheme not in answer.schemes:
+                detail = f"it runs as {' or '.join(answer.schemes)}, not as {scheme}"
+                plan.refusals[node] = Refusal(Reason.OTHER_SCHEME, detail)
             else:
                 plan.claims[node] = answer
+                plan.schemes[node] = "w8a8" if answer.kind == "carry" else scheme
             break
     if too_long:
         raise QuantizationError("an int32 accumulator cannot hold these dot products:\n" + "\n".join(too_long))
@@ -120,14 +136,14 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
         source = node.args[0] if node.args else None
         if bounds is None or not isinstance(source, Node) or len(source.users) != 1:
             continue
-        if source in plan.claims and plan.claims[source].kind != "carry":
+        if plan.is_static(source) and plan.claims[source].kind != "carry":
             plan.swallowed[node] = source
     for node in gm.graph.nodes:
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or len(source.users) != 1 or activation_of(gm, node) is None:
             continue
         kinds = {plan.claims[user].kind for user in node.users if user in plan.claims}
-        if source in plan.claims and plan.claims[source].kind == "product" and kinds - {"product"}:
+        if plan.is_static(source) and plan.claims[source].kind == "product" and kinds - {"product"}:
             plan.claims.pop(node, None)
             plan.swallowed[node] = source
     return plan
@@ -181,7 +197,7 @@ def _readers(node: Node, plan: Plan) -> Iterator[tuple[Node, bool]]:
         if plan.carries(user):
             continue
         claim = plan.claims.get(user)
-        yield user, claim is not None and node in claim.inputs and node is not claim.weight
+        yield user, claim is not None and plan.is_static(user) and node in claim.inputs and node is not claim.weight
 
 
 def _has_numbers(node: Node) -> bool:
@@ -234,7 +250,7 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
     elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.RNNBase | nn.RNNCellBase):
         reason = Reason.RECURRENT
     elif claim is not None and claim.kind != "carry":
-        form = "int8"
+        form = "int8" if plan.schemes[node].startswith("w8a8") else "weight"
     elif node in plan.swallowed:
         form, detail = "int8", f"in the epilogue of {target_name(plan.swallowed[node].target)}"
         if node not in integer:
@@ -256,7 +272,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
     else:
         reason = Reason.NO_INTEGER_OP
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
-    return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs)
+    scheme = plan.schemes[node] if form in ("int8", "weight") and node in plan.schemes else ""
+    return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs, scheme)
 
 
 def _is_torchs(module: nn.Module) -> bool:

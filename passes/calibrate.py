@@ -1,5 +1,7 @@
 """calibrate: statistics become scales and zero points; each observer becomes a quantize/dequantize pair.
 
+What is quantized row by row as the model runs becomes one op, which computes what such a pair would.
+
 The only pass that approximates. The data has run before it (`fxq.calibrate`).
 """
 
@@ -7,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import bypass, call, get_attr, is_size, set_constant, submodule
-from fxq.observers import Observer, WeightObserver
+from fxq.graph import bypass, call, constant, get_attr, is_size, replace, set_constant, submodule
+from fxq.observers import Observer, Rows, WeightObserver
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
 from fxq.stages import Stage
 
 
@@ -30,10 +33,13 @@ class Calibrate:
         found = [
             n
             for n in gm.graph.nodes
-            if n.op == "call_module" and isinstance(submodule(gm, n), Observer | WeightObserver)
+            if n.op == "call_module" and isinstance(submodule(gm, n), Observer | Rows | WeightObserver)
         ]
         for node in found:
             observer = submodule(gm, node)
+            if isinstance(observer, Rows):
+                replace(gm, node, fake_quantize_rows, node.args)
+                continue
             pair = _activation(gm, node, observer) if isinstance(observer, Observer) else _weight(gm, node)
             # Who asks for a size only asks the integers, so that no float copy is made to be measured.
             node.replace_all_uses_with(pair.args[0], delete_user_cb=is_size)
@@ -57,7 +63,8 @@ def _weight(gm: GraphModule, node: Node) -> Node:
     with gm.graph.inserting_before(node):
         scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales.detach().clone()), node)
         q = call(gm, quantize_weight, (w, scales), node)
-        return call(gm, dequantize_weight, (q, scales), node)
+        dtype = constant(gm, w).dtype
+        return call(gm, dequantize_weight, (q, scales, *([] if dtype == torch.float32 else [dtype])), node)
 
 
 PASS = Calibrate()

@@ -1,6 +1,7 @@
 """fuse_activation: an activation behind a linear or convolution becomes its epilogue, as does the quantize behind it.
 
     gelu(qlinear_float(x, ...))                ->  qlinear_act(x, ..., "gelu")
+    gelu(qlinear_dynamic(x, ...))              ->  qlinear_dynamic(x, ..., activation="gelu"); so a relu or clamp
     quantize(qlinear_act(...), s, z)           ->  qlinear_act_quantize(..., s, z), or scaled
     quantize(silu(qconv_float(...)), s, z)     ->  qconv_act_quantize(..., "silu", s, z)
 
@@ -18,9 +19,11 @@ from fxq import graph
 from fxq.ops.activation import activation_of, qlinear_act, qlinear_act_quantize
 from fxq.ops.conv import qconv_act_quantize, qconv_float
 from fxq.ops.linear import qlinear_float
+from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import quantize
+from fxq.spelling import float_bounds
 from fxq.stages import Stage
 
 
@@ -40,8 +43,15 @@ class FuseActivation:
             source = node.args[0] if node.args else None
             if not isinstance(source, Node) or len(source.users) != 1:
                 continue
-            activation = activation_of(gm, node) if source.target is qlinear_float else None
-            if activation is not None:
+            activation = activation_of(gm, node) if source.target in (qlinear_float, qlinear_dynamic) else None
+            if source.target is qlinear_dynamic and len(source.args) <= 6 and "aliases" not in node.meta:
+                bounds = float_bounds(node)
+                if activation is not None or bounds is not None:
+                    fused.add(node.meta.get("source"))
+                    operands = *source.args, *(None,) * (6 - len(source.args)), activation or "", *(bounds or ())
+                    graph.replace(gm, node, qlinear_dynamic, operands, like=source)
+                    count += 1
+            elif activation is not None:
                 fused.add(node.meta.get("source"))
                 x, w, b, m, *addend = source.args
                 graph.replace(gm, node, qlinear_act, (x, w, b, m, activation, *addend), like=source)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.graph import call, module_of, place_of
-from fxq.observers import OBSERVERS, Edge, WeightObserver
+from fxq.observers import OBSERVERS, Edge, Rows, WeightObserver
 from fxq.pipeline import Context, Numbers, Place
-from fxq.qtypes import QuantSpec, SharedSpec, Spec, WeightSpec
+from fxq.qtypes import QuantSpec, RowSpec, SharedSpec, Spec, WeightSpec
 from fxq.spelling import LINEAR
 from fxq.stages import Stage
 
@@ -72,6 +72,8 @@ def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: 
     observer: nn.Module
     if isinstance(spec, WeightSpec):
         observer = WeightObserver(f"weight {value.target}", spec.granularity)
+    elif isinstance(spec, RowSpec):
+        observer = Rows()
     else:
         assert isinstance(spec, QuantSpec)
         if place.readers is None:

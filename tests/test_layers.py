@@ -13,7 +13,7 @@ LAYERS = [
     {"fxq.numerics"},
     {"fxq.kernels"},
     {"fxq.decisions", "fxq.observers", "fxq.inputs", "fxq.graph", "fxq.tracing"},
-    {"fxq.recipe", "fxq.qdq", "fxq.layout", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.macs"},
+    {"fxq.recipe", "fxq.qdq", "fxq.layout", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.packing", "fxq.macs"},
     {"fxq.family", "fxq.product", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
     {"fxq.ops"},
     {"fxq.engine", "fxq.torch_quantized"},

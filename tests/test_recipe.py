@@ -44,8 +44,8 @@ def test_covers(pattern, path, wanted):
 
 
 def test_defaults():
-    assert Recipe().rule_for("head", "linear") == Rule(True, "histogram", "per_channel")
-    assert Recipe(observer="min_max", weight="per_tensor").rule_for("", "add") == Rule(True, "min_max", "per_tensor")
+    assert Recipe().rule_for("head", "linear") == Rule("w8a8", "histogram", "per_channel")
+    assert Recipe(observer="min_max", weight="per_tensor").rule_for("", "add") == Rule("w8a8", "min_max", "per_tensor")
     assert Recipe.of("w8a8") == Recipe()
     recipe = Recipe(observer="percentile")
     assert Recipe.of(recipe) is recipe
@@ -53,26 +53,26 @@ def test_defaults():
 
 def test_the_last_rule_that_speaks_wins():
     recipe = Recipe(
-        modules={"encoder": FLOAT, "encoder.*.fc1": Rule(int8=True), "encoder.1.*": Rule(observer="min_max")}
+        modules={"encoder": FLOAT, "encoder.*.fc1": Rule(scheme="w8a8"), "encoder.1.*": Rule(observer="min_max")}
     )
-    assert recipe.rule_for("encoder.0.fc2", "linear").int8 is False
-    assert recipe.rule_for("encoder.0.fc1", "linear").int8 is True
-    assert recipe.rule_for("encoder.1.fc1", "linear") == Rule(True, "min_max", "per_channel")
-    assert recipe.rule_for("head", "linear").int8 is True
+    assert recipe.rule_for("encoder.0.fc2", "linear").scheme == "float"
+    assert recipe.rule_for("encoder.0.fc1", "linear").scheme == "w8a8"
+    assert recipe.rule_for("encoder.1.fc1", "linear") == Rule("w8a8", "min_max", "per_channel")
+    assert recipe.rule_for("head", "linear").scheme == "w8a8"
 
 
 def test_modules_win_over_families():
     recipe = Recipe(
-        modules={"head": Rule(int8=True, weight="per_tensor")}, ops={"linear": FLOAT, "*": Rule(observer="min_max")}
+        modules={"head": Rule(scheme="w8a8", weight="per_tensor")}, ops={"linear": FLOAT, "*": Rule(observer="min_max")}
     )
-    assert recipe.rule_for("head", "linear") == Rule(True, "min_max", "per_tensor")
-    assert recipe.rule_for("body", "linear") == Rule(False, "min_max", "per_channel")
-    assert recipe.rule_for("body", "add") == Rule(True, "min_max", "per_channel")
+    assert recipe.rule_for("head", "linear") == Rule("w8a8", "min_max", "per_tensor")
+    assert recipe.rule_for("body", "linear") == Rule("float", "min_max", "per_channel")
+    assert recipe.rule_for("body", "add") == Rule("w8a8", "min_max", "per_channel")
 
 
 def test_a_rule_that_is_silent_leaves_settings_as_they_are():
-    assert Rule().over(Rule(True, "min_max", "per_tensor")) == Rule(True, "min_max", "per_tensor")
-    assert FLOAT.over(Rule(True, "min_max", "per_tensor")) == Rule(False, "min_max", "per_tensor")
+    assert Rule().over(Rule("w8a8", "min_max", "per_tensor")) == Rule("w8a8", "min_max", "per_tensor")
+    assert FLOAT.over(Rule("w8a8", "min_max", "per_tensor")) == Rule("float", "min_max", "per_tensor")
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,10 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "images.h"
 #include "norms.h"
 #include "attention.h"
+#include "dynamic.h"
+#include "weight_only.h"
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, norm, gemm, attention, depthwise,
-                         max_of, mean_of, mix_of, multiply};
+                         max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm};

@@ -56,5 +56,6 @@ constexpr int64_t kProductGrain = 200'000;  // multiply-adds that are worth a th
 
 // threads.cpp: all rows of a product, shared among threads by panels of channels or by tiles of rows.
 void run_gemm(const Gemm& g, int64_t rows);
+void run_float_gemm(const FloatGemm& g, int64_t rows);
 
 }  // namespace fxq

@@ -1,6 +1,7 @@
 // The integer product with its epilogues; a part of body.h, compiled once per instruction set.
 
-enum class Leaves { kUint8, kFloat, kSums };  // what a tile writes; kSums: its int32 accumulators
+// What a tile writes. kRows: float, each row with a scale and zero point of its own; kSums: its int32 accumulators.
+enum class Leaves { kUint8, kFloat, kRows, kSums };
 
 // Where one tile finds its operands and leaves its result; each pointer stands at the tile's first row and channel.
 struct Place {
@@ -10,6 +11,9 @@ struct Place {
   int64_t step;  // bytes from one group of four k to the next
   const int32_t* bias;
   const float* multiplier;
+  const float* float_bias;
+  const float* row_scale;
+  const int32_t* row_zero_point;
   const float* addend;
   int64_t addend_stride;
   const uint8_t* residual;
@@ -63,7 +67,10 @@ template <int R, int C, Leaves kLeaves>
 static void tile(const Gemm& g, const Place& at) {
   I acc[R][C];
   UNROLL for (int c = 0; c < C; ++c) {
-    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = load<I>(at.bias + c * W);
+    UNROLL for (int r = 0; r < R; ++r) {
+      acc[r][c] = load<I>(at.bias + c * W);
+      if (kLeaves == Leaves::kRows) acc[r][c] *= at.row_zero_point[r];
+    }
   }
   const uint8_t* x[R];
   UNROLL for (int r = 0; r < R; ++r) x[r] = at.rows ? at.rows[r] : at.x + r * g.x_stride;
@@ -100,10 +107,13 @@ static void tile(const Gemm& g, const Place& at) {
   UNROLL for (int c = 0; c < C; ++c) {
     const F multiplier = load<F>(at.multiplier + c * W);
     UNROLL for (int r = 0; r < R; ++r) {
-      F value = __builtin_convertvector(acc[r][c], F) * multiplier;
+      const F scale = kLeaves == Leaves::kRows ? multiplier * at.row_scale[r] : multiplier;
+      F value = __builtin_convertvector(acc[r][c], F) * scale;
       const int64_t i = r * at.y_stride + c * W;
-      if (kLeaves == Leaves::kFloat) {
+      if (kLeaves == Leaves::kFloat || kLeaves == Leaves::kRows) {
+        if (kLeaves == Leaves::kRows && at.float_bias) value += load<F>(at.float_bias + c * W);
         if (at.addend) value += load<F>(at.addend + r * at.addend_stride + c * W);
+        if (kLeaves == Leaves::kRows) value = clip(value, g.clamp_low, g.clamp_high);
         store(static_cast<float*>(at.y) + i, value);
       } else {
         if (at.residual) value += residual(g, at.residual + r * at.residual_stride + c * W, W);
@@ -156,18 +166,28 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
                       g.output == Output::kFixed;
   const Leaves leaves = g.output == Output::kUint8   ? Leaves::kUint8
                         : g.output == Output::kFixed ? Leaves::kSums
+                        : g.dynamic                  ? Leaves::kRows
                                                      : Leaves::kFloat;
 
-  const float* own_multiplier = g.multiplier ? g.multiplier + channel : nullptr;  // kFixed has none
-  Place at = {nullptr, nullptr, weight, step, g.bias + channel, own_multiplier, nullptr, g.addend_stride,
-              nullptr, g.residual_stride, nullptr, 0};
+  Place at = {};
+  at.weight = weight;
+  at.step = step;
+  at.bias = g.bias + channel;
+  at.multiplier = g.multiplier ? g.multiplier + channel : nullptr;  // kFixed has none
+  at.float_bias = g.float_bias ? g.float_bias + channel : nullptr;
+  at.addend_stride = g.addend_stride;
+  at.residual_stride = g.residual_stride;
   alignas(64) int32_t bias[kWidth];
-  alignas(64) float multiplier[kWidth];
+  alignas(64) float multiplier[kWidth], float_bias[kWidth];
   if (ragged) {
     memset(bias, 0, sizeof bias);
     memset(multiplier, 0, sizeof multiplier);
     at.bias = static_cast<int32_t*>(memcpy(bias, at.bias, valid * sizeof(int32_t)));
     if (at.multiplier) at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
+    if (at.float_bias) {
+      memset(float_bias, 0, sizeof float_bias);
+      at.float_bias = static_cast<float*>(memcpy(float_bias, at.float_bias, valid * sizeof(float)));
+    }
   }
   alignas(64) float stage[kRows * kWidth];
   alignas(64) float addend[kRows * kWidth];
@@ -180,6 +200,10 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
       at.rows = g.rows + row;
     else
       at.x = g.x + row * g.x_stride;
+    if (g.dynamic) {
+      at.row_scale = g.row_scale + row;
+      at.row_zero_point = g.row_zero_point + row;
+    }
     at.y = staged ? static_cast<void*>(stage) : y;
     at.y_stride = staged ? width : g.y_stride;
     if (g.addend) {
@@ -202,6 +226,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     }
     (leaves == Leaves::kUint8   ? tile_of<Leaves::kUint8>(rows, columns)
      : leaves == Leaves::kFloat ? tile_of<Leaves::kFloat>(rows, columns)
+     : leaves == Leaves::kRows  ? tile_of<Leaves::kRows>(rows, columns)
                                 : tile_of<Leaves::kSums>(rows, columns))(g, at);
     if (!staged) continue;
 

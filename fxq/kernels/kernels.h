@@ -3,6 +3,7 @@
 // Every function returns the bits of the function of the same name in fxq/numerics/. `kernels_<isa>.cpp` compiles
 // body.h once per instruction set; dispatch.cpp chooses among them; ops_*.cpp make them torch operators.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 namespace fxq {
@@ -44,6 +45,27 @@ struct Gemm {
   const int32_t *fixed = nullptr, *shift = nullptr;        // kFixed: multiplier and right shift of each channel
   bool twice = false;                                      // kFixed: TFLite's double rounding
   const int32_t *row_sums = nullptr, *zero_w = nullptr;    // kFixed: sums of x's rows, zero points of affine weights
+
+  // Float32 rows [rows, k] in the place of x, quantized on the way, each with a scale of its own. `bias` then holds the
+  // column sums of the weight, `multiplier` its scales, and the result is
+  //   y = clamp(f32(acc - zero_point[row] * bias) * (scale[row] * multiplier) + float_bias + addend, clamp_low, clamp_high)
+  bool dynamic = false;
+  const float* float_x = nullptr;
+  const float* row_scale = nullptr;         // set by gemm_dynamic, as is
+  const int32_t* row_zero_point = nullptr;  // which is negated
+  const float* float_bias = nullptr;        // [n], or null
+  float clamp_low = -INFINITY, clamp_high = INFINITY;
+};
+
+// y = epilogue(x * weight^T): x and y float [rows, k] and [rows, n], weight and epilogue as for gemm's.
+struct FloatGemm {
+  const float* x = nullptr;
+  int64_t x_stride = 0, k = 0, n = 0;
+  const int8_t* weight = nullptr;
+  const float* scale = nullptr;  // [n]
+  const float* bias = nullptr;   // [n], or null
+  float* y = nullptr;
+  int64_t y_stride = 0;
 };
 
 // y = softmax(q k^T * multiplier + mask) v for each head; sizes and strides in elements, all of y contiguous.
@@ -123,11 +145,16 @@ struct Kernels {
   void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
   // f32((q_a - z_a) * (q_b - z_b) * multiplier of a).
   void (*multiply)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  void (*gemm_dynamic)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+  void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
 inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (ceil_div(k, 4) * 4); }
+
+// threads.cpp: memory of this thread, aligned to 64 bytes, that holds until the thread asks for it again.
+void* scratch(int64_t bytes);
 
 // dispatch.cpp
 const Kernels& active();               // those in use

@@ -9,24 +9,6 @@
 namespace fxq {
 namespace {
 
-// Whether x lies in rows of adjacent values, each at the same distance `stride` from the one before.
-bool is_rows(const Tensor& x, int64_t* stride) {
-  const int64_t *sizes = x.shape().sizes, *strides = x.strides();
-  const int64_t last = x.dim() - 1;
-  bool regular = strides[last] == 1 || sizes[last] <= 1;
-  int64_t expected = -1;  // distance that the next dimension outwards must have
-  *stride = sizes[last];
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (sizes[i] == 1) continue;
-    if (expected < 0)
-      *stride = strides[i];
-    else
-      regular = regular && strides[i] == expected;
-    expected = strides[i] * sizes[i];
-  }
-  return regular;
-}
-
 // A copy of `t` with the shape `to`, repeated along dimensions that it lacks or where its size is 1.
 template <class T>
 Tensor repeated(const Tensor& t, Shape to) {
@@ -65,16 +47,19 @@ Tensor broadcast_linear(const char* op, const Tensor& x, const Tensor& weight, c
   if (!broadcast_rows(x.shape(), addend.shape(), g.n, sizes, &dim))
     fail(op, ": addend", addend.shape(), " and x", x.shape(), " with N = ", g.n, " (bias) have no common shape");
   sizes[dim - 1] = g.k;
-  const Tensor rows = repeated<uint8_t>(x, {sizes, dim});
+  const Tensor rows = g.dynamic ? repeated<float>(x, {sizes, dim}) : repeated<uint8_t>(x, {sizes, dim});
   sizes[dim - 1] = g.n;
   const Tensor added = repeated<float>(addend, {sizes, dim});
   return linear(op, rows, weight, bias, multiplier, &added, g);
 }
 
-// What the four linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
+// What the linear operators share: checks, the output, the operands of `g`; the caller has set the epilogue.
 Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
               const Tensor* addend, Gemm& g) {
-  expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
+  if (g.dynamic)
+    expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32");
+  else
+    expect_dtype(op, "x", x, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
   expect_dtype(op, "bias", bias, aoti_torch_dtype_int32(), "int32");
   const bool fixed = g.output == Output::kFixed;
@@ -107,7 +92,10 @@ Tensor linear(const char* op, const Tensor& x, const Tensor& weight, const Tenso
     copy.emplace(x.contiguous());
     g.x_stride = g.k;
   }
-  g.x = (copy ? *copy : x).data<uint8_t>();
+  if (g.dynamic)
+    g.float_x = (copy ? *copy : x).data<float>();
+  else
+    g.x = (copy ? *copy : x).data<uint8_t>();
   g.weight = w.data<int8_t>();
   g.bias = b.data<int32_t>();
   if (fixed)
@@ -215,6 +203,26 @@ Tensor qlinear_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   return linear(op, x, weight, bias, multiplier, nullptr, g);
 }
 
+Tensor qlinear_dynamic(const Tensor& x, const Tensor& weight, const Tensor& column_sums, const Tensor& scale,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& addend,
+                       const std::string& activation, std::optional<double> low, std::optional<double> high) {
+  constexpr const char* op = "qlinear_dynamic";
+  Gemm g;
+  g.dynamic = true;
+  g.output = activation.empty() ? Output::kFloat : Output::kActivation;
+  if (!activation.empty()) g.activation = activation_named(op, activation);
+  if (low) g.clamp_low = float(*low);
+  if (high) g.clamp_high = float(*high);
+  std::optional<Contiguous> own_bias;
+  if (bias) {
+    expect_dtype(op, "bias", *bias, aoti_torch_dtype_float32(), "float32");
+    if (bias->dim() != 1 || bias->numel() != column_sums.numel())
+      fail(op, ": bias", bias->shape(), ", expected [", column_sums.numel(), "]");
+    g.float_bias = own_bias.emplace(*bias).data<float>();
+  }
+  return linear(op, x, weight, column_sums, scale, addend ? &*addend : nullptr, g);
+}
+
 }  // namespace
 }  // namespace fxq
 
@@ -224,4 +232,5 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qlinear_fixed", fxq::boxed<fxq::qlinear_fixed>);
   m.impl("qlinear_act", fxq::boxed<fxq::qlinear_act>);
   m.impl("qlinear_act_quantize", fxq::boxed<fxq::qlinear_act_quantize>);
+  m.impl("qlinear_dynamic", fxq::boxed<fxq::qlinear_dynamic>);
 }

@@ -123,6 +123,24 @@ class Contiguous {
   const void* data_;
 };
 
+// Whether x lies in rows of adjacent values, each at the same distance `stride` from the one before.
+inline bool is_rows(const Tensor& x, int64_t* stride) {
+  const int64_t *sizes = x.shape().sizes, *strides = x.strides();
+  const int64_t last = x.dim() - 1;
+  bool regular = strides[last] == 1 || sizes[last] <= 1;
+  int64_t expected = -1;  // distance that the next dimension outwards must have
+  *stride = sizes[last];
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (expected < 0)
+      *stride = strides[i];
+    else
+      regular = regular && strides[i] == expected;
+    expected = strides[i] * sizes[i];
+  }
+  return regular;
+}
+
 // Arguments arrive on a stack of 64-bit values, tensors as handles that now belong to the kernel.
 template <class T>
 T argument(StableIValue value) {

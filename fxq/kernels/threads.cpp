@@ -1,27 +1,42 @@
 #include <algorithm>
+#include <vector>
 
 #include "checks.h"
 
 namespace fxq {
 
 // Splits the output over threads: by panels of channels or by tiles of rows, whichever shares the work more evenly.
-void run_gemm(const Gemm& g, int64_t rows) {
+template <class Product>
+static void share_out(const Product& g, int64_t rows,
+                      void (*gemm)(const Product&, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end)) {
   if (rows == 0 || g.n == 0) return;
   const int64_t panels = panel_count(g.n), work = rows * g.n * g.k;
-  const Kernels& kernels = active();
   int64_t threads = 1;
   if (work >= 2 * kProductGrain)
     threads = std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
-  if (threads == 1) return kernels.gemm(g, 0, rows, 0, panels);
+  if (threads == 1) return gemm(g, 0, rows, 0, panels);
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(panels, threads);
   // What the slowest thread does: `share` panels of all rows, or its share of the tiles over all channels.
   if (std::min(share * kPanel, g.n) * tiles <= ceil_div(tiles, threads) * g.n)
     torch::stable::parallel_for(0, panels, share,
-                                [&](int64_t begin, int64_t end) { kernels.gemm(g, 0, rows, begin, end); });
+                                [&](int64_t begin, int64_t end) { gemm(g, 0, rows, begin, end); });
   else
     torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) {
-      kernels.gemm(g, begin * kMaxRows, std::min(end * kMaxRows, rows), 0, panels);
+      gemm(g, begin * kMaxRows, std::min(end * kMaxRows, rows), 0, panels);
     });
+}
+
+void run_gemm(const Gemm& g, int64_t rows) { share_out(g, rows, g.dynamic ? active().gemm_dynamic : active().gemm); }
+
+void run_float_gemm(const FloatGemm& g, int64_t rows) { share_out(g, rows, active().float_gemm); }
+
+void* scratch(int64_t bytes) {
+  struct alignas(64) Line {
+    uint8_t bytes[64];
+  };
+  static thread_local std::vector<Line> memory;
+  if (int64_t(memory.size()) * 64 < bytes) memory.resize(ceil_div(bytes, 64));
+  return memory.data();
 }
 
 }  // namespace fxq

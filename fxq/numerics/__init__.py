@@ -61,6 +61,7 @@ from fxq.numerics.conv_packing import (
     unpack_conv,
     unpack_transposed,
 )
+from fxq.numerics.dynamic import fake_quantize_rows, qlinear_dynamic, quantize_rows, row_qparams
 from fxq.numerics.engines import (
     ENGINES,
     fbgemm_constants,
@@ -97,6 +98,7 @@ from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_s
 from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
 from fxq.numerics.pooling import pool_sizes, qadaptive_avg_pool, qavg_pool, qmax_pool
 from fxq.numerics.upsampling import qupsample_bilinear, qupsample_nearest, source_step
+from fxq.numerics.weight_only import linear_weight_only
 
 __all__ = [
     "ACTIVATIONS",
@@ -124,6 +126,7 @@ __all__ = [
     "dequantize_multiplier",
     "dequantize_weight",
     "f32",
+    "fake_quantize_rows",
     "fbgemm_constants",
     "fits_int32",
     "fixed_multiplier",
@@ -136,6 +139,7 @@ __all__ = [
     "hardswish",
     "is_depthwise",
     "layer_norm",
+    "linear_weight_only",
     "norm_quantize",
     "onednn_scales",
     "pack",
@@ -162,6 +166,7 @@ __all__ = [
     "qlinear",
     "qlinear_act",
     "qlinear_act_quantize",
+    "qlinear_dynamic",
     "qlinear_fixed",
     "qlinear_float",
     "qmax_pool",
@@ -170,6 +175,7 @@ __all__ = [
     "quantize",
     "quantize_fused",
     "quantize_onednn",
+    "quantize_rows",
     "quantize_scaled",
     "quantize_weight",
     "qupsample_bilinear",
@@ -181,6 +187,7 @@ __all__ = [
     "requantize_multiplier",
     "rms_norm",
     "round_clamp",
+    "row_qparams",
     "row_sum",
     "scale_single",
     "scale_tflite",

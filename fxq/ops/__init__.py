@@ -15,6 +15,8 @@ from fxq.ops import (
     conv_transpose,
     dropout,
     linear,
+    linear_dynamic,
+    linear_weight_only,
     mul,
     norm,
     pool,
@@ -29,6 +31,8 @@ WITHOUT_FAMILY = (activation, chain, quantize_engine)
 
 FAMILIES: tuple[Family, ...] = (
     linear.FAMILY,
+    linear_dynamic.FAMILY,
+    linear_weight_only.FAMILY,
     norm.FAMILY,
     attention.FAMILY,
     conv.FAMILY,

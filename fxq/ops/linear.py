@@ -25,30 +25,12 @@ from fxq import kernels, numerics
 from fxq.decisions import Reason
 from fxq.errors import CalibrationError
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, is_float_tensor, place_of, replace, set_constant
+from fxq.graph import call, constant, get_attr, is_tensor, place_of, replace, set_constant
+from fxq.packing import packed_constant, sibling, unpack
 from fxq.pattern import Any, Const, Match, Op
 from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
-from fxq.qtypes import MAX_K
+from fxq.qtypes import MAX_K, Scheme
 from fxq.spelling import CLAMP, LINEAR, RELU, float_bounds
-
-
-def unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """The int8 weight [n, k] of a packed one; raises ValueError where the sizes do not belong together."""
-    if packed.dim() != 1 or packed.numel() != numerics.packed_size(n, k):
-        raise ValueError(
-            f"fxq: a packed weight of shape {list(packed.shape)} is not one of [{n}, {k}], which takes "
-            f"{numerics.packed_size(n, k)} bytes"
-        )
-    k4 = -(-k // 4)
-    full = n // numerics.PANEL * numerics.PANEL
-    blocks = []
-    for width, part in (
-        (numerics.PANEL, packed[: full * k4 * 4]),
-        (-(-(n - full) // 16) * 16, packed[full * k4 * 4 :]),
-    ):
-        if width and part.numel():
-            blocks.append(part.reshape(-1, k4, width, 4).permute(0, 2, 1, 3).reshape(-1, k4 * 4))
-    return torch.cat(blocks)[:n, :k] if blocks else packed.new_zeros(n, k)
 
 
 def _accumulate(op: str, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor) -> Tensor:
@@ -113,15 +95,23 @@ _TO_UINT8 = Op({quantize}, Op({LINEAR}, *_OPERANDS, name="linear"), Any("s_y"), 
 _CLAMPED = Op(
     {quantize}, Op({linear_clamp}, *_OPERANDS, Any("low"), Any("high"), name="linear"), Any("s_y"), Any("z_y")
 )
+_INTEGER_INPUT = (_OPERANDS[0], Any("w"), Any("bias"))
 _CLAMPS = (
-    Op({RELU}, Op({LINEAR}, Any("x"), Any("w"), Any("bias"), name="linear")),
-    Op({CLAMP}, Op({LINEAR}, Any("x"), Any("w"), Any("bias"), name="linear"), Any("low"), Any("high")),
+    Op({RELU}, Op({LINEAR}, *_INTEGER_INPUT, name="linear")),
+    Op({CLAMP}, Op({LINEAR}, *_INTEGER_INPUT, name="linear"), Any("low"), Any("high")),
 )
+
+
+_SCHEMES: dict[torch.dtype, tuple[Scheme, ...]] = {
+    torch.float32: ("w8a8", "w8a8-dynamic", "w8a32"),
+    torch.bfloat16: ("w8a16",),
+    torch.float16: ("w8a16",),
+}
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear with a constant float32 weight."""
+    """A linear with a constant weight, in every scheme; those without integers between layers have ops of their own."""
 
     name: str = "linear"
 
@@ -137,14 +127,14 @@ class Linear:
         if x is w:
             return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
         weight = constant(gm, w)
-        if not is_float_tensor(x) or weight.dtype != torch.float32:
+        schemes = _SCHEMES.get(weight.dtype, ())
+        if not isinstance(x, Node) or not is_tensor(x) or x.meta["value"].dtype != weight.dtype or not schemes:
             return Refusal(Reason.NOT_FLOAT32, f"weight is {weight.dtype}")
         for operand in (w, b):
             if isinstance(operand, Node) and not bool(torch.isfinite(constant(gm, operand)).all()):
                 raise CalibrationError(
                     f"{place_of(node)}: the parameter {operand.target} holds NaN or infinity; repair the checkpoint"
                 )
-        assert isinstance(x, Node)
         if isinstance(b, Node) and constant(gm, b).shape != weight.shape[:1]:
             return Refusal(Reason.NO_INTEGER_OP, f"its bias has shape {list(constant(gm, b).shape)}")
         k = weight.shape[1]
@@ -152,10 +142,13 @@ class Linear:
             return Refusal(Reason.NO_INTEGER_OP, f"its weight has shape {list(weight.shape)}")
         if k > MAX_K:
             return Refusal(Reason.ACC_OVERFLOW, f"K = {k} exceeds {MAX_K} (255 * 127 * K < 2**31)")
-        return Claim("product", (x,), w)
+        return Claim("product", (x,), w, schemes)
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """relu(linear(x, w, b)) -> linear_clamp(x, w, b, 0, None), and clamp likewise, where nobody else reads."""
+        """relu(linear(x, w, b)) -> linear_clamp(x, w, b, 0, None), and clamp likewise, where nobody else reads.
+
+        Of a linear that reads integers: those that read float32 have other epilogues.
+        """
         for pattern in _CLAMPS:
             match = pattern.match(clamp)
             bounds = float_bounds(clamp)
@@ -194,12 +187,12 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     to_uint8 = quantized and fits
     multiplier = numerics.requantize_multiplier(s_x, s_w, match["s_y"] if to_uint8 else 1.0)
 
-    stem = str(match.node("w").target).removesuffix("_int8")
+    path = str(match.node("w").target)
     with gm.graph.inserting_before(root if to_uint8 else linear):
         constants = (
-            _packed(gm, f"{stem}_packed", w),
-            set_constant(gm, _sibling(stem, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
-            set_constant(gm, _sibling(stem, "multiplier"), torch.from_numpy(multiplier)),
+            packed_constant(gm, path, w),
+            set_constant(gm, sibling(path, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
+            set_constant(gm, sibling(path, "multiplier"), torch.from_numpy(multiplier)),
         )
         operands = (match.node("x"), *(get_attr(gm, path, linear) for path in constants))
     bounds = (match["low"], match["high"]) if linear.target is linear_clamp else (None, None)
@@ -214,23 +207,6 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
         with gm.graph.inserting_after(y):
             clamp = call(gm, CLAMP, (y, *bounds), y)
         y.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
-
-
-def _sibling(stem: str, name: str) -> str:
-    """The path of a derived constant beside a weight: `fc1.weight` -> `fc1.bias_i32`, `w` -> `w_bias_i32`."""
-    owner, _, leaf = stem.rpartition(".")
-    name = name if leaf == "weight" else f"{leaf}_{name}"
-    return f"{owner}.{name}" if owner else name
-
-
-def _packed(gm: GraphModule, path: str, w: numerics.I8) -> str:
-    """The path of the packed weight, made once for all calls that share the weight."""
-    owner, _, name = path.rpartition(".")
-    packed = torch.from_numpy(numerics.pack(w))
-    known = getattr(gm.get_submodule(owner), name, None)
-    if isinstance(known, Tensor) and known.dtype == torch.int8 and torch.equal(known, packed):
-        return path
-    return set_constant(gm, path, packed)
 
 
 FAMILY = Linear()

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxq import numerics
-from fxq.ops.linear import linear_clamp, qlinear, qlinear_float, unpack
+from fxq.ops.linear import linear_clamp, qlinear, qlinear_float
+from fxq.packing import unpack
 from fxq.qtypes import MAX_K
 
 LEADING = [(), (0,), (1,), (5,), (2, 3), (2, 0, 3), (1, 2, 3), (2, 1, 2, 2)]

@@ -1,0 +1,58 @@
+// Rows that find their own scale and zero point, before gemm; a part of body.h, compiled once per instruction set.
+
+// One row as uint8, step by step as `numerics.quantize_rows`; `negative` becomes its zero point, negated.
+static void quantize_row(const float* x, int64_t count, uint8_t* q, float* scale, int32_t* negative) {
+  F low = {}, high = {};
+  I largest = {};  // the bits of the greatest magnitude; those of infinity and NaN are beyond every number's
+  for (int64_t i = 0; i < count; i += W) {
+    const F v = load_some<F>(x + i, count - i);
+    const I bits = (I)v & 0x7FFFFFFF;
+    low = low < v ? low : v;
+    high = high > v ? high : v;
+    largest = largest > bits ? largest : bits;
+  }
+  float least = 0, greatest = 0;
+  int32_t magnitude = 0;
+  for (int lane = 0; lane < W; ++lane) {
+    least = low[lane] < least ? low[lane] : least;
+    greatest = high[lane] > greatest ? high[lane] : greatest;
+    magnitude = largest[lane] > magnitude ? largest[lane] : magnitude;
+  }
+  if (magnitude >= 0x7F800000) {
+    memset(q, 0, count);
+    *scale = NAN;
+    *negative = 0;
+    return;
+  }
+  const float floor = 0x1p-60f, step = greatest / 255.0f - least / 255.0f;
+  *scale = step < floor ? floor : step;
+  const float inverse = 1.0f / *scale;
+  const float steps = -least * inverse;  // at most 256, so that the magic number rounds it
+  const int32_t zero_point = int32_t((steps < 255.0f ? steps : 255.0f) + 12582912.0f - 12582912.0f);
+  *negative = -zero_point;
+  quantize(x, q, count, inverse, zero_point);
+}
+
+// As gemm, of float rows: a block of them is quantized into memory of this thread, and then multiplied.
+static void gemm_dynamic(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+  const int64_t stride = (g.k + 63) / 64 * 64, fit = 384 * 1024 / (stride + 1);
+  const int64_t most = (fit < 96 ? 96 : fit > 960 ? 960 : fit) / kRows * kRows;
+  const int64_t height = row_end - row < most ? row_end - row : most;
+  uint8_t* q = static_cast<uint8_t*>(scratch(height * (stride + 8)));
+  float* scale = reinterpret_cast<float*>(q + height * stride);
+  int32_t* zero_point = reinterpret_cast<int32_t*>(scale + height);
+
+  Gemm block = g;
+  block.x = q;
+  block.x_stride = stride;
+  block.row_scale = scale;
+  block.row_zero_point = zero_point;
+  for (; row < row_end; row += height) {
+    const int64_t rows = row_end - row < height ? row_end - row : height;
+    for (int64_t r = 0; r < rows; ++r)
+      quantize_row(g.float_x + (row + r) * g.x_stride, g.k, q + r * stride, scale + r, zero_point + r);
+    block.y = static_cast<float*>(g.y) + row * g.y_stride;
+    block.addend = g.addend ? g.addend + row * g.addend_stride : nullptr;
+    gemm(block, 0, rows, panel, panel_end);
+  }
+}

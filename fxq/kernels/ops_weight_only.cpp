@@ -1,0 +1,84 @@
+// The product of float activations with int8 weights as a torch operator.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+
+namespace fxq {
+namespace {
+
+// All rows of x, widened; and the result, rounded. Activations only: no float weight is ever made.
+template <class T>
+void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
+  std::vector<float> wide(rows * g.k), sums(rows * g.n);
+  parallel(rows, std::max<int64_t>(1, kElementGrain / (g.k + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t k = 0; k < g.k; ++k) wide[row * g.k + k] = x[row * g.x_stride + k];
+  });
+  g.x = wide.data();
+  g.x_stride = g.k;
+  g.y = sums.data();
+  run_float_gemm(g, rows);
+  parallel(rows * g.n, kElementGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) y[i] = T(sums[i]);
+  });
+}
+
+Tensor linear_weight_only(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                          const std::optional<Tensor>& bias) {
+  constexpr const char* op = "linear_weight_only";
+  const int32_t dtype = x.dtype();
+  const bool brain = dtype == aoti_torch_dtype_bfloat16(), half = dtype == aoti_torch_dtype_float16();
+  if (!brain && !half) expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32, bfloat16 or float16");
+  expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");
+  expect_dtype(op, "scale", scale, aoti_torch_dtype_float32(), "float32");
+  const Shape shape = x.shape();
+  if (shape.dim == 0) fail(op, ": x is a scalar, expected [..., K]");
+  FloatGemm g;
+  g.k = shape.sizes[shape.dim - 1];
+  g.n = scale.numel();
+  if (scale.dim() != 1) fail(op, ": scale", scale.shape(), ", expected [N]");
+  if (weight.numel() != packed_size(g.n, g.k) || weight.dim() != 1)
+    fail(op, ": weight", weight.shape(), ", expected [", packed_size(g.n, g.k), "], the packed size of N = ", g.n,
+         " (scale) and K = ", g.k, " (x", shape, ")");
+  const Contiguous w(weight), s(scale);
+  g.weight = w.data<int8_t>();
+  g.scale = s.data<float>();
+  std::optional<Contiguous> b;
+  if (bias) {
+    expect_dtype(op, "bias", *bias, aoti_torch_dtype_float32(), "float32");
+    if (bias->dim() != 1 || bias->numel() != g.n) fail(op, ": bias", bias->shape(), ", expected [", g.n, "]");
+    g.bias = b.emplace(*bias).data<float>();
+  }
+  std::optional<Tensor> copy;
+  if (!is_rows(x, &g.x_stride)) {
+    copy.emplace(x.contiguous());
+    g.x_stride = g.k;
+  }
+  const Tensor& in_rows = copy ? *copy : x;
+
+  int64_t sizes[Tensor::kMaxDim], rows = 1;
+  for (int64_t i = 0; i < shape.dim - 1; ++i) rows *= sizes[i] = shape.sizes[i];
+  sizes[shape.dim - 1] = g.n;
+  Tensor y = Tensor::empty({sizes, shape.dim}, dtype);
+  g.y_stride = g.n;
+  if (brain) {
+    run_narrow(in_rows.data<c10::BFloat16>(), y.data<c10::BFloat16>(), rows, g);
+  } else if (half) {
+    run_narrow(in_rows.data<c10::Half>(), y.data<c10::Half>(), rows, g);
+  } else {
+    g.x = in_rows.data<float>();
+    g.y = y.data<float>();
+    run_float_gemm(g, rows);
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace fxq
+
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) { m.impl("linear_weight_only", fxq::boxed<fxq::linear_weight_only>); }

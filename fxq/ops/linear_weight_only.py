@@ -1,0 +1,92 @@
+"""linear_weight_only: float activations and int8 weights, which are widened in registers; no float weight is ever made.
+
+    y[m, n] = f32(f32(sum_k x[m, k] * q_w[n, k]) * scale[n]), then f32(y + bias[n]) where one is given
+
+x: float32, bfloat16 or float16 [..., K], and y likewise [..., N]; weight: int8, packed; scale, bias: float32 [N]. The
+sum is float32 in one fixed order, without fused multiply-adds, so that every instruction set and NumPy agree bit for
+bit; 16-bit activations are widened, which is exact, and the result is rounded once more. NumPy truth:
+`numerics.linear_weight_only`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq import kernels, numerics
+from fxq.family import Claim, Family, Refusal
+from fxq.graph import constant, get_attr, replace
+from fxq.packing import packed_constant, shared_constant, sibling, unpack
+from fxq.pattern import Any, Const, Match, Op
+from fxq.qdq import dequantize_weight, expect_dtype
+from fxq.spelling import LINEAR
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the activations."""
+
+
+def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    op = "linear_weight_only"
+    if x.dtype not in DTYPES:
+        raise TypeError(f"fxq::{op}: x has dtype {x.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+    expect_dtype(op, "weight", weight, torch.int8)
+    expect_dtype(op, "scale", scale, torch.float32)
+    if bias is not None:
+        expect_dtype(op, "bias", bias, torch.float32)
+        if bias.shape != scale.shape:
+            raise ValueError(f"fxq::{op}: bias has shape {list(bias.shape)}, scale {list(scale.shape)}")
+    w = unpack(weight, len(scale), x.shape[-1])
+    arrays = (None if tensor is None else tensor.detach().numpy() for tensor in (x.float(), w, scale, bias))
+    return torch.from_numpy(numerics.linear_weight_only(*arrays)).to(x.dtype)  # type: ignore[arg-type]
+
+
+linear_weight_only = kernels.define(
+    "linear_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    _linear_weight_only,
+    lambda x, weight, scale, bias=None: x.new_empty(*x.shape[:-1], len(scale)),
+)
+
+_WEIGHT = (
+    Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True),
+    Op({dequantize_weight}, Const("w"), Const("s_w"), Any("dtype"), shared=True),
+)
+_PATTERNS = tuple(Op({LINEAR}, Any("x"), weight, Any("bias")) for weight in _WEIGHT)
+
+
+@dataclass(frozen=True)
+class LinearWeightOnly(Family):
+    """The form of a linear in the schemes "w8a32" and "w8a16"; it is the family `linear` that claims it."""
+
+    name: str = "linear_weight_only"
+
+    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
+        """No float operation is one."""
+        return None
+
+    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
+        """linear(x, dequantize_weight(w, s_w), b) -> linear_weight_only(x, w, s_w, b)."""
+        match = next((m for pattern in _PATTERNS if isinstance(m := pattern.match(node), Match)), None)
+        if match is None:
+            return False
+        path = str(match.node("w").target)
+        w, s_w = (constant(gm, match.node(name)).numpy() for name in ("w", "s_w"))
+        scale = torch.from_numpy(np.broadcast_to(s_w, len(w)).copy())
+        with gm.graph.inserting_before(node):
+            constants = [
+                packed_constant(gm, path, w),
+                shared_constant(gm, sibling(path, "weight_scale"), scale),
+            ]
+            operands = [match["x"], *(get_attr(gm, path, node) for path in constants)]
+            bias = match["bias"]
+            if bias is not None and constant(gm, bias).dtype != torch.float32:
+                wide = shared_constant(gm, sibling(path, "bias_f32"), constant(gm, bias).detach().float())
+                bias = get_attr(gm, wide, node)
+        replace(gm, node, linear_weight_only, (*operands, *([] if bias is None else [bias])))
+        return True
+
+
+FAMILY = LinearWeightOnly()
