@@ -6,8 +6,8 @@ error that a weight's rounding makes is taken over by the columns that follow, a
     H = x^T x / rows + damping,  U^T U = H^-1 (U upper),  e_k = (w_k - s q_k) / U_kk,  w_j -= e_k U_kj for j > k
 
 (Frantar et al., GPTQ, 2022), the columns with the largest inputs first, at the scales that the weight has. Only where a
-product reads from a float island, of which `observe` keeps rows, and where no one else reads its weight. Three of four
-rows fit; the result is kept if it is at least 0.3 dB better on the others.
+product of at most 4096 channels reads from a float island, of which `observe` keeps rows, and where no one else reads
+its weight. Three of four rows fit; the result is kept if it is at least 0.3 dB better on the others.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ LEAST_GAIN = 0.3
 """dB."""
 DAMPING = 0.1
 """Of the mean of H's diagonal: a few hundred rows say little of what the products' other inputs have in common."""
+MAX_K = 4096
+"""H and what is made of it are K x K, in float64; a longer product keeps its nearest integers."""
 BLOCK = 64
 """Columns whose errors are passed on together to those behind them."""
 
@@ -73,7 +75,8 @@ def _round(gm: GraphModule, reader: Node, exclusive: set[Node], rows: Tensor, x:
     assert isinstance(observed, Node)
     observer, source = submodule(gm, observed), observed.args[0]
     assert isinstance(observer, WeightObserver) and isinstance(source, Node)
-    if isinstance(observer, FixedScales) or source not in exclusive or len(observed.users) != 1:
+    long = x.shape[1] > MAX_K
+    if long or isinstance(observer, FixedScales) or source not in exclusive or len(observed.users) != 1:
         return ""
     w = constant(gm, source).detach()
     scales, judged = observer.scales_of(w), torch.arange(len(x)) % 4 == 3
@@ -108,7 +111,7 @@ def compensated(w: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     rest, q = w[:, order], torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
-        errors = torch.empty(len(w), stop - start)
+        errors = w.new_empty(len(w), stop - start)
         for k in range(start, stop):
             q[:, k] = torch.clamp(torch.round(rest[:, k] / scales), -WEIGHT_QMAX, WEIGHT_QMAX)
             error = (rest[:, k] - q[:, k] * scales) / upper[k, k]

@@ -72,3 +72,9 @@ def test_a_weight_with_another_reader_is_left_alone(staged, model_of):
 def test_no_gain_no_change(staged):
     gm, ctx = staged(nn.Linear(48, 16), torch.eye(48).repeat(4, 1), "round-weights", Recipe())
     assert round_weights.PASS.run(gm, ctx) == 0
+
+
+def test_a_product_too_long_for_the_matrices_is_left_alone(staged, monkeypatch):
+    monkeypatch.setattr(round_weights, "MAX_K", 47)
+    gm, ctx = staged(nn.Linear(48, 16), related(), "round-weights", Recipe())
+    assert round_weights.PASS.run(gm, ctx) == 0
