@@ -57,6 +57,15 @@ static void check_elementwise(size_t count) {
   compare("requantize", count, [&](uint8_t* y) { active().requantize({q.data(), 9, .7f}, y, count, 3, 3, 200); });
   compare("add", count,
           [&](uint8_t* y) { active().add({q.data(), 9, .7f}, {p.data(), 1, .3f}, y, count, 3, 3, 200); });
+  for (int32_t shift : {0, 31, 40, 62}) {
+    for (bool twice : {false, true})
+      compare("requantize_fixed", count, [&](uint8_t* y) {
+        active().requantize_fixed({q.data(), 9, INT32_MAX}, y, count, shift, twice, 3, 3, 200);
+      });
+    compare("add_fixed", count, [&](uint8_t* y) {
+      active().add_fixed({q.data(), 9, INT32_MAX}, {p.data(), 1, 1 << 30}, y, count, shift, 3, 3, 200);
+    });
+  }
   std::vector<float> wide(count);
   compare("dequantize", count * 4, [&](uint8_t* y) {
     active().dequantize({q.data(), 9, .7f}, wide.data(), count);
@@ -108,6 +117,33 @@ static void check_images(int64_t channels) {
   compare("multiply", channels, [&](uint8_t* y) {
     active().multiply({x.data(), 9, .01f}, {p.data(), 200, 1}, y, channels, 3, 0, 255);
   });
+}
+
+static void check_gemm_fixed(int64_t rows, int64_t n, int64_t k) {
+  const auto x = draw<uint8_t>(rows * k, 0, 255);
+  const auto weight = draw<int8_t>(packed_size(n, k), -128, 127);
+  const auto bias = draw<int32_t>(n, -3000, 3000), multiplier = draw<int32_t>(n, 1 << 30, INT32_MAX);
+  const auto shift = draw<int32_t>(n, 0, 62), zero_w = draw<int32_t>(n, -128, 127);
+  const auto row_sums = draw<int32_t>(rows, 0, int(255 * k));
+  for (int way = 0; way < 4; ++way) {
+    Gemm g;
+    g.x = x.data();
+    g.x_stride = g.k = k;
+    g.n = g.y_stride = n;
+    g.weight = weight.data();
+    g.bias = bias.data();
+    g.output = Output::kFixed;
+    g.fixed = multiplier.data();
+    g.shift = shift.data();
+    g.twice = way % 2;
+    g.zero_w = way / 2 ? zero_w.data() : nullptr;
+    g.row_sums = row_sums.data();
+    g.zero_point = g.low = 7;
+    compare("gemm, fixed", rows * n, [&](uint8_t* y) {
+      g.y = y;
+      active().gemm(g, 0, rows, 0, panel_count(n));
+    });
+  }
 }
 
 // A convolution of [batch, height, width, channels], each array of exactly its size.
@@ -274,7 +310,10 @@ int main() {
   for (const int64_t k : {0, 1, 3, 4, 5, 66, 1029})
     for (const int64_t n : {0, 1, 15, 16, 17, 63, 64, 65, 130})
       for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 97})
-        if (k < 1000 || rows < 8) check_gemm(rows, n, k);
+        if (k < 1000 || rows < 8) {
+          check_gemm(rows, n, k);
+          check_gemm_fixed(rows, n, k);
+        }
   for (int64_t channels = 0; channels < 70; ++channels) check_images(channels);
   for (const int64_t kernel : {1, 2, 3})
     for (const int64_t stride : {1, 2})
