@@ -436,6 +436,7 @@ OPS: dict[str, Op] = {
     "max_pool2d": Op(_max_pool),
     "max_pool3d": Op(_max_pool),
     "embedding": Op(_embedding),
+    "fxq.qembedding": Op(lambda ids, table, scales: _embedding(ids, numerics.dequantize_weight(table, scales))),
     "clone": Op(lambda input: input),
     "getattr": Op(_getattr),
     "size": Op(_size),

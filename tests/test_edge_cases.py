@@ -203,7 +203,7 @@ def test_case_16_tied_weights(check, model_of):
 def test_case_17_embedding_tied_to_the_head(check, model_of):
     model = model_of(lambda s, i: F.linear(s.l(s.e(i)), s.e.weight), e=nn.Embedding(20, 8), l=linear())
     qmodel = check(model, torch.randint(0, 20, (4, 5)), others=[(torch.randint(0, 20, (2, 3)),)])
-    assert forms(qmodel) == "embedding float, linear int8, linear int8"
+    assert forms(qmodel) == "embedding int8, linear int8, linear int8"
 
 
 W, B = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))

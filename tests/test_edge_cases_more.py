@@ -19,7 +19,7 @@ import fxq
 from fxq.comparison import output_sqnr
 from fxq.decisions import Reason
 from fxq.expansion import expand
-from fxq.graph import tensors
+from fxq.graph import target_name, tensors
 from fxq.qtypes import MAX_K
 from fxq.tracing import TracingWarning
 
@@ -170,9 +170,9 @@ def test_case_49_ids_into_an_embedding(check):
     model = nn.Sequential(nn.Embedding(20, 8), linear())
     ids = torch.randint(0, 20, (8, 5))
     qmodel = check(model, ids, others=[(ids[:3],)])
-    assert forms(qmodel) == "embedding float, linear int8"
-    assert {n.target.__name__ for n in qmodel.graph.nodes if n.args[:1] == (next(iter(qmodel.graph.nodes)),)} == {
-        "embedding"
+    assert forms(qmodel) == "embedding int8, linear int8"
+    assert {target_name(n.target) for n in qmodel.graph.nodes if n.args[:1] == (next(iter(qmodel.graph.nodes)),)} == {
+        "fxq.qembedding"
     }
 
 

@@ -542,7 +542,8 @@ class TestFiles:
         ids = torch.randint(0, 10, (2, 5))
         qmodel = fxq.quantize(model, ids)
         assert len({t.data_ptr() for t in qmodel.state_dict().values()}) == len(qmodel.state_dict())
-        assert not any(name.endswith(("_int8", "_scale")) for name in qmodel.state_dict())
+        assert [name for name in qmodel.state_dict() if name.endswith("_int8")] == ["e.weight_int8"]
+        assert not any(t.dtype == torch.float32 and t.numel() == 80 for t in qmodel.state_dict().values())
         fxq.save(qmodel, tmp_path / "m.fxq")
         assert torch.equal(fxq.load(tmp_path / "m.fxq")(ids), qmodel(ids))
 
