@@ -5,6 +5,7 @@
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
 //   input_lanes(I)           the same, other four in every lane
+//   spread(p, I index)       int32 at p + 4 * index[lane] in each lane; reads W bytes
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
@@ -75,7 +76,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "activations.h"
 #include "fixed_point.h"
 #include "gemm.h"
-#include "depthwise.h"
+#include "lanes.h"
 #include "images.h"
 #include "norms.h"
 #include "attention.h"
@@ -84,5 +85,5 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention, depthwise,
+                         add_fixed, norm, gemm, attention, lanes,
                          max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm};

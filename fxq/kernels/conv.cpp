@@ -26,7 +26,7 @@ bool lies_inside(const Conv& c) {
 // Whether windows can be read where they lie: none reaches outside, nor does the last group of four bytes of a run.
 bool is_direct(const Conv& c) {
   if (!lies_inside(c)) return false;
-  if (c.is_depthwise()) return true;
+  if (c.in_lanes()) return true;
   return c.run_bytes() % 4 == 0 && (!c.by_row() || c.kernel[2] == 1 || c.x_step[3] == c.channels);
 }
 
@@ -86,7 +86,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
               int64_t panel_end) {
   const Kernels& kernels = active();
   const Seen seen = look(c, image, plane, row, row_end);
-  const bool depthwise = c.is_depthwise(), by_row = !depthwise && c.by_row();
+  const bool lanes = c.in_lanes(), by_row = !lanes && c.by_row();
   std::vector<int64_t> runs;
   for (int64_t a = 0; a < c.kernel[0]; ++a)
     for (int64_t b = 0; b < c.kernel[1]; ++b)
@@ -101,7 +101,8 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
   g.run_count = int64_t(runs.size());
   g.run_bytes = ceil_div(c.run_bytes(), 4) * 4;
   const int64_t start = image * c.y_step[0] + plane * c.y_step[1] + row * c.y_step[2];
-  if (depthwise) {
+  if (lanes) {
+    g.run_bytes = c.product.n;
     g.n = c.channels;
     g.runs = runs.data();
     g.x_stride = c.stride[2] * seen.pixel_step;
@@ -109,7 +110,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
       Gemm own = g;
       own.x = seen.begin + r * c.stride[1] * seen.row_step;
       move(own, start + r * c.y_step[2], 0);
-      kernels.depthwise(own, c.out[2]);
+      kernels.lanes(own, c.out[2]);
     }
     return;
   }

@@ -16,15 +16,22 @@ struct Conv {
   Gemm product;     // the epilogue; weight, bias and multiplier; n of one group; y, addend, residual of the first pixel
   int64_t y_step[4] = {};  // of y, addend and residual
 
-  bool is_depthwise() const { return groups == channels && product.n == 1; }
+  // Whether every output channel has inputs of its own: depthwise, or groups of 4 or 8 channels in and out.
+  bool in_lanes() const {
+    const int64_t own = channels / groups;
+    return product.n == own && (own == 1 || (groups > 1 && (own == 4 || own == 8)));
+  }
   bool by_row() const { return groups == 1 && dilation[2] == 1; }  // whether a run is a row of the kernel
   int64_t runs() const { return kernel[0] * kernel[1] * (by_row() ? 1 : kernel[2]); }
   int64_t run_bytes() const { return (by_row() ? kernel[2] : 1) * (channels / groups); }
-  int64_t k() const { return is_depthwise() ? kernel[0] * kernel[1] * kernel[2] : runs() * ceil_div(run_bytes(), 4) * 4; }
-  int64_t weight_bytes() const {
-    return is_depthwise() ? packed_size(channels, k()) : groups * packed_size(product.n, k());
+  int64_t k() const {
+    if (in_lanes()) return kernel[0] * kernel[1] * kernel[2] * product.n;
+    return runs() * ceil_div(run_bytes(), 4) * 4;
   }
-  int64_t panels() const { return is_depthwise() ? 1 : panel_count(product.n); }
+  int64_t weight_bytes() const {
+    return in_lanes() ? packed_size(channels, k()) : groups * packed_size(product.n, k());
+  }
+  int64_t panels() const { return in_lanes() ? 1 : panel_count(product.n); }
 };
 
 // The output rows [row, row_end) of one image and plane, channels of the panels [panel, panel_end) of every group.

@@ -133,8 +133,9 @@ struct Kernels {
   // The queries [row, row_end) of one of batch * heads heads; packed: its keys and values are in the scratch memory.
   void (*attention)(const Attention& a, int64_t head, int64_t row, int64_t row_end, const AttentionScratch& at,
                     bool packed);
-  // A row of `pixels` outputs of a depthwise convolution: x at the first window, x_stride to the next, runs the taps.
-  void (*depthwise)(const Gemm& g, int64_t pixels);
+  // A row of `pixels` outputs of a convolution in groups of run_bytes = 1, 4 or 8 channels in and out: x at the first
+  // window, x_stride to the next, runs the taps.
+  void (*lanes)(const Gemm& g, int64_t pixels);
   // Channels-last images: one pixel y of `channels`, from pixels of x at offsets.
   void (*max_of)(const uint8_t* x, const int64_t* taps, int64_t count, uint8_t* y, int64_t channels);
   // Runs of `pixels`, pixel_step apart; multiplier: of the sum of (q - z_x).

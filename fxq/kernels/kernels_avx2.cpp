@@ -34,6 +34,11 @@ static inline Input input_lanes(I groups) {
   return {(__m256i)(groups & 0x00FF00FF), (__m256i)(groups >> 8 & 0x00FF00FF)};
 }
 
+static inline I spread(const uint8_t* p, I index) {
+  const __m256i groups = _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (I)_mm256_permutevar8x32_epi32(groups, (__m256i)index);
+}
+
 static inline Weights weights(const int8_t* p) {
   __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   asm("" : "+x"(w));  // keeps it in its register, where g++ would rather load it twice

@@ -33,6 +33,11 @@ static inline Input input_lanes(I groups) {
   return {(__m512i)(groups & 0x00FF00FF), (__m512i)(groups >> 8 & 0x00FF00FF)};
 }
 
+static inline I spread(const uint8_t* p, I index) {
+  const __m512i groups = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (I)_mm512_permutexvar_epi32((__m512i)index, groups);
+}
+
 static inline Weights weights(const int8_t* p) {
   const __m512i w = _mm512_loadu_si512(p);
   return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};

@@ -22,6 +22,11 @@ static inline Input input(uint32_t group) { return _mm512_set1_epi32(int32_t(gro
 
 static inline Input input_lanes(I groups) { return (Input)groups; }
 
+static inline I spread(const uint8_t* p, I index) {
+  const __m512i groups = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (I)_mm512_permutexvar_epi32((__m512i)index, groups);
+}
+
 static inline Weights weights(const int8_t* p) {
   Weights w = _mm512_loadu_si512(p);
   asm("" : "+v"(w));  // keeps it in its register, where g++ would rather load it again for every row

@@ -22,6 +22,11 @@ static inline Input input(uint32_t group) { return _mm256_set1_epi32(int32_t(gro
 
 static inline Input input_lanes(I groups) { return (Input)groups; }
 
+static inline I spread(const uint8_t* p, I index) {
+  const __m256i groups = _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (I)_mm256_permutevar8x32_epi32(groups, (__m256i)index);
+}
+
 static inline Weights weights(const int8_t* p) {
   Weights w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   asm("" : "+x"(w));  // keeps it in its register, where g++ would rather load it again for every row

@@ -29,6 +29,16 @@ static inline Input input(uint32_t group) { return input(group & 0x00FF00FF, gro
 
 static inline Input input_lanes(I groups) { return {(H)(groups & 0x00FF00FF), (H)(groups >> 8 & 0x00FF00FF)}; }
 
+static inline I spread(const uint8_t* p, I index) {
+  I groups;
+  for (int lane = 0; lane < W; ++lane) {
+    int32_t group;
+    memcpy(&group, p + 4 * index[lane], sizeof group);
+    groups[lane] = group;
+  }
+  return groups;
+}
+
 static inline Weights weights(const int8_t* p) {
   H w;
   memcpy(&w, p, sizeof w);

@@ -53,7 +53,7 @@ from fxq.numerics.conv import (
 )
 from fxq.numerics.conv_packing import (
     conv_runs,
-    is_depthwise,
+    in_lanes,
     pack_conv,
     pack_transposed,
     packed_conv_size,
@@ -137,7 +137,7 @@ __all__ = [
     "gelu_tanh",
     "hardsigmoid",
     "hardswish",
-    "is_depthwise",
+    "in_lanes",
     "layer_norm",
     "linear_weight_only",
     "norm_quantize",

@@ -2,8 +2,8 @@
 
 In channels-last memory the pixels of a kernel row lie side by side, so a row of `kernel` pixels is one run of
 kernel * C bytes, unless dilation spreads it or a group takes part of the channels only: then every tap is a run. Each
-run is padded to a multiple of four bytes with zeros. A depthwise weight [C, 1, *kernel] is packed as [C, taps]: every
-channel has a sum of its own.
+run is padded to a multiple of four bytes with zeros. Where groups are so small that every output channel has inputs of
+its own (depthwise ones, and groups of 4 or 8 channels), all groups are packed as one weight [N, taps * C / groups].
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fxq.numerics.packing import pack, packed_size, unpack
 Ints = Sequence[int]
 
 
-def is_depthwise(n: int, channels: int, groups: int) -> bool:
-    """Whether each of N = groups = C channels has a sum of its own; channels: those of one group."""
-    return channels == 1 and n == groups
+def in_lanes(n: int, channels: int, groups: int) -> bool:
+    """Whether a depthwise convolution, or one of groups of 4 or 8 channels in and out; channels: those of one group."""
+    return n == groups * channels and (channels == 1 or (channels in (4, 8) and groups > 1))
 
 
 def conv_runs(channels: int, kernel: Ints, dilation: Ints, groups: int) -> tuple[int, int]:
@@ -34,8 +34,8 @@ def conv_runs(channels: int, kernel: Ints, dilation: Ints, groups: int) -> tuple
 
 def packed_conv_size(n: int, channels: int, kernel: Ints, dilation: Ints, groups: int) -> int:
     """Bytes of an [n, channels, *kernel] weight once packed."""
-    if is_depthwise(n, channels, groups):
-        return packed_size(n, math.prod(kernel))
+    if in_lanes(n, channels, groups):
+        return packed_size(n, math.prod(kernel) * channels)
     runs, length = conv_runs(channels, kernel, dilation, groups)
     return groups * packed_size(n // groups, runs * (-(-length // 4) * 4))
 
@@ -43,24 +43,25 @@ def packed_conv_size(n: int, channels: int, kernel: Ints, dilation: Ints, groups
 def pack_conv(q_w: I8, dilation: Ints, groups: int) -> I8:
     """int8 [N, C / groups, *kernel] -> int8 [packed_conv_size]."""
     n, channels, *kernel = q_w.shape
-    if is_depthwise(n, channels, groups):
-        return pack(q_w.reshape(n, -1))
+    rows = q_w.reshape(n, channels, -1).transpose(0, 2, 1)
+    if in_lanes(n, channels, groups):
+        return pack(rows.reshape(n, -1))
     runs, length = conv_runs(channels, kernel, dilation, groups)
-    rows = q_w.reshape(n, channels, -1).transpose(0, 2, 1).reshape(n, runs, length)
-    rows = np.pad(rows, ((0, 0), (0, 0), (0, -length % 4))).reshape(groups, n // groups, -1)
+    rows = np.pad(rows.reshape(n, runs, length), ((0, 0), (0, 0), (0, -length % 4))).reshape(groups, n // groups, -1)
     return np.concatenate([pack(group) for group in rows])
 
 
 def unpack_conv(packed: I8, n: int, channels: int, kernel: Ints, dilation: Ints, groups: int) -> I8:
     """The inverse of `pack_conv`: int8 [n, channels, *kernel]; channels: those of one group."""
     assert packed.shape == (packed_conv_size(n, channels, kernel, dilation, groups),), (packed.shape, n, channels)
-    if is_depthwise(n, channels, groups):
-        return unpack(packed, n, math.prod(kernel)).reshape(n, 1, *kernel)
-    runs, length = conv_runs(channels, kernel, dilation, groups)
-    padded = -(-length // 4) * 4
-    rows = np.concatenate([unpack(part, n // groups, runs * padded) for part in np.split(packed, groups)])
-    dense = rows.reshape(n, runs, padded)[:, :, :length].reshape(n, math.prod(kernel), channels)
-    return np.ascontiguousarray(dense.transpose(0, 2, 1)).reshape(n, channels, *kernel)
+    if in_lanes(n, channels, groups):
+        rows = unpack(packed, n, math.prod(kernel) * channels)
+    else:
+        runs, length = conv_runs(channels, kernel, dilation, groups)
+        padded = -(-length // 4) * 4
+        rows = np.concatenate([unpack(part, n // groups, runs * padded) for part in np.split(packed, groups)])
+        rows = rows.reshape(n, runs, padded)[:, :, :length]
+    return np.ascontiguousarray(rows.reshape(n, -1, channels).transpose(0, 2, 1)).reshape(n, channels, *kernel)
 
 
 def _phases_with_taps(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[Phase]:

@@ -322,6 +322,10 @@ int main() {
           for (const int64_t channels : {1, 3, 4, 18}) check_conv(2, 7, 6, channels, 17, kernel, stride, padding, dilation, 1);
           for (const int64_t channels : {4, 19, 66})
             check_conv(1, 5, 9, channels, channels, kernel, stride, padding, dilation, channels);
+          for (const int64_t groups : {2, 3, 7}) {
+            check_conv(1, 5, 9, 4 * groups, 4 * groups, kernel, stride, padding, dilation, groups);
+            check_conv(1, 5, 9, 8 * groups, 8 * groups, kernel, stride, padding, dilation, groups);
+          }
           check_conv(1, 6, 5, 6, 66, kernel, stride, padding, dilation, 2);
         }
   for (const int64_t queries : {1, 6, 13})

@@ -1,4 +1,5 @@
-// Depthwise convolution: every channel is a sum of its own, so channels lie in the lanes; a part of body.h.
+// Convolutions whose output channels have inputs of their own, which lie in the lanes beside their weights: depthwise
+// ones, and groups of 4 or 8 channels; a part of body.h.
 
 // Four taps of W channels: the bytes that `dot` multiplies in each lane.
 static inline I gather(const uint8_t* x, const int64_t* taps, int64_t count, int64_t valid) {
@@ -7,24 +8,50 @@ static inline I gather(const uint8_t* x, const int64_t* taps, int64_t count, int
   return bytes;
 }
 
+// Four channels of the group of each lane.
+static inline I group_lanes(const uint8_t* x, I index, int64_t valid) {
+  if (valid >= W) return spread(x, index);
+  I groups{};
+  for (int64_t lane = 0; lane < valid; ++lane) {
+    int32_t own;
+    memcpy(&own, x + 4 * index[lane], sizeof own);
+    groups[lane] = own;
+  }
+  return groups;
+}
+
 // P pixels of W channels from `channel` on, of which `valid` exist.
 template <int P>
-static inline void depthwise_tile(const Gemm& g, int64_t pixel, int64_t channel, int64_t valid, const int8_t* w,
+static inline void lanes_tile(const Gemm& g, int64_t pixel, int64_t channel, int64_t valid, const int8_t* w,
                                   int64_t step, const Rounding& round) {
   const uint8_t* x = g.x + pixel * g.x_stride + channel;
   const I bias = load_some<I>(g.bias + channel, valid);
   I acc[P];
   UNROLL for (int p = 0; p < P; ++p) acc[p] = bias;
-  int64_t t = 0;
-  for (; t + 4 <= g.run_count; t += 4, w += step) {
-    const Weights b = weights(w);
-    UNROLL for (int p = 0; p < P; ++p)
-      acc[p] = dot(acc[p], input_lanes(gather(x + p * g.x_stride, g.runs + t, 4, valid)), b);
-  }
-  if (t < g.run_count) {
-    const Weights b = weights(w);
-    UNROLL for (int p = 0; p < P; ++p)
-      acc[p] = dot(acc[p], input_lanes(gather(x + p * g.x_stride, g.runs + t, g.run_count - t, valid)), b);
+  if (g.run_bytes == 1) {
+    int64_t t = 0;
+    for (; t + 4 <= g.run_count; t += 4, w += step) {
+      const Weights b = weights(w);
+      UNROLL for (int p = 0; p < P; ++p)
+        acc[p] = dot(acc[p], input_lanes(gather(x + p * g.x_stride, g.runs + t, 4, valid)), b);
+    }
+    if (t < g.run_count) {
+      const Weights b = weights(w);
+      UNROLL for (int p = 0; p < P; ++p)
+        acc[p] = dot(acc[p], input_lanes(gather(x + p * g.x_stride, g.runs + t, g.run_count - t, valid)), b);
+    }
+  } else {
+    const int64_t own = g.run_bytes, first = channel / own;
+    I index;
+    for (int64_t lane = 0; lane < W; ++lane) index[lane] = int32_t(((channel + lane) / own - first) * (own / 4));
+    x += first * own - channel;
+    for (int64_t t = 0; t < g.run_count; ++t) {
+      for (int64_t four = 0; four < own / 4; ++four, w += step) {
+        const Weights b = weights(w);
+        UNROLL for (int p = 0; p < P; ++p)
+          acc[p] = dot(acc[p], input_lanes(group_lanes(x + p * g.x_stride + g.runs[t], index + int32_t(four), valid)), b);
+      }
+    }
   }
 
   const F multiplier = load_some<F>(g.multiplier + channel, valid);
@@ -48,8 +75,8 @@ static inline void depthwise_tile(const Gemm& g, int64_t pixel, int64_t channel,
              g.zero_point);
 }
 
-// A row of `pixels` outputs: the windows begin at g.x, g.x_stride apart, g.runs are the taps, g.k their number.
-static void depthwise(const Gemm& g, int64_t pixels) {
+// A row of `pixels` outputs: the windows begin at g.x, g.x_stride apart, g.runs are the taps.
+static void lanes(const Gemm& g, int64_t pixels) {
   constexpr int kPixels = 4;
   const Rounding round(g.zero_point, g.low, g.high);
   const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;
@@ -60,10 +87,10 @@ static void depthwise(const Gemm& g, int64_t pixels) {
     int64_t pixel = 0;
     for (; pixel + kPixels <= pixels; pixel += kPixels) {
       if (rest >= W)
-        depthwise_tile<kPixels>(g, pixel, channel, W, w, 4 * width, round);
+        lanes_tile<kPixels>(g, pixel, channel, W, w, 4 * width, round);
       else
-        depthwise_tile<kPixels>(g, pixel, channel, rest, w, 4 * width, round);
+        lanes_tile<kPixels>(g, pixel, channel, rest, w, 4 * width, round);
     }
-    for (; pixel < pixels; ++pixel) depthwise_tile<1>(g, pixel, channel, rest < W ? rest : W, w, 4 * width, round);
+    for (; pixel < pixels; ++pixel) lanes_tile<1>(g, pixel, channel, rest < W ? rest : W, w, 4 * width, round);
   }
 }
