@@ -155,21 +155,29 @@ Tensor qmax_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const 
     return i >= 0 && i < x.size[at] ? i * x.step[at + 1] : int64_t(-1);
   };
   for_each_row(image, y, seen, [&](int64_t b, int64_t d, int64_t h, uint8_t* to) {
-    std::vector<int64_t> rows, found;
+    std::vector<int64_t> rows, whole, cut;
     for (int64_t i = 0; i < taps[0]; ++i)
       for (int64_t j = 0; j < taps[1]; ++j) {
         const int64_t plane = inside(0, d, i), row = inside(1, h, j);
         if (plane >= 0 && row >= 0) rows.push_back(plane + row);
       }
+    for (int64_t i = 0; i < taps[2]; ++i)
+      for (const int64_t row : rows) whole.push_back(row + i * apart[2] * x.step[3]);
+    const uint8_t* from = x.data + b * x.step[0];
     for (int64_t w = 0; w < image.out[2]; ++w, to += x.channels) {
-      found.clear();
-      for (int64_t i = 0; i < taps[2]; ++i)
-        if (const int64_t pixel = inside(2, w, i); pixel >= 0)
-          for (const int64_t row : rows) found.push_back(row + pixel);
+      const int64_t left = w * step[2] - before[2];
+      const bool is_whole = left >= 0 && left + (taps[2] - 1) * apart[2] < x.size[2];
+      if (!is_whole) {
+        cut.clear();
+        for (int64_t i = 0; i < taps[2]; ++i)
+          if (const int64_t pixel = inside(2, w, i); pixel >= 0)
+            for (const int64_t row : rows) cut.push_back(row + pixel);
+      }
+      const std::vector<int64_t>& found = is_whole ? whole : cut;
       if (found.empty())
         std::fill_n(to, x.channels, uint8_t(0));
       else
-        active().max_of(x.data + b * x.step[0], found.data(), int64_t(found.size()), to, x.channels);
+        active().max_of(from + (is_whole ? left * x.step[3] : 0), found.data(), int64_t(found.size()), to, x.channels);
     }
   });
   return y;
