@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         QuantizationError,
         RecipeError,
         TraceError,
+        TuningError,
         VerifyError,
     )
     from fxq.expansion import expand
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fxq.profiling import Profile
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
+    from fxq.tuning import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -81,6 +83,7 @@ _HOMES = {
         "QuantizationError",
         "RecipeError",
         "TraceError",
+        "TuningError",
         "VerifyError",
     ),
     "fxq.expansion": ("expand",),
@@ -88,6 +91,7 @@ _HOMES = {
     "fxq.profiling": ("Profile",),
     "fxq.quantized": ("QuantizedModule", "load", "save"),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
+    "fxq.tuning": ("Tuning", "tune"),
     "fxq.decisions": ("Decision", "Reason", "Report"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -114,6 +118,8 @@ __all__ = [
     "Report",
     "Rule",
     "TraceError",
+    "Tuning",
+    "TuningError",
     "VerifyError",
     "calibrate",
     "compare",
@@ -133,6 +139,7 @@ __all__ = [
     "save",
     "to_networkx",
     "trace",
+    "tune",
 ]
 
 

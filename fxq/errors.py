@@ -44,6 +44,14 @@ class QuantizationError(FxqError):
     """`strict=True` and something stays float, or the result is further from the float model than allowed."""
 
 
+class TuningError(FxqError):
+    """`fxq.tune` cannot go on; `found` is the `Tuning` found so far, or None."""
+
+    def __init__(self, message: str, found: object = None) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 class VerifyError(FxqError):
     """A pass left a graph that is not legal in its stage, or broke the numbers contract that it states."""
 

@@ -33,6 +33,7 @@ LAYERS = [
     {"fxq.pipeline", "fxq.leaves"},
     {"passes"},
     {"fxq.api"},
+    {"fxq.tuning"},
     {"fxq.cli"},
     {"fxq.__main__"},
 ]
