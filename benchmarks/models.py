@@ -1,12 +1,13 @@
 """Whole models: time and SQNR against float32 on held-out inputs, fxq and its peers in one run.
 
-python -m benchmarks.models [--full]
+python -m benchmarks.models [--full] [--only NAME]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import networks
 from benchmarks.peers import PEERS, SLOW_TO_BUILD, Bind, Inputs, Model, to_tensor
 from benchmarks.timing import interleave, median_us, ratio
 from fxq.comparison import sqnr
@@ -145,6 +147,13 @@ def noise(held_out: bool, shape: tuple[int, ...], count: int) -> list[Inputs]:
     return [(torch.randn(shape, generator=make),) for _ in range(count)]
 
 
+def image_workload(name: str, make: Callable[[], nn.Module], size: int, batches: tuple[int, ...]) -> Workload:
+    """A network on normally distributed images of size x size."""
+    shapes = tuple((batch, 3, size, size) for batch in batches)
+    built = functools.partial(networks.settled, make, 8, 3, size, size)
+    return Workload(name, built, noise, shapes, (4, 3, size, size), batches=8)
+
+
 WORKLOADS = (
     mlp_workload((64, 128, 64, 10), (1,)),
     mlp_workload((784, 256, 128, 10), (1, 64)),
@@ -159,13 +168,20 @@ WORKLOADS = (
         batches=4,
     ),
     Workload("MiniLM-L6", minilm, prose, ((1, 16), (1, 128), (8, 128)), (4, 128), batches=8, dynamic=2),
+    image_workload("ResNet-18", networks.resnet18, 224, (1, 8)),
+    image_workload("MobileNetV3-Small", networks.mobilenet_v3_small, 224, (1,)),
+    image_workload("EfficientNet-B0", networks.efficientnet_b0, 224, (1,)),
+    image_workload("U-Net", networks.UNet, 128, (1,)),
+    Workload(
+        "CREPE tiny", lambda: networks.settled(networks.Crepe, 64, 1024), networks.tones, ((32, 1024),), (32, 1024), 8
+    ),
 )
 
 
-def run(full: bool = False, seconds: float = 4.0, threads: tuple[int, ...] = (1, 2)) -> Any:
-    """The results of all workloads, as they go into the JSON file; prints its progress."""
+def run(full: bool = False, seconds: float = 4.0, threads: tuple[int, ...] = (1, 2), only: str = "") -> Any:
+    """The results of the workloads whose name holds `only`, as they go into the JSON file; prints its progress."""
     rows = []
-    for workload in WORKLOADS:
+    for workload in (workload for workload in WORKLOADS if only in workload.name):
         with tempfile.TemporaryDirectory() as folder:
             rows += _run_workload(workload, Path(folder), full, seconds, threads)
     return {"rows": rows}
@@ -261,4 +277,6 @@ def _silence() -> Iterator[None]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="also the peers that take minutes to build")
-    run(parser.parse_args().full)
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
+    arguments = parser.parse_args()
+    run(arguments.full, only=arguments.only)

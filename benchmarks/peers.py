@@ -174,13 +174,21 @@ def _feed(inputs: Inputs) -> dict[str, Any]:
     return {f"x{i}": value.numpy() for i, value in enumerate(inputs)}
 
 
+def convolves(module: nn.Module) -> bool:
+    """Whether a network has convolutions."""
+    return any(isinstance(m, nn.Conv2d) for m in module.modules())
+
+
 def ort_float(model: Model) -> Load:
     """ONNX Runtime, float32."""
     return _session(model.once(onnx_file))
 
 
 def ort_static(model: Model) -> Load:
-    """ONNX Runtime, static, QDQ, uint8 activations and int8 weights per channel, of the matrix products."""
+    """ONNX Runtime, static, QDQ, uint8 activations and int8 weights per channel.
+
+    Of a transformer the matrix products only; of a convolutional network all that it can quantize.
+    """
     from onnxruntime import quantization as q
 
     class Reader(q.CalibrationDataReader):  # type: ignore[misc]
@@ -201,7 +209,7 @@ def ort_static(model: Model) -> Load:
         per_channel=True,
         activation_type=q.QuantType.QUInt8,
         weight_type=q.QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gemm"],
+        op_types_to_quantize=None if convolves(model.module) else ["MatMul", "Gemm"],
         extra_options={"MatMulConstBOnly": True},
     )
     return _session(path)
