@@ -181,6 +181,36 @@ def test_recipes_name_the_families(model_of):
     assert forms["conv2d"] == "int8" and forms["conv_transpose"] == "float"
 
 
+def test_what_export_captures_is_the_same(model_of):
+    first = [conv(padding_mode="reflect"), batch_norm(nn.BatchNorm2d, 6), nn.ReLU(), nn.Upsample(scale_factor=2)]
+    last = [conv(), nn.Hardswish(), nn.AvgPool2d(2), nn.ConvTranspose2d(6, 4, 2, 2)]
+    model = nn.Sequential(*first, *last).eval()
+    own, captured = (fxq.quantize(model, IMAGE, frontend=frontend) for frontend in ("trace", "export"))
+    assert {d.reason for d in captured.report.kept_float()} <= {Reason.FLOAT_DATA}
+    assert torch.equal(own(IMAGE), captured(IMAGE))
+
+
+def peak_bytes(model, x):
+    """The most memory that one call holds at a time, as torch's allocator counts it."""
+    with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
+        model(x)
+    live = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def test_activations_take_a_third_of_the_memory():
+    layers = []
+    for n in (3, 32, 32):
+        layers += [nn.Conv2d(n, 32, 3, padding=1), batch_norm(nn.BatchNorm2d, 32), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert peak_bytes(fxq.quantize(model, x), x) <= peak_bytes(model, x) / 3
+
+
 def test_torch_compile_and_two_threads(model_of):
     _, q, x = quantized("squeeze and excite", model_of)
     assert torch.equal(torch.compile(q, backend="aot_eager")(x), q(x))

@@ -77,7 +77,7 @@ class Upsample:
         if node.op != "call_function" or node.target is not INTERPOLATE or node.args[3] != "bilinear":
             return None
         x, antialias = node.args[0], node.args[6]
-        if not isinstance(x, Node) or not is_float_tensor(x) or antialias or node.args[5]:
+        if not isinstance(x, Node) or not is_float_tensor(x) or antialias or node.args[5] or not _is_known(node):
             return None
         return Claim("carry", (x,))
 
@@ -87,7 +87,7 @@ class Upsample:
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(interpolate(dequantize)) -> qupsample_bilinear; the nearest of uint8 -> qupsample_nearest."""
-        if node.target is INTERPOLATE and node.args[3] == "nearest" and "qparams" in node.meta:
+        if node.target is INTERPOLATE and node.args[3] == "nearest" and "qparams" in node.meta and _is_known(node):
             x, size, factor, *_, recompute, _ = node.args
             rank = len(node.meta["value"].shape) - 2
             operands = _geometry(gm, node, x, size, factor, rank, recompute)
@@ -102,10 +102,18 @@ class Upsample:
         return True
 
 
+def _is_known(node: Node) -> bool:
+    """Whether the factor is a number or several; a size may be computed at run time."""
+    factor = node.args[2]
+    return all(isinstance(f, int | float | None) for f in (factor if isinstance(factor, tuple | list) else (factor,)))
+
+
 def _geometry(
     gm: GraphModule, node: Node, x: Any, size: Any, factor: Any, rank: int, recompute: Any
 ) -> tuple[Any, ...]:
     """x, the size of the result, and the factors that torch computes with: 0 where it takes the sizes' quotient."""
+    if isinstance(size, Node) and not isinstance(size.meta.get("value"), int):
+        return x, size, (0.0,) * rank
     if size is not None:
         return x, (tuple(size) if isinstance(size, tuple | list) else (size,) * rank), (0.0,) * rank
     factors = tuple(factor) if isinstance(factor, tuple | list) else (factor,) * rank

@@ -33,9 +33,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "add", "addmm", "bmm", "cat", "chunk", "clamp", "clamp_max", "clamp_min", "dropout", "einsum", "flatten",
         "flip", "layer_norm", "matmul", "mm", "movedim", "mul", "narrow", "permute", "relu", "reshape", "select",
         "sigmoid", "softmax", "split", "squeeze", "stack", "sub", "t", "tanh", "tile", "transpose", "unbind",
-        "unflatten", "unsqueeze",
+        "unflatten", "unsqueeze", "avg_pool1d", "channel_shuffle", "conv1d", "conv2d", "conv3d", "mean",
     )},
     **{name: getattr(F, name) for name in (
+        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "hardsigmoid", "hardswish", "leaky_relu", "pad",
         "gelu", "hardtanh", "linear", "pixel_shuffle", "pixel_unshuffle", "relu6", "scaled_dot_product_attention",
         "silu",
     )},
@@ -45,6 +47,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max_pool3d": torch.max_pool3d,
 }  # fmt: skip
 """Operators that a function spells, with the same operands; torch's functions are made from the operators' schemas."""
+_UPSAMPLES = {
+    **{f"upsample_nearest{rank}d": "nearest" for rank in (1, 2, 3)},
+    "upsample_bilinear2d": "bilinear",
+}
 _METHODS = {"view", "expand", "contiguous", "clone", "masked_fill", "detach"}
 _INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 """Operators that compute a graph in a certain state of torch (no_grad, autocast)."""
@@ -151,6 +157,12 @@ class _Replay(fx.Interpreter):
         if name == "batch_norm":
             x, weight, bias, mean, variance, training, momentum, eps, _ = args
             return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+        if name == "_native_batch_norm_legit_no_training":
+            x, weight, bias, mean, variance, momentum, eps = args
+            return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps), None, None
+        if name in _UPSAMPLES and target._overloadname == "vec":
+            size, *align_corners, factors = args[1:]
+            return F.interpolate(args[0], size, factors, _UPSAMPLES[name], *align_corners)
         if name == "clone" and kwargs.get("memory_format") is torch.contiguous_format:
             return args[0].contiguous()
         if name == "clone" and not kwargs and self.recorder.node_of(args[0]).op not in ("placeholder", "get_attr"):
