@@ -175,8 +175,8 @@ def _feed(inputs: Inputs) -> dict[str, Any]:
 
 
 def convolves(module: nn.Module) -> bool:
-    """Whether a network has convolutions."""
-    return any(isinstance(m, nn.Conv2d) for m in module.modules())
+    """Whether a network is a convolutional one: with batch norms of images."""
+    return any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
 def ort_float(model: Model) -> Load:
