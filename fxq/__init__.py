@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from fxq.profiling import Profile
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
+    from fxq.swapping import swap_linears
     from fxq.tuning import Tuning, tune
 
 __version__ = "0.1.0"
@@ -92,6 +93,7 @@ _HOMES = {
     "fxq.quantized": ("QuantizedModule", "load", "save"),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.tuning": ("Tuning", "tune"),
+    "fxq.swapping": ("swap_linears",),
     "fxq.decisions": ("Decision", "Reason", "Report"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -137,6 +139,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "swap_linears",
     "to_networkx",
     "trace",
     "tune",
@@ -144,6 +147,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("fxq.nn")
     if name not in _HOME:
         raise AttributeError(f"module 'fxq' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -16,6 +16,7 @@ LAYERS = [
     {"fxq.recipe", "fxq.qdq", "fxq.layout", "fxq.spelling", "fxq.rewriting", "fxq.pattern", "fxq.packing", "fxq.macs"},
     {"fxq.family", "fxq.product", "fxq.stages", "fxq.fake_quantize", "fxq.batch_norm"},
     {"fxq.ops"},
+    {"fxq.nn"},
     {"fxq.engine", "fxq.torch_quantized"},
     {
         "fxq.expansion",
@@ -30,7 +31,7 @@ LAYERS = [
         "fxq.profiling",
         "fxq.quantized",
     },
-    {"fxq.pipeline", "fxq.leaves"},
+    {"fxq.pipeline", "fxq.swapping", "fxq.leaves"},
     {"passes"},
     {"fxq.api"},
     {"fxq.tuning"},

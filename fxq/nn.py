@@ -1,0 +1,134 @@
+"""Linear layers with int8 weights, to be used in a model by hand or through `fxq.swap_linears`.
+
+Each takes the place of a `torch.nn.Linear`: the same sizes, the same shapes, for inference. Their buffers are a normal
+`state_dict`: load it into a layer that was made the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fxq import numerics
+from fxq.errors import InputError
+from fxq.observers import WeightObserver
+from fxq.ops.linear_dynamic import qlinear_dynamic
+from fxq.ops.linear_weight_only import linear_weight_only
+from fxq.qdq import quantize_weight
+from fxq.qtypes import MAX_K
+
+
+class QuantizedLinear(nn.Module):
+    """What the layers share. Buffers: weight_packed int8, weight_scale float32 [N], bias float32 [N] or None."""
+
+    scheme: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    weight_packed: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        packed = torch.zeros(numerics.packed_size(out_features, in_features), dtype=torch.int8)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear) -> Self:
+        """The layer that computes what `linear` does, whose weight is rounded to int8 with a scale per output channel.
+
+        Raises `InputError` for a weight of another dtype than its activations will have, or one that is not finite.
+        """
+        w, b = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        if w.dtype not in cls.dtypes or w.device.type != "cpu":
+            names = " or ".join(str(dtype) for dtype in cls.dtypes)
+            raise InputError(f"{cls.__name__} takes a weight of {names} on the CPU, not of {w.dtype} on {w.device}")
+        if not bool(torch.isfinite(w).all()) or (b is not None and not bool(torch.isfinite(b).all())):
+            raise InputError(f"{cls.__name__}: the weight or bias holds NaN or infinity; repair the checkpoint")
+        layer = cls(linear.in_features, linear.out_features, b is not None)
+        observer = WeightObserver("weight", "per_channel")
+        observer(w)
+        layer.weight_scale.copy_(observer.scales)
+        layer._take(quantize_weight(w, observer.scales))
+        if layer.bias is not None and b is not None:
+            layer.bias.copy_(b)
+        return layer.train(linear.training)
+
+    def _take(self, q_w: Tensor) -> None:
+        self.weight_packed.copy_(torch.from_numpy(numerics.pack(q_w.numpy())))
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype not in self.dtypes:
+            names = " or ".join(str(dtype) for dtype in self.dtypes)
+            raise TypeError(f"{type(self).__name__} takes activations of {names}, not of {x.dtype}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Keep the scales and the bias float32 where a model is converted to another floating-point type."""
+        kept = self.weight_scale, self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in zip(("weight_scale", "bias"), kept, strict=True):
+            after = getattr(self, name)
+            if after is not None and before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class W8A32Linear(QuantizedLinear):
+    """int8 weights beside float32 activations (`fxq.ops.linear_weight_only`)."""
+
+    scheme = "w8a32"
+    dtypes = (torch.float32,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., in_features]; returns float32 [..., out_features]."""
+        self._check(x)
+        y: Tensor = linear_weight_only(x, self.weight_packed, self.weight_scale, self.bias)
+        return y
+
+
+class W8A16Linear(QuantizedLinear):
+    """int8 weights beside bfloat16 or float16 activations, summed in float32 (`fxq.ops.linear_weight_only`)."""
+
+    scheme = "w8a16"
+    dtypes = (torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: bfloat16 or float16 [..., in_features]; returns [..., out_features] of the same type."""
+        self._check(x)
+        y: Tensor = linear_weight_only(x, self.weight_packed, self.weight_scale, self.bias)
+        return y
+
+
+class W8A8Linear(QuantizedLinear):
+    """int8 weights and activations, which are quantized row by row as they come (`fxq.ops.linear_dynamic`)."""
+
+    scheme = "w8a8-dynamic"
+    dtypes = (torch.float32,)
+    column_sums: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        if in_features > MAX_K:
+            raise InputError(f"W8A8Linear: in_features = {in_features} exceeds {MAX_K} (255 * 127 * K < 2**31)")
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("column_sums", torch.zeros(out_features, dtype=torch.int32))
+
+    def _take(self, q_w: Tensor) -> None:
+        super()._take(q_w)
+        self.column_sums.copy_(q_w.sum(1, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., in_features]; returns float32 [..., out_features]."""
+        self._check(x)
+        y: Tensor = qlinear_dynamic(x, self.weight_packed, self.column_sums, self.weight_scale, self.bias)
+        return y
+
+
+LAYERS: dict[str, type[QuantizedLinear]] = {layer.scheme: layer for layer in (W8A32Linear, W8A16Linear, W8A8Linear)}
+"""By the scheme of a recipe."""
