@@ -62,7 +62,8 @@ def trace(
     """The float graph of `model` alone, checked against eager on the examples.
 
     leaves: module classes or paths that are not looked into. frontend: "trace" records the model's own code, "export"
-    what `torch.export` makes of it; "auto" tries the second where the first fails. Raises `InputError`, `TraceError`.
+    what `torch.export` makes of it; "auto" tries the second where the first fails. "leaf" leaves the model's own code as
+    it is, and what becomes int8 are the modules that it calls. Raises `InputError`, `TraceError`.
     """
     call = as_call(example_inputs, example_kwargs)
     _check_model(model, call)
@@ -105,7 +106,7 @@ def prepare(
             "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
             "inputs with .to(torch.bfloat16), or use the recipe w8a32"
         )
-    recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
+    recipe = _resolve(recipe, model, families)
     folder = _folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
@@ -143,7 +144,7 @@ def prepare_qat(
         raise RecipeError(f"fxq.prepare_qat trains for the recipe 'w8a8', not {recipe.scheme!r}")
     call = as_call(example_inputs, example_kwargs)
     _check_model(model, call)
-    recipe.check_names((name for name, _ in model.named_modules()), (family.name for family in families))
+    recipe = _resolve(recipe, model, families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)
         gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
@@ -452,6 +453,13 @@ def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
 
 def _folder(path: str | Path | None) -> dump.Folder | None:
     return None if path is None else dump.Folder(path, drawing.draw_step)
+
+
+def _resolve(recipe: Recipe, model: nn.Module, families: tuple[Family, ...]) -> Recipe:
+    """The recipe, its names checked, for all paths of shared modules."""
+    named = list(model.named_modules(remove_duplicate=False))
+    recipe.check_names((name for name, _ in named), (family.name for family in families))
+    return recipe.with_all_names(named)
 
 
 _NARROW = (torch.bfloat16, torch.float16)

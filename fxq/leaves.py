@@ -48,7 +48,8 @@ class Leaves:
 
     def prepared(self, root: str = "") -> list[Watch]:
         """The watches whose module is prepared, in the leaf at `root` or in all."""
-        return [w for w in self.watched.values() if w.prepared is not None and f"{w.path}.".startswith(root)]
+        inside = f"{root}." if root else ""
+        return [w for w in self.watched.values() if w.prepared is not None and f"{w.path}.".startswith(inside)]
 
     def note_decisions(self) -> None:
         """List what is inside each leaf behind it in the report; the leaf keeps the products that only it does."""
@@ -58,7 +59,7 @@ class Leaves:
             inner = []
             if (root := self.roots.get(own.node)) is not None and root not in done:
                 done.add(root)
-                inner = [decision for watch in self.prepared(f"{root}.") for decision in watch.decisions()]
+                inner = [decision for watch in self.prepared(root) for decision in watch.decisions()]
             decisions += [replace(own, macs=max(0, own.macs - sum(decision.macs for decision in inner))), *inner]
         self.ctx.report.decisions = decisions
 
@@ -148,12 +149,16 @@ class _NotWorthwhileError(FxqError):
 def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: tracing.Leaves) -> GraphModule:
     """Take a traced graph through `passes`, and the modules inside its leaves likewise."""
     gm = prepare_graph(gm, ctx, passes)
-    roots = {node.name: str(node.target) for node in gm.graph.nodes if "untraceable" in node.meta}
-    if not roots:
+    targets = {node.name: str(node.target) for node in gm.graph.nodes if "untraceable" in node.meta}
+    if not targets:
         return gm
+    roots = {name: "" if target == tracing.WHOLE else target for name, target in targets.items()}
     leaves = gm.meta[META] = Leaves(ctx, passes, opaque, ctx.report.decisions, roots)
-    for root in set(roots.values()):
-        Watch(leaves, root, gm.get_submodule(root), frontend="export")  # The tracer has failed there already.
+    for target in set(targets.values()):
+        if target == tracing.WHOLE:
+            watch_inside(leaves, "", gm.get_submodule(target))
+        else:
+            Watch(leaves, target, gm.get_submodule(target), frontend="export")  # The tracer has failed there already.
     leaves.probing = True
     _run_examples(gm, ctx)
     leaves.probing = False

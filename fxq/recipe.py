@@ -118,6 +118,20 @@ class Recipe:
                 rule = given.over(rule)
         return rule
 
+    def with_all_names(self, modules: Iterable[tuple[str, object]]) -> Recipe:
+        """The recipe whose rules for a shared module hold under whichever of its paths they name it.
+
+        modules: every path with its module; the first path of a module is the one that graphs know it by.
+        """
+        first: dict[int, str] = {}
+        others = [(path, known) for path, module in modules if (known := first.setdefault(id(module), path)) != path]
+        rules: dict[str, Rule] = {}
+        for pattern, rule in self.modules.items():
+            for name in (pattern, *(known for path, known in others if covers(pattern, path))):
+                rules.pop(name, None)  # the last given wins
+                rules[name] = rule
+        return replace(self, modules=rules)
+
     def check_names(self, modules: Iterable[str], families: Iterable[str]) -> None:
         """Raise `RecipeError` when a rule names a module or op family that is not there."""
         paths, ops = sorted(set(modules)), sorted(set(families))

@@ -29,7 +29,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.decisions import Decision, Form, Reason
-from fxq.errors import QuantizationError
+from fxq.errors import CalibrationError, QuantizationError
 from fxq.family import Claim, Refusal
 from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place_of, target_name
 from fxq.macs import count_macs
@@ -106,12 +106,17 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
     too_long = []
     for node in gm.graph.nodes:
         for family in ctx.families:
-            answer = family.claim(gm, node)
+            scheme = ctx.recipe.rule_for(module_of(node), family.name).scheme
+            assert scheme is not None
+            try:
+                answer = family.claim(gm, node)
+            except CalibrationError:
+                if scheme != "float":
+                    raise
+                answer = Refusal(Reason.USER_EXCLUDED)
             if answer is None:
                 continue
             plan.families[node] = family.name
-            scheme = ctx.recipe.rule_for(module_of(node), family.name).scheme
-            assert scheme is not None
             if scheme == "float":
                 plan.refusals[node] = Refusal(Reason.USER_EXCLUDED)
             elif isinstance(answer, Refusal):

@@ -306,13 +306,45 @@ def test_strict_names_what_a_leaf_keeps():
 
 def test_what_the_error_at_the_root_advises_works():
     model = Branching().eval()
-    wrapped = nn.Sequential(model).eval()
-    with pytest.raises(fxq.TraceError, match=r"test_leaves.py:\d+ .*hand over torch.nn.Sequential\(model\)"):
+    with pytest.raises(fxq.TraceError, match=r"test_leaves.py:\d+ .*pass frontend='leaf'"):
         fxq.quantize(model, X)
-    qmodel = fxq.quantize(wrapped, X, calibration_data=DATA)
-    assert is_int8(qmodel, "0.negative")
+    qmodel = fxq.quantize(model, X, calibration_data=DATA, frontend="leaf")
+    assert {d.module for d in qmodel.report.decisions if d.form == "int8"} >= {"negative"}
     for x in DATA:
-        assert fxq.compare(wrapped, qmodel, x).output > 20
+        assert fxq.comparison.output_sqnr(model(x), qmodel(x)) > 20
+
+
+class TwoArguments(nn.Module):
+    """Decides on data; takes several arguments, one by keyword only, and counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, y=None, /, *, scale=1.0):
+        self.calls.add_(1)
+        z = self.up(x) if x.sum() > -1e9 else x
+        return {"z": self.down(z if y is None else z + y) * scale, "calls": self.calls.clone()}
+
+
+def test_a_model_of_several_arguments_as_a_leaf(tmp_path):
+    model, x, y = TwoArguments().train(), torch.randn(32, 16), torch.randn(32, 16)
+    recipe = fxq.Recipe(modules={"down": fxq.FLOAT})
+    with pytest.warns(fxq.tracing.TracingWarning, match="training mode"):
+        qmodel = fxq.quantize(model, (x, y), example_kwargs={"scale": 2.0}, frontend="leaf", recipe=recipe)
+    assert model.training
+    forms = {d.module: d.form for d in qmodel.report.decisions if d.op == "linear"}
+    assert forms == {"up": "int8"}  # the rule names the path in the user's model
+    assert qmodel.report.frontend == "the model as a leaf, as asked"
+    fxq.save(qmodel, tmp_path / "m.fxq")
+    expected = model.eval()(x, y, scale=2.0)
+    for made in (qmodel, fxq.load(tmp_path / "m.fxq")):
+        actual = made(x, y, scale=2.0)
+        assert fxq.comparison.output_sqnr(expected["z"], actual["z"]) > 30
+        assert actual["calls"] == 1
+    with pytest.raises(TypeError, match="positional"):
+        qmodel(x, y=y)
 
 
 def test_cost_of_many_leaves_is_two_traces(monkeypatch):

@@ -1,7 +1,9 @@
 """Recipes: names, globs, families, precedence, and what is said about a wrong name."""
 
 import pytest
+import torch
 
+import fxq
 from fxq.errors import RecipeError
 from fxq.recipe import FLOAT, Recipe, Rule, covers
 
@@ -110,3 +112,37 @@ def test_names_that_match_nothing(recipe, message):
 
 def test_names_that_match():
     Recipe(modules={"": FLOAT, "encoder.*.fc1": FLOAT, "head": FLOAT}, ops={"lin*": FLOAT}).check_names(PATHS, FAMILIES)
+
+
+class Twice(torch.nn.Module):
+    """One linear under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        self.b = self.a
+        self.last = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.b(self.a(x).relu()))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "b.0", "a.*", "b.*"])
+def test_a_rule_for_a_shared_module_holds_under_each_of_its_paths(name):
+    qmodel = fxq.quantize(Twice().eval(), torch.randn(16, 8), recipe=Recipe(modules={name: FLOAT}))
+    assert [d.form for d in qmodel.report.decisions if d.op == "linear"] == ["float", "float", "int8"]
+
+
+def test_of_two_rules_for_a_shared_module_the_last_given_wins():
+    rules = {"b": FLOAT, "a": Rule(scheme="w8a8")}
+    qmodel = fxq.quantize(Twice().eval(), torch.randn(16, 8), recipe=Recipe(modules=rules))
+    assert qmodel.report.int8_share == 1
+
+
+def test_a_layer_that_the_recipe_keeps_float_may_hold_nan():
+    model = Twice().eval()
+    model.last.weight.data[0, 0] = torch.nan
+    with pytest.raises(fxq.CalibrationError, match=r"last\.weight holds NaN"):
+        fxq.quantize(model, torch.randn(16, 8))
+    qmodel = fxq.quantize(model, torch.randn(16, 8), recipe=Recipe(modules={"last": FLOAT}), on_low_sqnr="ignore")
+    assert qmodel.report.int8_share > 0.5

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
 
 __all__ = [
+    "WHOLE",
     "Origin",
     "SignatureCodeGen",
     "TracingWarning",
@@ -57,7 +59,9 @@ __all__ = [
 ]
 
 Leaves = tuple[type[nn.Module] | str, ...]
-Frontend = Literal["auto", "trace", "export"]
+Frontend = Literal["auto", "trace", "export", "leaf"]
+WHOLE = "_model"
+"""The path of the user's model in the graph that frontend="leaf" gives."""
 Recording = tuple[Recorder, dict[str, torch.Tensor]]
 """A finished trace, and the constants that its graph needs besides the model's own."""
 
@@ -87,7 +91,7 @@ def trace(
     Modules that are instances of a type in `leaves`, or whose path matches a name in it (`*` and `?` allowed), stay one
     call. So do the innermost modules whose code cannot be recorded; `node.meta["untraceable"]` says why. Where the
     model's own code cannot be, `torch.export` is tried; `frontend` forces one of the two, and `meta["frontend"]` says
-    which it was.
+    which it was. "leaf" makes a graph of one call: of the model, whose code stays as it is, at the path `WHOLE`.
 
     Raises `InputError` if the model itself cannot run on the examples, and `TraceError`, naming the user's line, if it
     cannot be captured or the graph computes anything else than the model, on the examples or with one more row.
@@ -103,6 +107,11 @@ def trace(
             expected = verify.run(prepared, call)
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
+        if frontend == "leaf":
+            why = {WHOLE: "its own code stays as it is, as asked"}
+            return _verified(
+                _Task(_whole(prepared), call, leaves, untraceable=why), expected, "the model as a leaf, as asked"
+            )
         if frontend == "export":
             return _export(prepared, call, expected, "torch.export, as asked")
         try:
@@ -115,6 +124,20 @@ def trace(
             except TraceError as second:
                 both = error.what if error.what == second.what else f"{error.what} ({second.what})"
                 raise TraceError(both, error.remedy) from error
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """A module of the signature of `model` that does nothing but call it."""
+
+    def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(WHOLE)(*args, **kwargs)
+
+    known = inspect.signature(model.forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = known.replace(parameters=[itself, *known.parameters.values()])  # type: ignore[attr-defined]
+    holder: nn.Module = type(type(model).__name__, (nn.Module,), {"forward": forward})()
+    holder.add_module(WHOLE, model)
+    return holder.eval()
 
 
 def _export(prepared: nn.Module, call: verify.Call, expected: Any, served: str) -> fx.GraphModule:
@@ -130,6 +153,8 @@ def _verified(task: _Task, expected: Any, served: str) -> fx.GraphModule:
             for node in gm.graph.nodes:
                 if node.op == "call_module" and node.target in task.untraceable:
                     node.meta["untraceable"] = task.untraceable[node.target]
+                    if node.target == WHOLE:
+                        node.meta["origin"] = Origin("", "")
             gm.meta["frontend"] = served
             verify.verify(gm, task.prepared, task.call, expected, partial(_watch, task))
             verify.verify_second_call(gm, task.prepared, task.call)

@@ -21,8 +21,8 @@ from fxq.tracing.symbols import is_symbol
 from fxq.tracing.values import concrete, named_tensors, storage, version
 
 REMEDY = (
-    "write it with torch functions (torch.where, ...), or hand over torch.nn.Sequential(model): the model's own code "
-    "then stays float, as a leaf, and the modules in it are quantized"
+    "write it with torch functions (torch.where, ...), or pass frontend='leaf': the model's own code then stays float, "
+    "as a leaf, and the modules in it are quantized"
 )
 
 
