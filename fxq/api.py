@@ -62,7 +62,7 @@ def trace(
     """The float graph of `model` alone, checked against eager on the examples.
 
     leaves: module classes or paths that are not looked into. frontend: "trace" records the model's own code, "export"
-    what `torch.export` makes of it; "auto" tries the second where the first fails. "leaf" leaves the model's own code as
+    what `torch.export` makes of it; "auto" tries the second where the first fails. "leaf" leaves the model's code as
     it is, and what becomes int8 are the modules that it calls. Raises `InputError`, `TraceError`.
     """
     call = as_call(example_inputs, example_kwargs)
