@@ -93,7 +93,9 @@ def test_export_is_tried_where_the_root_cannot_be_traced():
 
 def test_what_neither_can_capture_names_the_users_line_once(model_of):
     model = model_of(lambda self, x: x if x.sum() > 0 else -x)
-    with pytest.raises(fxq.TraceError, match=r"^test_frontends.py:\d+ needs the value.*\(torch.export: .*Sequential"):
+    with pytest.raises(
+        fxq.TraceError, match=r"^test_frontends.py:\d+ needs the value.*\(torch.export: .*pass frontend='leaf'"
+    ):
         fxq.trace(model, X)
     with pytest.raises(fxq.TraceError, match=r"^torch.export"):
         fxq.trace(model, X, frontend="export")
@@ -148,3 +150,46 @@ def test_modules(module):
     assert linears
     assert {d.form for d in linears} == {"int8"}
     assert qmodel(X[:2]).shape[0] == 2
+
+
+RELATIONS = {
+    "equal": (lambda s, x, y: s.l(x) + y if x.shape[0] == y.shape[0] else s.l(x), (6, 5), r"`x.shape\[0\] == y"),
+    "multiple": (lambda s, x, y: s.l(x) if x.shape[0] % 4 == 0 else s.l(x) * 2, (6, 6), r"x.shape\[0\] % 4"),
+    "bound": (lambda s, x, y: s.l(x) if x.shape[0] > 7 else s.l(x) * 2, (4, 4), r"x.shape\[0\] > 7"),
+    "not one": (lambda s, x, y: s.l(x) if x.shape[0] != 1 else s.l(x) * 2, (1, 8), r"x.shape\[0\] > 1"),
+}
+
+
+class TestWhatAnExportReliesOn:
+    """Relations of sizes that `torch.export` found are guards, checked at call time."""
+
+    @pytest.mark.parametrize("name", RELATIONS)
+    def test_is_guarded(self, name):
+        decide, rows, message = RELATIONS[name]
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.l = nn.Linear(8, 8)
+
+            def forward(self, x, y):
+                return decide(self, x, y)
+
+        model = Model().eval()
+        gm = fxq.trace(model, (torch.randn(8, 8), torch.randn(8, 8)), frontend="export")
+        x, y = torch.randn(16, 8), torch.randn(16, 8)
+        assert torch.equal(gm(x, y), model(x, y))
+        with pytest.raises(fxq.GuardError, match=f"torch.export decided that .*{message}.* is True on the example"):
+            gm(torch.randn(rows[0], 8), torch.randn(rows[1], 8))
+
+    def test_an_exception_that_the_model_catches_is_never_its_answer(self, model_of):
+        def forward(self, x):
+            try:
+                return self.l(x) if x.sum() > 0 else 2 * self.l(x)
+            except Exception:
+                return self.l(x)
+
+        model = model_of(forward, l=nn.Linear(8, 8))
+        for frontend in ("auto", "trace", "export"):
+            with pytest.raises(fxq.TraceError, match=r"needs the value of a tensor for Python \(`bool` of `gt`\)"):
+                fxq.trace(model, torch.ones(8, 8), frontend=frontend)

@@ -68,12 +68,16 @@ Recording = tuple[Recorder, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Task:
-    """A model's copy, what it is called with, what stays one call, and the program that stands for its code, if any."""
+    """A model's copy, what it is called with, what stays one call, and the program that stands for its code, if any.
+
+    several: the program is for more than one row.
+    """
 
     prepared: nn.Module
     call: verify.Call
     leaves: Leaves
     program: ExportedProgram | None = None
+    several: bool = False
     untraceable: dict[str, str] = field(default_factory=dict)
 
 
@@ -113,6 +117,7 @@ def trace(
                 _Task(_whole(prepared), call, leaves, untraceable=why), expected, "the model as a leaf, as asked"
             )
         if frontend == "export":
+            _refuse_swallowed(_Task(prepared, call, leaves))
             return _export(prepared, call, expected, "torch.export, as asked")
         try:
             return _verified(_Task(prepared, call, leaves), expected, "value-carrying symbolic trace")
@@ -142,7 +147,25 @@ def _whole(model: nn.Module) -> nn.Module:
 
 def _export(prepared: nn.Module, call: verify.Call, expected: Any, served: str) -> fx.GraphModule:
     program = export(copy.deepcopy(prepared), signature.spread(signature.bind(prepared, *call)))
-    return _verified(_Task(prepared, call, (), program), expected, served)
+    gm = _verified(_Task(prepared, call, (), program), expected, served)
+    if verify.takes_one_row(gm, prepared, call):
+        return gm
+    return _verified(_Task(prepared, call, (), program, several=True), expected, served)
+
+
+def _refuse_swallowed(task: _Task) -> None:
+    """Raise `TraceError` where the model catches the exception by which it is told that it cannot be captured.
+
+    `torch.export` would take for the model's answer what it does then.
+    """
+    try:
+        recorder, _ = _record_once(task, watch=False)
+        swallowed = recorder.swallowed
+    except TraceError as error:
+        swallowed = error if error.caught else None
+    if swallowed is not None:
+        what = f"the model catches the exception that stops its capture: {swallowed.what}"
+        raise TraceError(what, REMEDY) from swallowed
 
 
 def _verified(task: _Task, expected: Any, served: str) -> fx.GraphModule:
@@ -215,7 +238,7 @@ def _record_once(task: _Task, watch: bool) -> Recording:
     root = copy.deepcopy(task.prepared)
     exported = None
     if task.program is not None:
-        exported = root.__dict__["forward"] = Exported(task.program, root)
+        exported = root.__dict__["forward"] = Exported(task.program, root, task.several)
     recorder = Recorder(root, task.leaves, task.untraceable, watch)
     if exported is not None:
         exported.recorder = recorder

@@ -2,11 +2,13 @@
 
 The ATen graph of `torch.export` is computed node by node, in the user's spelling (aten.linear is F.linear, aten.view is
 x.view(), ...) and on the model's own parameters, so that what the recorder writes down has the form that it gives to
-every model. Each size that `torch.export` took for fixed is decided on, which makes it a guard.
+every model. Each size that `torch.export` took for fixed is decided on, which makes it a guard, and so is each relation
+of sizes that it relied on.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 import warnings
@@ -84,8 +86,9 @@ class Exported:
 
     recorder: Recorder
 
-    def __init__(self, program: ExportedProgram, root: nn.Module) -> None:
-        self.program, self.root = program, root
+    def __init__(self, program: ExportedProgram, root: nn.Module, several: bool = False) -> None:
+        """several: whether each first dimension is more than one, as `torch.export` takes for granted."""
+        self.program, self.root, self.several = program, root, several
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the captured graph, and what it leaves in buffers and inputs."""
@@ -101,6 +104,7 @@ class Exported:
                 inputs.append(program.constants[str(spec.target)])
             else:
                 raise TraceError(f"torch.export gives the graph a {spec.kind.name}, which a graph cannot hold")
+        self._guard(args, kwargs)
         outputs = _Replay(program.graph_module, self.recorder).run(*inputs)
         results = []
         named = dict(zip((spec.arg.name for spec in signature.input_specs), inputs, strict=True))
@@ -115,6 +119,23 @@ class Exported:
                 raise TraceError(f"torch.export gives the graph a {spec.kind.name}, which a graph cannot hold")
         assert program.call_spec.out_spec is not None
         return pytree.tree_unflatten(results, program.call_spec.out_spec)
+
+    def _guard(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide on what `torch.export` found the sizes of the inputs to have in common, which makes it guards."""
+        arguments = inspect.signature(type(self.root).forward).bind(self.root, *args, **kwargs).arguments
+        self.recorder.at = "torch.export"
+        relations = dict.fromkeys(self.program._guards_code)
+        try:
+            for relation in relations:
+                if not eval(relation, {"L": arguments}):
+                    raise TraceError(f"torch.export relies on {relation}, which does not hold on the example inputs")
+            for tensor in pytree.tree_leaves((args, kwargs)) if self.several else ():
+                if isinstance(tensor, torch.Tensor) and tensor.dim():
+                    operator.gt(tensor.size(0), 1)
+        except (LookupError, NameError, AttributeError, TypeError) as error:
+            raise TraceError(f"torch.export relies on {relation}, which cannot be checked: {error}") from error
+        finally:
+            self.recorder.at = None
 
 
 class _Replay(fx.Interpreter):

@@ -58,6 +58,7 @@ class Recorder(Questions):
         """Stand in for every module of `root`; `leaves` and the modules at the paths `opaque` stay one call."""
         super().__init__(root)
         self.untraceable: dict[str, str] = {}
+        self.swallowed: TraceError | None = None
         self.buffers = {module: dict(module._buffers) for module in root.modules()}
         self.read: set[str] = set()
         self.impure: set[str] = set()
@@ -96,6 +97,7 @@ class Recorder(Questions):
             result = forward(*args, **kwargs)
             if self.refusal is not None:
                 self.refusal.caught = True
+                self.swallowed = self.refusal
                 raise self.refusal
             return result
         except Exception as error:
