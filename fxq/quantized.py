@@ -20,9 +20,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode, _format_target
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules import module as hooks
+from torch.utils import _pytree as pytree
 
 from fxq.decisions import Report
-from fxq.errors import FileError
+from fxq.errors import FileError, InputError
 from fxq.expansion import Link, summary
 from fxq.graph import STATE, Value
 from fxq.tracing.graph_functions import SignatureCodeGen, mutate
@@ -64,6 +65,7 @@ class QuantizedModule(GraphModule):
         module = cls(gm, gm.graph)
         module.report = report
         module.meta[STATE] = gm.meta.get(STATE, ())
+        module.requires_grad_(False)
         module.eval()
         return module
 
@@ -137,7 +139,33 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
         or torch._C._get_tracing_state()
     ):
         return nn.Module.__call__(self, *args, **kwargs)
+    if torch.is_grad_enabled():
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if getattr(value, "requires_grad", False):
+                return _refuse_gradients(self.forward(*args, **kwargs), value)
     return self.forward(*args, **kwargs)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The same numbers; whoever asks for their gradient learns that there is none, where torch would leave it None."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, cause: Tensor) -> Tensor:
+        return output.detach().view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise InputError("an integer model has no gradients; train with fxq.prepare_qat, or call it on x.detach()")
+
+
+def _refuse_gradients(outputs: Any, cause: Tensor) -> Any:
+    """`outputs`, of a call that `cause` wants a gradient of."""
+
+    def refuse(output: Tensor) -> Tensor:
+        refused: Tensor = _NoGradient.apply(output, cause)  # type: ignore[no-untyped-call]
+        return refused if output.is_floating_point() else output
+
+    return pytree.tree_map_only(Tensor, refuse, outputs)
 
 
 def weight_bytes(gm: nn.Module) -> int:

@@ -449,6 +449,21 @@ class TestConvert:
         names = {path.name.partition("-")[2] for path in (tmp_path / "dump").glob("*.txt")}
         assert {"keep-dropout.txt", "make-trainable.txt", "end-training.txt"} <= names
 
+    @pytest.mark.parametrize("keyword", [True, False])
+    def test_gradients_asked_of_the_integers(self, keyword):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.LayerNorm(16)).eval()
+        qmodel, x = fxq.quantize(model, torch.randn(32, 8)), torch.randn(4, 8)
+        assert not any(p.requires_grad for p in qmodel.parameters())
+        assert not qmodel(x).requires_grad
+        wanted = qmodel(x)
+        x.requires_grad_()
+        y = qmodel(input=x) if keyword else qmodel(x)
+        assert torch.equal(y, wanted)  # a float part before it may be training
+        with pytest.raises(fxq.InputError, match=r"an integer model has no gradients; train with fxq\.prepare_qat"):
+            y.sum().backward()
+        with torch.no_grad():
+            assert not qmodel(x).requires_grad
+
     def test_compare_takes_the_trained_weights(self):
         model = classifier().eval()
         qat = fxq.prepare_qat(model, torch.randn(32, 8))
