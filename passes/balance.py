@@ -85,18 +85,22 @@ def _effect(plain: Choice, best: Choice) -> str:
 def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set[Node]) -> tuple[Choice, Choice]:
     """The edge as its observer alone would have it, and the best way found; exclusive: constants with one reader."""
     weights = [_weight(gm, reader) for reader in readers]
+    together = torch.cat([w for w, _ in weights])
+    seen, unseen = observer.rows[::2], observer.rows[1::2] if len(observer.rows) > 1 else observer.rows
+    products = seen @ together.t()
 
-    def attempt(factors: Tensor | None, low: float, high: float, x: Tensor = observer.rows[::2]) -> Choice:
+    def attempt(
+        factors: Tensor | None, low: float, high: float, x: Tensor = seen, expected: Tensor = products
+    ) -> Choice:
         qparams = activation_qparams(low, high)
         operands = (qparams.scale, qparams.zero_point)
         q_x = dequantize(quantize(x if factors is None else x * factors, *operands), *operands)
-        products = []
+        q_w = []
         for w, granularity in weights:
             observed = WeightObserver("", granularity)
             scaled = observed(w if factors is None else w / factors)
-            q_w = dequantize_weight(quantize_weight(scaled, observed.scales), observed.scales)
-            products.append(q_x @ q_w.t())
-        return Choice(factors, low, high, sqnr(torch.cat([x @ w.t() for w, _ in weights], 1), torch.cat(products, 1)))
+            q_w.append(dequantize_weight(quantize_weight(scaled, observed.scales), observed.scales))
+        return Choice(factors, low, high, sqnr(expected, q_x @ torch.cat(q_w).t()))
 
     plain = attempt(None, *observer.range())
     choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
@@ -108,8 +112,8 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
             factors = _lowered(observer, ceiling)
             choices.append(attempt(factors, *_scaled_range(observer, factors)))
     best = max(choices, key=_quality)
-    unseen = observer.rows[1::2] if len(observer.rows) > 1 else observer.rows
-    plain, best = (attempt(choice.factors, choice.low, choice.high, unseen) for choice in (plain, best))
+    expected = unseen @ together.t()
+    plain, best = (attempt(choice.factors, choice.low, choice.high, unseen, expected) for choice in (plain, best))
     return plain, best if _quality(best) >= _quality(plain) + LEAST_GAIN else plain
 
 
