@@ -108,11 +108,10 @@ def layer_by_layer(qmodel: fxq.QuantizedModule, x: Tensor) -> dict[str, Array]:
     interpreter.run(x)
     values = {node.name: value for node, value in interpreter.env.items()}
     found: dict[str, Array] = {}
-    for layer, source, target, y in (
-        ("fc1", "quantize", "fc1_qlinear", "y_q"),
-        ("fc2", "fc1_qlinear", "fc2_qlinear_float", "y"),
-    ):
-        x_q, bias = values[source].numpy(), flat.get_buffer(f"{layer}.bias_i32").numpy()
+    nodes = {node.name: node for node in flat.graph.nodes}
+    for layer, target, y in (("fc1", "fc1_qlinear", "y_q"), ("fc2", "fc2_qlinear_float", "y")):
+        x_q = values[str(nodes[target].args[0])].numpy()
+        bias = flat.get_buffer(f"{layer}.bias_i32").numpy()
         packed = flat.get_buffer(f"{layer}.weight_packed").numpy()
         acc = x_q.astype(np.int64) @ numerics.unpack(packed, len(bias), x_q.shape[1]).T.astype(np.int64)
         found |= {f"{layer}.x_q": x_q, f"{layer}.acc": acc, f"{layer}.acc+bias": acc + bias}

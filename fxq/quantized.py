@@ -65,7 +65,9 @@ class QuantizedModule(GraphModule):
         module = cls(gm, gm.graph)
         module.report = report
         module.meta[STATE] = gm.meta.get(STATE, ())
-        module.requires_grad_(False)
+        for parameter in module.parameters():
+            if parameter.is_leaf:  # those of a scripted module are computed
+                parameter.requires_grad_(False)
         module.eval()
         return module
 
