@@ -37,17 +37,19 @@ struct Rows {
   uint32_t pairs[R][kMost / 4][2];  // widened here once, and not again for every vector of channels
 
   Rows(const uint8_t* const (&x)[R], int64_t begin, int64_t end) : begin(begin) {
+    const int64_t count = (end - begin) / 4;
     for (int r = 0; r < R; ++r) {
-      for (int64_t i = begin; i < end; i += 4) {
-        const uint32_t group = load<uint32_t>(x[r] + i);
-        pairs[r][(i - begin) / 4][0] = group & 0x00FF00FF;
-        pairs[r][(i - begin) / 4][1] = group >> 8 & 0x00FF00FF;
+      const uint8_t* groups = x[r] + begin;
+      for (int64_t n = 0; n < count; ++n) {  // counted like this, it becomes vectors
+        const uint32_t group = load<uint32_t>(groups + 4 * n);
+        pairs[r][n][0] = group & 0x00FF00FF;
+        pairs[r][n][1] = group >> 8 & 0x00FF00FF;
       }
     }
   }
   Input operator()(int r, int64_t i) const {
-    const uint32_t(&pair)[2] = pairs[r][(i - begin) / 4];
-    return input(pair[0], pair[1]);
+    const char* pair = reinterpret_cast<const char*>(pairs[r]) + 2 * (i - begin);
+    return input(load<uint32_t>(pair), load<uint32_t>(pair + 4));
   }
 #else
   static constexpr int64_t kMost = INT64_MAX / 2;
