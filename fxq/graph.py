@@ -242,7 +242,8 @@ def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 def is_state(gm: GraphModule, tensor: Tensor) -> bool:
     """Whether `gm` modifies the memory of `tensor` (`find_state`)."""
     state = gm.meta.get(STATE, ())
-    return any(path in state and memory_of(other) == memory_of(tensor) for path, other in _constants(gm) if state)
+    constants = _constants(gm) if state else []
+    return any(path in state and memory_of(other) == memory_of(tensor) for path, other in constants)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -254,7 +255,7 @@ def memory_of(tensor: Tensor) -> int:
 def unchanged(gm: GraphModule) -> Iterator[None]:
     """Give the constants that `gm` modifies (`find_state`) the values back that they have now."""
     state = gm.meta.get(STATE, ())
-    saved = [(tensor, tensor.detach().clone()) for path, tensor in _constants(gm) if path in state]
+    saved = [(tensor, tensor.detach().clone()) for path, tensor in _constants(gm) if path in state] if state else []
     try:
         yield
     finally:

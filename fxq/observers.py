@@ -191,6 +191,8 @@ class Histogram(Observer):
         kept = (1.0, 1.0)
         for grid in (2.0 ** (-np.arange(48) / 8), 2.0 ** (-np.arange(48) / 8), 2.0 ** np.linspace(-0.12, 0.12, 25)):
             for end in (0, 1):
+                if not (low, high)[end]:
+                    continue
                 base = kept[end] if len(grid) == 25 else 1.0
                 options = [min(1.0, float(base * g)) for g in grid]
                 ranges = [(low * (o if end == 0 else kept[0]), high * (o if end == 1 else kept[1])) for o in options]
@@ -203,9 +205,9 @@ def _squared_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float
     """The sum of counts * cost * (value - dequantize(quantize(value)))^2; cost: CLIP_COST where clipped, else 1."""
     q = activation_qparams(low, high)
     wanted = np.rint(values / q.scale) + q.zero_point
-    steps = np.clip(wanted, ACT_QMIN, ACT_QMAX)
+    steps = np.minimum(np.maximum(wanted, ACT_QMIN), ACT_QMAX)
     cost = np.where(wanted == steps, 1.0, CLIP_COST)
-    return float(np.dot(counts * cost, (values - (steps - q.zero_point) * q.scale) ** 2))
+    return float(np.dot(counts * cost, np.square(values - (steps - q.zero_point) * q.scale)))
 
 
 class Percentile(Histogram):

@@ -68,8 +68,8 @@ def _column(scales: Tensor, ndim: int) -> Tensor:
 
 
 def _quantize_weight(w: Tensor, scales: Tensor) -> Tensor:
-    steps = torch.round(w.to(torch.float64) / _column(scales, w.ndim).to(torch.float64))
-    return torch.clamp(steps, -WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8).contiguous()
+    steps = w.to(torch.float64, copy=True).div_(_column(scales, w.ndim).to(torch.float64)).round_()
+    return steps.clamp_(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8).contiguous()
 
 
 def _dequantize_weight(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -29,8 +29,7 @@ def activation_qparams(low: float, high: float) -> QParams:
     if low == high:
         return QParams(1.0, 0)
     scale = max(f32(high / (ACT_QMAX - ACT_QMIN) - low / (ACT_QMAX - ACT_QMIN)), SCALE_FLOOR)
-    zero_point = int(np.clip(np.rint(-low / scale), ACT_QMIN, ACT_QMAX))
-    return QParams(scale, zero_point)
+    return QParams(scale, min(max(round(-low / scale), ACT_QMIN), ACT_QMAX))
 
 
 def weight_scales(max_abs: npt.NDArray[np.floating]) -> F32:
