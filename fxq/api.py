@@ -165,10 +165,10 @@ def from_torch(
     dump: str | Path | None = None,
     check: bool = False,
 ) -> QuantizedModule:
-    """An int8 GraphModule of a model that torch.ao has quantized, by its eager or FX workflow, PTQ or QAT.
+    """An int8 GraphModule of a model that torch.ao has quantized, by its eager or FX workflow or `quantize_dynamic`.
 
-    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
-    are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
+    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings are
+    reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
     as "fbgemm"); None computes as docs/numerics.md has it. The report says how many outputs on the examples differ from
     torch's. example_inputs and the other arguments: as in `quantize`. The model is not touched.
     Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
@@ -198,7 +198,12 @@ def _differences(model: nn.Module, result: QuantizedModule, call: Call) -> str:
     mine, theirs = call.clone(), call.clone()
     engine = torch.backends.quantized.engine
     with torch.no_grad(), unchanged(result):
-        outputs = model(*theirs.args, **theirs.kwargs), result(*mine.args, **mine.kwargs)
+        try:
+            outputs = model(*theirs.args, **theirs.kwargs), result(*mine.args, **mine.kwargs)
+        except Exception as error:
+            raise InputError(
+                f"fxq.from_torch: torch's {engine} cannot run the model on the examples: {error}"
+            ) from error
     pairs = list(zip(*map(tensors, outputs), strict=True))
     total = sum(a.numel() for a, _ in pairs)
     differences = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])

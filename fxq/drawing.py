@@ -21,6 +21,7 @@ from fxq.expansion import summary
 from fxq.graph import Value, constant, is_float_tensor, line_of, module_of, submodule, target_name
 from fxq.observers import Observer, Rows, WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
+from fxq.ops.linear_dynamic_engine import qlinear_dynamic_engine
 from fxq.ops.linear_weight_only import linear_weight_only
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.profiling import Profile
@@ -49,6 +50,8 @@ MEANINGS = {
 }
 TALL = 40
 """Operations in a picture from which on it is drawn from top to bottom."""
+
+_DYNAMIC = (qlinear_dynamic, qlinear_dynamic_engine)
 
 
 def to_networkx(gm: GraphModule) -> nx.DiGraph[str]:
@@ -103,7 +106,7 @@ def _form(gm: GraphModule, node: Node, quantized: set[Node]) -> str:
     if node.target in BORDERS:
         return "border"
     reads_integers = "inside" in node.meta or any(operand in quantized for operand in node.all_input_nodes)
-    if node in quantized or (reads_integers and is_float_tensor(node)) or node.target is qlinear_dynamic:
+    if node in quantized or (reads_integers and is_float_tensor(node)) or node.target in _DYNAMIC:
         return "int8"
     if node.target is linear_weight_only:
         return "weight"

@@ -4,6 +4,7 @@
     onednn    quantize_onednn(qlinear_float(x, w, corrections, r(s_x)), r(s_w), b, relu, r(s_y), z_y)
     qnnpack   qlinear(x, w, corrections + rne(b / a), a / s_y, z_y, low, 255)
 
+and, where the input is quantized as the model runs, qlinear_dynamic_engine(x, w, column_sums, s_w, b, engine, steps).
 The sums are those of the ops that fxq has anyway.
 """
 
@@ -20,10 +21,13 @@ from fxq import numerics
 from fxq.family import Claim, Refusal
 from fxq.graph import call, constant, get_attr, replace, set_constant
 from fxq.ops.linear import linear_clamp, qlinear, qlinear_float
+from fxq.ops.linear_dynamic_engine import qlinear_dynamic_engine
 from fxq.ops.quantize_engine import quantize_fused, quantize_onednn
 from fxq.ops.quantize_scaled import quantize_scaled
+from fxq.packing import packed_constant, shared_constant, sibling
 from fxq.pattern import Any, Const, Match, Op
-from fxq.qdq import dequantize, dequantize_weight, quantize
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize
+from fxq.qtypes import ACT_QMAX
 from fxq.spelling import CLAMP, LINEAR
 
 SCALES = "scales"
@@ -31,11 +35,12 @@ SCALES = "scales"
 FUSED = "fused"
 """In a quantize's `meta`: it rounds as torch quantizes tensors."""
 
-_OPERANDS = (
-    Op({dequantize}, Any("x"), Any("s_x"), Any("z_x"), shared=True),
-    Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True, name="weight"),
-    Any("bias"),
-)
+STEPS = "steps"
+"""In a fake_quantize_rows's `meta`: into how many steps torch divides the range, which for it is that of all rows."""
+
+_WEIGHT_AND_BIAS = (Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True, name="weight"), Any("bias"))
+_OPERANDS = (Op({dequantize}, Any("x"), Any("s_x"), Any("z_x"), shared=True), *_WEIGHT_AND_BIAS)
+_DYNAMIC = Op({LINEAR}, Op({fake_quantize_rows}, Any("x"), shared=True, name="rows"), *_WEIGHT_AND_BIAS)
 _PRODUCTS = (
     Op({quantize}, Op({LINEAR}, *_OPERANDS, name="linear"), Any("s_y"), Any("z_y")),
     Op({quantize}, Op({linear_clamp}, *_OPERANDS, Any("low"), Any("high"), name="linear"), Any("s_y"), Any("z_y")),
@@ -62,12 +67,16 @@ class Engine:
         return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """quantize(linear) and quantize, as the engine rounds them."""
+        """quantize(linear), linear(fake_quantize_rows) and quantize, as the engine rounds them."""
         for pattern in _PRODUCTS:
             match = pattern.match(node)
             if isinstance(match, Match):
                 self._lower(gm, match)
                 return True
+        match = _DYNAMIC.match(node)
+        if isinstance(match, Match):
+            self._lower_dynamic(gm, match)
+            return True
         if node.target is quantize and FUSED in node.meta:
             x, scale, zero_point = node.args
             qparams = node.meta["qparams"]
@@ -115,3 +124,19 @@ class Engine:
             factor = node("factor", numerics.onednn_scales(match.node("weight").meta[SCALES]))
             scale_y = float(numerics.onednn_scales(s_y))
             replace(gm, root, quantize_onednn, (y, factor, added, relu, scale_y, z_y), qparams, linear)
+
+    def _lower_dynamic(self, gm: GraphModule, match: Match) -> None:
+        linear, path = match.root, str(match.node("w").target)
+        w = constant(gm, match.node("w")).numpy()
+        scales = match.node("weight").meta[SCALES]
+        scale = numerics.onednn_scales(scales) if self.engine == "onednn" else scales.astype(np.float32)
+        column_sums = w.astype(np.int32).sum(axis=1, dtype=np.int32)
+        steps = ACT_QMAX if self.engine == "qnnpack" else match.node("rows").meta[STEPS]  # qnnpack reduces no range
+        with gm.graph.inserting_before(linear):
+            constants = (
+                packed_constant(gm, path, w),
+                shared_constant(gm, sibling(path, "column_sums"), torch.from_numpy(column_sums)),
+                shared_constant(gm, sibling(path, f"{self.engine}_scale"), torch.from_numpy(scale)),
+            )
+            operands = (match["x"], *(get_attr(gm, constant, linear) for constant in constants))
+        replace(gm, linear, qlinear_dynamic_engine, (*operands, match["bias"], self.engine, steps))

@@ -96,6 +96,18 @@ def _qlinear_dynamic(x: F32, weight: I8, column_sums: I32, scale: F32, *rest: An
     return numerics.qlinear_dynamic(x, _weight(x, weight, column_sums), scale, *rest, **named)
 
 
+def _qlinear_dynamic_engine(x: F32, weight: I8, column_sums: I32, scale: F32, *rest: Any) -> F32:
+    return numerics.qlinear_dynamic_engine(x, _weight(x, weight, column_sums), scale, *rest)
+
+
+def _engine_parts(
+    x: F32, weight: I8, column_sums: I32, scale: F32, bias: F32 | None, engine: str, steps: int
+) -> dict[str, Array]:
+    q, s_x, z_x = numerics.quantize_engine(x, engine, steps)
+    acc = numerics.accumulate(q, _weight(x, weight, column_sums))
+    return {"x_q": q, "scale": np.array(s_x), "zero_point": np.array(z_x), "acc": acc}
+
+
 def _dynamic_parts(x: F32, weight: I8, column_sums: I32, *rest: object, **named: object) -> dict[str, Array]:
     q, scale, zero_point = numerics.quantize_rows(x)
     acc = numerics.accumulate(q, _weight(x, weight, column_sums))
@@ -380,6 +392,7 @@ OPS: dict[str, Op] = {
     "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y", _linear_weight),
     "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q", _linear_weight),
     "fxq.qlinear_dynamic": Op(_qlinear_dynamic, _dynamic_parts, "y", _linear_weight),
+    "fxq.qlinear_dynamic_engine": Op(_qlinear_dynamic_engine, _engine_parts, "y", _linear_weight),
     "fxq.linear_weight_only": Op(_linear_weight_only, weight=_linear_weight),
     "fxq.norm": Op(_norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),

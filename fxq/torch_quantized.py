@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.nn.functional as F
@@ -22,10 +23,10 @@ from torch.fx import GraphModule, Node
 
 from fxq.batch_norm import column
 from fxq.errors import QuantizationError
-from fxq.qdq import dequantize, quantize
+from fxq.qdq import dequantize, fake_quantize_rows, quantize
 
 SUPPORTED = (
-    "Quantize, DeQuantize, Linear, LinearReLU, Conv1d to 3d, ConvReLU1d to 3d, ReLU6, Dropout, "
+    "Quantize, DeQuantize, Linear and LinearReLU (dynamic ones, too), Conv1d to 3d, ConvReLU1d to 3d, ReLU6, Dropout, "
     "QFunctional (add, add_relu, mul, cat)"
 )
 
@@ -100,6 +101,24 @@ class Product(StandIn):
         weight = self.weight * column(self.scales.float(), self.weight.dim())
         y = self.function(x, weight, self.bias, *self.settings)
         return self.on_grid(torch.relu(y) if self.relu else y)
+
+
+class DynamicProduct(Product):
+    """A linear between float tensors, which quantizes its input as the model runs; with its relu where it has one.
+
+    reduce_range: whether torch's engines divide the range of the input into 127 steps instead of 255.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, relu: bool, reduce_range: bool) -> None:
+        super().__init__(weight, bias, 1.0, 0, relu)
+        if weight.qscheme() is not torch.per_tensor_affine:
+            self.scales = self.scales.float().double()  # as the engines keep those of channels
+        self.reduce_range = reduce_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., K]; each row has a range of its own here."""
+        y = self.function(fake_quantize_rows(x), self.weight * self.scales.float()[:, None], self.bias)
+        return torch.relu(y) if self.relu else y
 
 
 class Binary(StandIn):
@@ -200,6 +219,12 @@ def _stand_in(module: Any) -> nn.Module | str:
         return Quantize(float(module.scale), int(module.zero_point))
     if kind is nnq.DeQuantize:
         return DeQuantize()
+    if kind in (nnqd.Linear, nniqd.LinearReLU):
+        weight = module.weight()
+        if weight.dtype is not torch.qint8:
+            return f"its weight is {module._packed_params.dtype}; weights must be torch.qint8"
+        relu = kind is nniqd.LinearReLU
+        return DynamicProduct(weight, module.bias(), relu, relu or (module.version or 0) >= 4)
     if kind in (nnq.Linear, nniq.LinearReLU, *_CONVS, *_CONV_RELUS):
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"it pads with {module.padding_mode!r}"
@@ -218,7 +243,7 @@ def _stand_in(module: Any) -> nn.Module | str:
     if kind is nnq.Dropout:
         return nn.Identity()
     if kind.__module__ == nnqd.Linear.__module__ or "dynamic" in kind.__module__:
-        return f"{kind.__name__} is quantized dynamically; quantize its float model"
+        return f"{kind.__name__} is quantized dynamically, which only linears are here; quantize its float model"
     if ".qat." in kind.__module__ or "fake_quantize" in kind.__module__ or "observer" in kind.__module__:
         return f"{kind.__name__} is not converted yet; run torch's convert first, or train with fxq.prepare_qat"
     return f"{kind.__name__} has no form here"
@@ -277,6 +302,10 @@ def _function(gm: GraphModule, node: Node) -> Iterator[tuple[tuple[Any, ...], nn
         weight, bias = _value(gm, packed).unpack()
         relu = node.target is ops.linear_relu
         yield (x,), Product(weight, bias, _value(gm, scale), _value(gm, zero_point), relu)
+    elif node.target in (ops.linear_dynamic, ops.linear_relu_dynamic):
+        x, packed, *reduce_range = (*node.args, *node.kwargs.values())
+        weight, bias = _value(gm, packed).unpack()
+        yield (x,), DynamicProduct(weight, bias, node.target is ops.linear_relu_dynamic, any(reduce_range))
     elif node.target in (ops.add, ops.add_relu, ops.mul) and len(node.args) == 4:
         a, b, scale, zero_point = node.args
         function, relu = (torch.mul if node.target is ops.mul else torch.add), node.target is ops.add_relu

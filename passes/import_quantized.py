@@ -2,6 +2,7 @@
 
     Quantize(x)              ->  dequantize(quantize(x, s, z), s, z)
     Product(x)               ->  the same around relu(linear(x, dequantize_weight(q_w, s_w), b)), or a convolution
+    DynamicProduct(x)        ->  relu(linear(fake_quantize_rows(x), dequantize_weight(q_w, s_w), b))
     Binary(a, b)             ->  the same around add, mul; cat(...) of operands that have the result's scale
     reshape, relu, ... of x  ->  the same around it, with the scale of x: integers pass through
     average pooling of x     ->  likewise, rounded as docs/numerics.md has it
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.decisions import Decision, Reason
-from fxq.engine import FUSED, SCALES
+from fxq.decisions import Decision, Form, Reason
+from fxq.engine import FUSED, SCALES, STEPS
 from fxq.errors import QuantizationError
 from fxq.family import Claim
 from fxq.graph import (
@@ -41,10 +42,11 @@ from fxq.graph import (
 )
 from fxq.macs import count_macs
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, quantize
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize
+from fxq.qtypes import ACT_QMAX
 from fxq.spelling import LINEAR, RELU
 from fxq.stages import Stage
-from fxq.torch_quantized import Binary, DeQuantize, Product, Quantize, StandIn
+from fxq.torch_quantized import Binary, DeQuantize, DynamicProduct, Product, Quantize, StandIn
 
 Grid = tuple[float, int]
 
@@ -78,7 +80,14 @@ class ImportQuantized:
                 count += 1
                 continue
             held = [x for x in node.all_input_nodes if x in grids and (x, node) not in released]
-            if isinstance(module, StandIn):
+            if isinstance(module, DynamicProduct):
+                if held:
+                    raise QuantizationError(f"{place_of(node)} takes float tensors, and %{held[0].name} is quantized")
+                with gm.graph.inserting_before(node):
+                    bypass(gm, node, _product(gm, node, module, None))
+                decisions.append(_decision(node, target_name(module.function), "int8", scheme="w8a8-dynamic"))
+                count += 1
+            elif isinstance(module, StandIn):
                 pair = _expand(gm, node, module, grids, held, self.fused)
                 grids[pair] = module.scale, module.zero_point
                 if not isinstance(module, Quantize):
@@ -111,8 +120,8 @@ def _is_dequantize(node: Node) -> bool:
     return node.target == "dequantize" or node.target is torch.dequantize
 
 
-def _decision(node: Node, op: str, form: str, reason: Reason | None = None) -> Decision:
-    return Decision(node.name, module_of(node), line_of(node), op, form, reason)  # type: ignore[arg-type]
+def _decision(node: Node, op: str, form: Form, reason: Reason | None = None, scheme: str = "") -> Decision:
+    return Decision(node.name, module_of(node), line_of(node), op, form, reason, scheme=scheme)
 
 
 def _pair(gm: GraphModule, x: Node, grid: Grid, like: Node) -> Node:
@@ -159,10 +168,12 @@ def _cat(gm: GraphModule, node: Node, grid: Grid, held: list[Node]) -> Node:
         return _pair(gm, call(gm, torch.cat, (scaled, *(dim or (0,))), node), grid, node)
 
 
-def _product(gm: GraphModule, node: Node, module: Product, grid: Grid) -> Node:
-    """The product of a stand-in's call, with its relu."""
+def _product(gm: GraphModule, node: Node, module: Product, grid: Grid | None) -> Node:
+    """The product of a stand-in's call, with its relu; grid: of its input, None where each row finds its own."""
     x, path = node.all_input_nodes[0], str(node.target)
     w = module.weight
+    if ACT_QMAX * int(w.abs().sum(tuple(range(1, w.dim())), dtype=torch.int64).max()) >= 2**31:
+        raise QuantizationError(f"{place_of(node)}: its dot product of {w[0].numel()} weights can leave int32")
     if w.min() < -128 or w.max() > 127:
         if module.function is not LINEAR:
             raise QuantizationError(
@@ -171,8 +182,11 @@ def _product(gm: GraphModule, node: Node, module: Product, grid: Grid) -> Node:
             )
         half = w.div(2, rounding_mode="floor")
         w = torch.cat([half, w - half], 1)
-        both = call(gm, torch.cat, ([x, x], -1), node)
-        x = _pair(gm, both, grid, node)
+        x = call(gm, torch.cat, ([x, x], -1), node)
+        x = x if grid is None else _pair(gm, x, grid, node)
+    if isinstance(module, DynamicProduct):
+        x = call(gm, fake_quantize_rows, (x,), node)
+        x.meta[STEPS] = ACT_QMAX // 2 if module.reduce_range else ACT_QMAX
     integers = get_attr(gm, set_constant(gm, f"{path}.weight_int8", w.to(torch.int8).contiguous()), node)
     scales = get_attr(gm, set_constant(gm, f"{path}.weight_scale", module.scales.float()), node)
     weight = call(gm, dequantize_weight, (integers, scales), node)

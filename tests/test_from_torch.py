@@ -300,12 +300,6 @@ class TestRefusals:
         with pytest.raises(fxq.QuantizationError, match=message):
             fxq.from_torch(nn.Sequential(module()), X)
 
-    @pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
-    def test_dynamic(self, dtype):
-        model = tq.quantize_dynamic(nn.Sequential(nn.Linear(8, 3)), dtype=dtype)
-        with pytest.raises(fxq.QuantizationError, match=r"0: .*dynamic"):
-            fxq.from_torch(model, X)
-
     def test_a_module_still_in_training(self):
         qconfig = tq.get_default_qat_qconfig("x86")
         model = nn.Sequential(tq.QuantStub(), nni.LinearReLU(nn.Linear(8, 3), nn.ReLU())).train()

@@ -64,9 +64,12 @@ from fxq.numerics.conv_packing import (
 from fxq.numerics.dynamic import fake_quantize_rows, qlinear_dynamic, quantize_rows, row_qparams
 from fxq.numerics.engines import (
     ENGINES,
+    engine_result,
     fbgemm_constants,
     onednn_scales,
+    qlinear_dynamic_engine,
     qnnpack_constants,
+    quantize_engine,
     quantize_fused,
     quantize_onednn,
 )
@@ -125,6 +128,7 @@ __all__ = [
     "dequantize",
     "dequantize_multiplier",
     "dequantize_weight",
+    "engine_result",
     "f32",
     "fake_quantize_rows",
     "fbgemm_constants",
@@ -167,6 +171,7 @@ __all__ = [
     "qlinear_act",
     "qlinear_act_quantize",
     "qlinear_dynamic",
+    "qlinear_dynamic_engine",
     "qlinear_fixed",
     "qlinear_float",
     "qmax_pool",
@@ -174,6 +179,7 @@ __all__ = [
     "qnnpack_constants",
     "quantize",
     "quantize_fused",
+    "quantize_engine",
     "quantize_onednn",
     "quantize_rows",
     "quantize_scaled",

@@ -8,6 +8,13 @@ Every engine forms the same exact sums, here with the zero points taken out: acc
     qnnpack   q_y = clamp(rne(f32(f32(acc + rne(f32(b * f32(1 / a)))) * f32(a * f32(1 / s_y)))) + z_y, low, 255)
     tensors   q_x = clamp(rne(fma(x, f32(1 / s_x), z_x)), 0, 255), a fused multiply-add: one rounding
 
+Where the input is quantized as the model runs (`torch.ao.quantization.quantize_dynamic`), one scale and zero point
+serve the whole tensor, so that what shares a batch changes an answer (`engine_qparams`), and
+
+    fbgemm    q_x as tensors;                                       y = fma(f32(acc), a, b): one rounding
+    onednn    q_x = clamp(rne(f32(f32(x * f32(1 / r(s_x))) + z_x))); y = f32(f32(f32(f32(acc) * r(s_x)) * r(s_w)) + b)
+    qnnpack   q_x as tensors;                                       y = f32(f32(f32(acc) * a) + b)
+
 Found with torch 2.13.0 on a processor with VNNI, and held to it by the tests. Without VNNI, torch's sums may saturate.
 """
 
@@ -16,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fxq.numerics.affine import F32, U8
+from fxq.numerics.affine import F32, I8, U8
+from fxq.numerics.linear import accumulate
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
 ENGINES = ("fbgemm", "onednn", "qnnpack")
@@ -41,18 +49,8 @@ def qnnpack_constants(bias: F32 | None, s_x: float, s_w: F32, s_y: float) -> tup
 
 
 def quantize_fused(x: F32, scale: float, zero_point: int) -> U8:
-    """q = clamp(rne(fma(x, f32(1 / scale), zero_point)), 0, 255); NaN becomes 0.
-
-    The fused sum in float64, rounded to odd, so that the rounding to float32 that follows is the only one.
-    """
-    product = np.asarray(x, np.float32).astype(np.float64) * np.float64(np.float32(1) / np.float32(scale))  # exact
-    total = product + zero_point
-    with np.errstate(over="ignore", invalid="ignore"):
-        back = total - product
-        lost = (product - (total - back)) + (zero_point - back)
-        inexact = np.isfinite(total) & (lost != 0) & (total.view(np.int64) & 1 == 0)
-        odd = np.where(inexact, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
-        return _clamp(odd.astype(np.float32))
+    """q = clamp(rne(fma(x, f32(1 / scale), zero_point)), 0, 255); NaN becomes 0."""
+    return _clamp(_fused(np.asarray(x, np.float32), np.float32(1) / np.float32(scale), np.float32(zero_point)))
 
 
 def quantize_onednn(x: F32, factor: F32, bias: F32, relu: bool, scale: float, zero_point: int) -> U8:
@@ -63,6 +61,82 @@ def quantize_onednn(x: F32, factor: F32, bias: F32, relu: bool, scale: float, ze
     v = x * factor + bias
     v = np.maximum(v, np.float32(0)) if relu else v
     return _clamp(v * (np.float32(1) / np.float32(scale)) + np.float32(zero_point))
+
+
+SMALLEST_SCALE = np.float32(6.1e-5)
+"""What torch widens a range to that would give a smaller scale."""
+
+
+def engine_qparams(x: F32, steps: int) -> tuple[float, int]:
+    """Scale (float64) and zero point of a whole tensor, as torch's ChooseQuantizationParams finds them.
+
+    low, high = the least and the greatest of x and 0;  s = (high - low) / steps, 0.1 where that has no reciprocal
+    z = rne(-low / s), or rne(steps - high / s) where that is not above low / s, in 0..steps
+    """
+    low, high = min(float(np.min(x, initial=0)), 0.0), max(float(np.max(x, initial=0)), 0.0)
+    scale = (high - low) / steps
+    with np.errstate(divide="ignore", over="ignore"):
+        if np.float32(scale) == 0 or np.isinf(np.float32(1) / np.float32(scale)):
+            scale = 0.1
+    if scale < SMALLEST_SCALE:
+        widening = SMALLEST_SCALE / np.float32(scale)
+        scale = float(SMALLEST_SCALE)
+        reach = float(SMALLEST_SCALE * np.float32(steps))
+        if low == 0:
+            high = reach
+        elif high == 0:
+            low = -reach
+        else:
+            low, high = float(np.float32(low) * widening), float(np.float32(high) * widening)
+    from_low, from_high = -low / scale, steps - high / scale
+    zero_point = from_low if -from_low < from_high else from_high
+    return scale, int(np.clip(np.rint(zero_point), 0, steps))
+
+
+def quantize_engine(x: F32, engine: str, steps: int) -> tuple[U8, float, int]:
+    """q_x, s_x (float64) and z_x of the whole tensor; 0, NaN and 0 where it holds NaN or infinity.
+
+    steps: 255, or the 127 of torch's `reduce_range`; they divide the range and do not clamp q_x.
+    """
+    x = np.asarray(x, np.float32)
+    if not np.isfinite(x).all():
+        return np.zeros(x.shape, np.uint8), float("nan"), 0
+    scale, zero_point = engine_qparams(x, steps)
+    if engine == "onednn":
+        inverse = np.float32(1) / onednn_scales(scale)
+        return _clamp(x * inverse + np.float32(zero_point)), scale, zero_point
+    return quantize_fused(x, scale, zero_point), scale, zero_point
+
+
+def engine_result(sums: F32, s_x: float, scale: F32, bias: F32 | None, engine: str) -> F32:
+    """y of the sums f32(acc), float32 [..., N]. scale: f32(s_w), for onednn r(s_w), float32 [N]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if engine == "onednn":
+            y: F32 = sums * onednn_scales(s_x) * scale
+            return y if bias is None else y + bias
+        step = np.float32(s_x) * scale
+        if engine == "fbgemm" and bias is not None:
+            return _fused(sums, step, bias)
+        return sums * step if bias is None else sums * step + bias
+
+
+def qlinear_dynamic_engine(x: F32, q_w: I8, scale: F32, bias: F32 | None, engine: str, steps: int) -> F32:
+    """y of x, float32 [..., K], quantized as a whole; q_w: int8 [N, K]; scale and bias: as in `engine_result`."""
+    q, s_x, z_x = quantize_engine(x, engine, steps)
+    acc = accumulate(q, q_w) - z_x * q_w.sum(1, dtype=np.int32)
+    return engine_result(acc.astype(np.float32), s_x, scale, bias, engine)
+
+
+def _fused(x: F32, factor: F32 | np.float32, addend: F32 | np.float32) -> F32:
+    """fma(x, factor, addend): in float64, rounded to odd, so that the rounding to float32 is the only one."""
+    product = x.astype(np.float64) * np.asarray(factor, np.float64)  # exact
+    total = product + addend
+    with np.errstate(over="ignore", invalid="ignore"):
+        back = total - product
+        lost = (product - (total - back)) + (addend - back)
+        inexact = np.isfinite(total) & (lost != 0) & (total.view(np.int64) & 1 == 0)
+        odd = np.where(inexact, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+        return odd.astype(np.float32)
 
 
 def _clamp(steps: F32) -> U8:
