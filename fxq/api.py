@@ -167,8 +167,8 @@ def from_torch(
 ) -> QuantizedModule:
     """An int8 GraphModule of a model that torch.ao has quantized, by its eager or FX workflow or `quantize_dynamic`.
 
-    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings are
-    reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
+    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
+    are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
     as "fbgemm"); None computes as docs/numerics.md has it. The report says how many outputs on the examples differ from
     torch's. example_inputs and the other arguments: as in `quantize`. The model is not touched.
     Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
