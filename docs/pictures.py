@@ -30,7 +30,7 @@ def main() -> None:
     torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(32, 16)
     fxq.draw(fxq.trace(model, x), FOLDER / "before.svg")
-    qmodel = fxq.quantize(model, x)
+    qmodel = fxq.quantize(model, x, recipe=fxq.Recipe(judge_costs=False))
     fxq.draw(fxq.expand(qmodel), FOLDER / "after.svg")
     print(f"{FOLDER}/before.svg, after.svg")
 

@@ -537,7 +537,8 @@ case(100, "default dtype, matmul precision", MLP, others=batch, holds=settings_a
 def by_fxq(model: nn.Module, case: Case) -> nn.Module:
     """fxq.quantize, calibrated on the example by a generator."""
     data = (call for call in [(*case.inputs,)])
-    return fxq.quantize(model, case.inputs, calibration_data=data, on_low_sqnr="ignore", progress=False)
+    recipe = fxq.Recipe(judge_costs=False)
+    return fxq.quantize(model, case.inputs, calibration_data=data, recipe=recipe, on_low_sqnr="ignore", progress=False)
 
 
 def by_symbolic_trace(model: nn.Module, case: Case) -> nn.Module:

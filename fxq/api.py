@@ -20,7 +20,7 @@ from fxq import leaves as inside
 from fxq.batch_norm import BatchNorm
 from fxq.comparison import Comparison, compare_graphs, output_sqnr
 from fxq.costs import Costs
-from fxq.decisions import Report
+from fxq.decisions import Reason, Report
 from fxq.engine import Engine
 from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
@@ -511,7 +511,7 @@ def _refuse(report: Report, strict: bool) -> None:
         raise QuantizationError(
             f"strict=True, and {len(refusals)} operations with multiply-accumulates stay float:\n{lines}"
         )
-    known = [refusal for refusal in refusals if refusal.op == "linear"]
+    known = [refusal for refusal in refusals if refusal.op == "linear" and refusal.reason is not Reason.UNPROFITABLE]
     if known:
         lines = "\n".join(f"  {refusal}" for refusal in known)
         warnings.warn(f"{len(known)} linear operations stay float:\n{lines}", KeptFloatWarning, stacklevel=4)

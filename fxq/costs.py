@@ -1,8 +1,10 @@
 """What an operation costs on this machine: timed once by itself, kept in a file, looked up from then on.
 
 A key is the operation with the dtypes and shapes of its tensors and what else shapes its work; scales and zero points
-do not. The file is JSON (key -> seconds) in the cache folder of the kernels, one per fxq, torch, processor, instruction
-set and number of threads: read it, delete it, or look at it with `python -m fxq costs`.
+do not. Beside it stands how much other data passes between two calls: the weights of a small model stay in the caches,
+those of a large one do not, and an operation that reads them waits for them. The file is JSON (key -> seconds) in the
+cache folder of the kernels, one per fxq, torch, processor, instruction set and number of threads: read it, delete it,
+or look at it with `python -m fxq costs`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,13 @@ from fxq.errors import FileError
 from fxq.graph import submodule, target_name
 from fxq.kernels.binary import cache
 
-VERSION = 1
+VERSION = 2
 """Of the file's format and of the way of timing."""
-_ROUNDS, _ROUND_SECONDS = 7, 0.5e-3
+_ROUNDS, _ROUND_SECONDS = 7, 0.2e-3
+_LONG = 5e-3
+"""Seconds. A call that takes longer is timed in three rounds."""
+AMONG = 1 << 20, 1 << 25
+"""Bytes of a model's constants: below the first they stay in the caches; more than the second make no difference."""
 _SMALL = frozenset({"zero_point", "low", "high", "z_x", "z_a", "z_b"})
 """Arguments of fxq's operators that set values, not work."""
 
@@ -51,10 +57,13 @@ class Costs:
         self.seconds = self._read()
         self._fresh: dict[str, float] = {}
 
-    def of(self, key: str, run: Callable[[], object]) -> float:
-        """The seconds of the operation behind `key`; `run` does it once, and is timed where the key is new."""
+    def of(self, key: str, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
+        """The seconds of the operation behind `key`; `run` does it once, and is timed where the key is new.
+
+        between: what happens, untimed, between two calls.
+        """
         if key not in self.seconds:
-            self.seconds[key] = self._fresh[key] = _time(run)
+            self.seconds[key] = self._fresh[key] = _time(run, between)
         return self.seconds[key]
 
     def save(self) -> None:
@@ -103,15 +112,27 @@ def _describe(value: Any) -> str:
     return "" if isinstance(value, float) else repr(value)
 
 
-def _time(run: Callable[[], object]) -> float:
-    """Seconds of one call: the median of a few rounds, each of as many calls as fill half a millisecond."""
+def among(gm: GraphModule) -> int:
+    """The bytes of the constants of `gm`, as a power of two within `AMONG`; 0 where the caches hold them."""
+    least, most = AMONG
+    size = sum(tensor.nbytes for tensor in (*gm.parameters(), *gm.buffers()) if tensor.layout is torch.strided)
+    return min(1 << (size.bit_length() - 1), most) if size >= least else 0
+
+
+def _time(run: Callable[[], object], between: Callable[[], object] | None) -> float:
+    """Seconds of one call: the median of a few rounds, each of as many calls as fill a fifth of a millisecond.
+
+    With something to do between two calls, each round is one.
+    """
     run()
     start = time.perf_counter()
     run()
     once = max(time.perf_counter() - start, 1e-7)
-    count = max(1, round(_ROUND_SECONDS / once))
+    count = 1 if between is not None else max(1, round(_ROUND_SECONDS / once))
     rounds = []
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if once < _LONG else 3):
+        if between is not None:
+            between()
         start = time.perf_counter()
         for _ in range(count):
             run()

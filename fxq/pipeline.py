@@ -49,7 +49,8 @@ class Place:
 class Context:
     """What travels with a graph from trace to result.
 
-    specs: what `annotate` decided, by place. dump: the folder that dumps go to. timings: (pass, rewrites, seconds).
+    specs: what `annotate` decided, by place. unprofitable: what is not to become int8, by node, and why. dump: the
+    folder that dumps go to. timings: (pass, rewrites, seconds).
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Context:
     report: Report = field(default_factory=Report)
     stage: Stage = Stage.FLOAT
     specs: dict[Place, Spec] = field(default_factory=dict)
+    unprofitable: dict[str, str] = field(default_factory=dict)
     dump: dump.Folder | None = None
     check: bool = False
     timings: list[tuple[str, int, float]] = field(default_factory=list)

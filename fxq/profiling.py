@@ -6,8 +6,9 @@ operation alone, from `fxq.costs`. What Python adds around the operations is in 
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.costs import Costs, key_of
+from fxq.costs import Costs, among, key_of
 from fxq.graph import bind, is_call, line_of, module_of, mutations, submodule, target_name, tensors, unchanged
 from fxq.inputs import Call
 
@@ -73,24 +74,32 @@ class Profile:
         )
 
 
-class _Timer(Interpreter):
-    """Runs a graph and notes the seconds of every operation."""
+class _Clock:
+    """A copy of a graph that notes the time before and after every operation; its constants are those of `gm`.
+
+    The copy runs as generated code, as the graph itself does: an interpreter would leave cold caches to each operation.
+    """
 
     def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self.spent: dict[Node, list[float]] = {}
+        self.now: list[float] = []
+        graph = copy.deepcopy(gm.graph)
+        pairs = zip(gm.graph.nodes, list(graph.nodes), strict=True)
+        self.nodes = [node for node, _ in pairs if is_call(node)]
+        for node in [node for node in graph.nodes if is_call(node)]:
+            for place in (graph.inserting_before, graph.inserting_after):
+                with place(node):
+                    graph.call_function(self._stamp)
+        self.run = GraphModule(gm, graph)
+        self.spent: dict[Node, list[float]] = {node: [] for node in self.nodes}
 
-    def run_node(self, n: Node) -> Any:
-        if not is_call(n):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        function = _function(self, n)
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds = time.perf_counter() - start
-        if next(tensors(result), None) is not None:
-            self.spent.setdefault(n, []).append(seconds)
-        return result
+    def _stamp(self) -> None:
+        self.now.append(time.perf_counter())
+
+    def __call__(self, call: Call) -> None:
+        self.now.clear()
+        self.run(*call.args, **call.kwargs)
+        for node, start, end in zip(self.nodes, self.now[::2], self.now[1::2], strict=True):
+            self.spent[node].append(end - start)
 
 
 def _function(interpreter: Interpreter, node: Node) -> Callable[..., Any]:
@@ -107,28 +116,51 @@ def _function(interpreter: Interpreter, node: Node) -> Callable[..., Any]:
 class _Predictor(Interpreter):
     """Runs a graph once and takes each operation's cost, on the operands that it then has."""
 
-    def __init__(self, gm: GraphModule, costs: Costs, in_place: set[Node]) -> None:
+    def __init__(self, gm: GraphModule, costs: Costs, in_place: set[Node], wanted: Collection[Node]) -> None:
         super().__init__(gm)
-        self.costs, self.in_place = costs, in_place
-        self.predicted: dict[Node, float] = {}
+        self.costs, self.in_place, self.wanted = costs, in_place, wanted
+        self.predicted: dict[Node, float | None] = {}
+        self.others = torch.empty(among(gm), dtype=torch.uint8)
 
     def run_node(self, n: Node) -> Any:
-        if is_call(n) and n not in self.in_place:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            function = _function(self, n)
-            result = function(*args, **kwargs)
-            if next(tensors(result), None) is not None:
-                key = key_of(self.module, n, args, kwargs)  # type: ignore[arg-type]
-                self.predicted[n] = self.costs.of(key, lambda: function(*args, **kwargs))
-            return result
-        return super().run_node(n)
+        if not is_call(n) or n not in self.wanted:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        function = _function(self, n)
+        result = function(*args, **kwargs)
+        if next(tensors(result), None) is not None:
+            self.predicted[n] = None
+            if n not in self.in_place:
+                self.predicted[n] = self._cost(n, args, kwargs)
+        return result
+
+    def _cost(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """The cost of `n`, whose operands have just been computed, while its constants have made room for others."""
+        function = _function(self, n)
+        key = key_of(self.module, n, args, kwargs)  # type: ignore[arg-type]
+        if not len(self.others):
+            return self.costs.of(key, lambda: function(*args, **kwargs))
+        computed = list(tensors([self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]))
+
+        def between() -> None:
+            self.others.add_(1)
+            for operand in computed:
+                operand.clone()
+
+        key = f"{key} among {len(self.others) >> 20} MB"
+        return self.costs.of(key, lambda: function(*args, **kwargs), between)
 
 
-def predict(gm: GraphModule, call: Call, costs: Costs) -> dict[Node, float]:
-    """Seconds of every operation of `gm` by itself, on the operands that it has in this call; not of in-place ones."""
+def predict(
+    gm: GraphModule, call: Call, costs: Costs, wanted: Collection[Node] | None = None
+) -> dict[Node, float | None]:
+    """Seconds of operations of `gm` by themselves, on the operands that they have in this call; None of in-place ones.
+
+    wanted: which; by default all.
+    """
     own = call.clone()
     in_place = set(mutations(gm, own.args, own.kwargs))
-    predictor = _Predictor(gm, costs, in_place)
+    predictor = _Predictor(gm, costs, in_place, list(gm.graph.nodes) if wanted is None else wanted)
     with torch.no_grad(), unchanged(gm):
         predictor.run(*bind(gm, own.args, own.kwargs))
     return predictor.predicted
@@ -137,19 +169,18 @@ def predict(gm: GraphModule, call: Call, costs: Costs) -> dict[Node, float]:
 def measure(gm: GraphModule, call: Call, costs: Costs) -> Profile:
     """Profile a graph on one call; `costs` learns what it did not know."""
     predicted = predict(gm, call, costs)
-    timer = _Timer(gm)
+    clock = _Clock(gm)
     wholes: list[float] = []
     end = time.perf_counter() + SECONDS
     with torch.no_grad(), unchanged(gm):
         while len(wholes) < LEAST_RUNS or time.perf_counter() < end:
-            own = call.clone()
-            timer.run(*bind(gm, own.args, own.kwargs))
+            clock(call.clone())
             own = call.clone()
             start = time.perf_counter()
             gm(*own.args, **own.kwargs)
             wholes.append(time.perf_counter() - start)
     timings = [
-        Timing(module_of(n) or line_of(n), target_name(n.target), n.name, median(spent), predicted.get(n))
-        for n, spent in timer.spent.items()
+        Timing(module_of(n) or line_of(n), target_name(n.target), n.name, median(clock.spent[n]), seconds)
+        for n, seconds in predicted.items()
     ]
     return Profile(timings, median(wholes))

@@ -56,6 +56,8 @@ class Recipe:
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
+    judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
+    gives the same integers on every machine.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
     requant: how a sum becomes the next layer's uint8: "float" multiplies in float32, "fixed" by an integer multiplier
     and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
@@ -71,6 +73,7 @@ class Recipe:
     weight: Granularity = "per_channel"
     balance: bool = True
     round_weights: bool = True
+    judge_costs: bool = True
     learn_steps: bool = False
     requant: Requant = "float"
     rounding: RequantRounding = "single"

@@ -295,7 +295,7 @@ class _Run:
         return value
 
     def _predict(self, gm: GraphModule) -> float:
-        return sum(predict(gm, self.call, self.costs).values())
+        return sum(seconds or 0.0 for seconds in predict(gm, self.call, self.costs).values())
 
     def _found(self) -> Tuning | None:
         return self._result(complete=False) if self.trials else None

@@ -2,7 +2,7 @@
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
   rewrite_products, normalize_linears, fold_bias, normalize_convolutions, normalize_pools, recognize_attention,
-  split_linears, fold_batch_norm, rewrite_batch_norm, annotate: FLOAT
+  split_linears, fold_batch_norm, rewrite_batch_norm, annotate, judge_costs: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
@@ -31,6 +31,7 @@ from passes import (
     fuse_residual,
     import_quantized,
     judge_attention,
+    judge_costs,
     keep_dropout,
     lower,
     make_trainable,
@@ -65,6 +66,21 @@ NORMALIZE: tuple[Pass, ...] = (
 )
 """To one spelling for every operation."""
 
+LOWER: tuple[Pass, ...] = (
+    fuse_linear_relu.PASS,
+    fold_qdq.PASS,
+    lower.PASS,
+    use_fixed_point.PASS,
+    fuse_residual.PASS,
+    fuse_conv_add.PASS,
+    fuse_activation.PASS,
+    fuse_norm.PASS,
+    order_channels.PASS,
+    fuse_chains.PASS,
+    prune.PASS,
+)
+"""From quantize/dequantize pairs to integers."""
+
 PREPARE: tuple[Pass, ...] = (
     functionalize.PASS,
     fold_constants.PASS,
@@ -74,6 +90,7 @@ PREPARE: tuple[Pass, ...] = (
     fold_batch_norm.PASS,
     rewrite_batch_norm.PASS,
     annotate.PASS,
+    judge_costs.JudgeCosts(annotate.PASS, (observe.PASS, calibrate.PASS, *LOWER)),
     observe.PASS,
 )
 """From the float trace to a graph that is ready for calibration data."""
@@ -89,21 +106,6 @@ PREPARE_QAT: tuple[Pass, ...] = (
     make_trainable.PASS,
 )
 """From the float trace to a graph that is ready to be trained."""
-
-LOWER: tuple[Pass, ...] = (
-    fuse_linear_relu.PASS,
-    fold_qdq.PASS,
-    lower.PASS,
-    use_fixed_point.PASS,
-    fuse_residual.PASS,
-    fuse_conv_add.PASS,
-    fuse_activation.PASS,
-    fuse_norm.PASS,
-    order_channels.PASS,
-    fuse_chains.PASS,
-    prune.PASS,
-)
-"""From quantize/dequantize pairs to integers."""
 
 CONVERT: tuple[Pass, ...] = (
     end_training.PASS,

@@ -125,6 +125,8 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
                     too_long.append(
                         f"{place_of(node)}: {answer.detail}; keep it float with {_exclusion(node)}, or split it"
                     )
+            elif node.name in ctx.unprofitable:
+                plan.refusals[node] = Refusal(Reason.UNPROFITABLE, ctx.unprofitable[node.name])
             elif "aliases" in node.meta and answer.kind != "product":
                 plan.refusals[node] = Refusal(Reason.ALIASED, f"%{node.meta['aliases']} modifies it in place")
             elif answer.kind != "carry" and scheme not in answer.schemes:

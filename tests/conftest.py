@@ -30,6 +30,14 @@ def _kernels():
         quantize(torch.zeros(1), 1.0, 0)  # the first call is the one that says so
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_choice_by_time():
+    """No test depends on a clock; those of `judge_costs` give it prices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("passes.judge_costs.JudgeCosts.run", lambda self, gm, ctx: 0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def test_costs_are_measured_once_and_kept(qmodel, monkeypatch):
     fxq.profile(qmodel, x)
     kept = json.loads(costs_path().read_text())
     assert any(key.startswith("fxq.qchain_float(float32[4, 16], ") for key in kept["seconds"])
-    monkeypatch.setattr("fxq.costs._time", lambda run: pytest.fail("measured again"))
+    monkeypatch.setattr("fxq.costs._time", lambda run, between: pytest.fail("measured again"))
     fxq.profile(qmodel, x)
 
 
