@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxq
 from fxq.comparison import output_sqnr
-from fxq.graph import tensors
+from fxq.tracing.values import tensors
 
 PAGE = Path(__file__).parent / "tracing.md"
 MIN_SQNR = 15

@@ -27,7 +27,7 @@ from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, tensors, unchanged
+from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.observers import learning, paused
 from fxq.ops import FAMILIES, carry, clamp, linear
@@ -37,6 +37,7 @@ from fxq.quantized import QuantizedModule, encode, weight_bytes
 from fxq.recipe import Recipe
 from fxq.stages import Stage
 from fxq.torch_quantized import StandIn, stand_ins
+from fxq.tracing.values import tensors
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MIN_SQNR = 15.0
@@ -521,7 +522,7 @@ def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit
     """Compare on the examples; the prepared graph computes what the float model does."""
     with torch.no_grad(), unchanged(prepared), unchanged(result), paused(prepared):
         a, b = examples.clone(), examples.clone()
-        expected, actual = prepared(*a.args, **a.kwargs), result(*b.args, **b.kwargs)
+        expected, actual = prepared(*a.args, **a.kwargs), result.dequantize(result(*b.args, **b.kwargs))
     if pytree.tree_structure(expected) != pytree.tree_structure(actual):
         raise QuantizationError("the quantized model returns another structure than the float model")
     result.report.sqnr = output_sqnr(expected, actual)

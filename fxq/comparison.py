@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.errors import InputError
-from fxq.graph import bind, is_call, line_of, module_of, target_name, tensors, unchanged
+from fxq.graph import bind, is_call, line_of, module_of, target_name, unchanged
 from fxq.inputs import Call
+from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 from fxq.spelling import GETITEM
 from fxq.stages import is_integer_op
+from fxq.tracing.values import tensors
 
 
 def sqnr(expected: Tensor, actual: Tensor) -> float:
@@ -186,7 +188,8 @@ def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -
         layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
     outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
     first, second = outputs
-    return Comparison(layers, output_sqnr(expected[first.name], actual[second]))
+    result = dequantized(actual[second], output_qparams(quantized.graph))
+    return Comparison(layers, output_sqnr(expected[first.name], result))
 
 
 def _spread(truth: Tensor, q: Tensor, factor: Tensor | None, scale: float, zero_point: int) -> Spread:

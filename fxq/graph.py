@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 
+from fxq.tracing.values import tensors
+
 
 @dataclass(frozen=True)
 class Value:
@@ -321,12 +323,6 @@ def propagate(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         if recorder.failed is None:
             raise
         raise NodeError(recorder.failed) from error
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors inside nested tuples, lists, dicts and output objects, in order."""
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def target_name(target: Target) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxq.errors import CalibrationError, InputError
+from fxq.tracing.values import map_tensors
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,31 @@ class Call:
 
     def clone(self) -> Call:
         """The same arguments in memory of their own, so that an in-place op cannot reach the user's."""
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else copy.copy(leaf),
-            (self.args, self.kwargs),
-        )
-        return Call(args, kwargs)
+        return Call(*map_tensors((self.args, self.kwargs), lambda tensor: tensor.detach().clone()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor with a name for messages: `input 0`, `input 'mask'`, `input 0['ids']`."""
         named: list[tuple[object, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         for name, value in named:
-            for path, leaf in pytree.tree_leaves_with_path(value):
-                if isinstance(leaf, Tensor):
-                    yield f"input {name!r}{pytree.keystr(path)}", leaf
+            yield from _named(value, f"input {name!r}")
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in `value`, with its path behind `name`."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _named(item, f"{name}[{key!r}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for known in fields(value):
+            yield from _named(getattr(value, known.name), f"{name}.{known.name}")
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key in value._fields:
+            yield from _named(getattr(value, key), f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _named(item, f"{name}[{i}]")
 
 
 def as_call(example: object, kwargs: Mapping[str, Any] | None = None) -> Call:

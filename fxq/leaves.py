@@ -125,7 +125,8 @@ class Watch:
         for node in gm.graph.nodes:
             origin: tracing.Origin = node.meta["origin"]
             node.meta["origin"] = replace(origin, module=self._inside(origin.module))
-        ctx = Context(outer.recipe, outer.families, call.clone(), check=outer.check)
+        recipe = replace(outer.recipe, outputs="float32")  # the leaf's own code reads what the module returns
+        ctx = Context(recipe, outer.families, call.clone(), check=outer.check)
         gm = prepare(gm, ctx, leaves.passes, leaves.opaque)
         if not any(decision.form == "int8" for decision in ctx.report.decisions):
             raise _NotWorthwhileError

@@ -20,12 +20,13 @@ from fxq import dump
 from fxq.decisions import Report
 from fxq.errors import VerifyError
 from fxq.family import Family
-from fxq.graph import NodeError, find_state, propagate, tensors, unchanged
+from fxq.graph import NodeError, find_state, propagate, unchanged
 from fxq.inputs import Call
 from fxq.observers import paused
 from fxq.qtypes import Spec
 from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
+from fxq.tracing.values import tensors
 
 
 class Numbers(enum.Enum):

@@ -17,8 +17,9 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.costs import Costs, among, key_of
-from fxq.graph import bind, is_call, line_of, module_of, mutations, submodule, target_name, tensors, unchanged
+from fxq.graph import bind, is_call, line_of, module_of, mutations, submodule, target_name, unchanged
 from fxq.inputs import Call
+from fxq.tracing.values import tensors
 
 LEAST_RUNS, SECONDS = 5, 0.5
 LEAST = 5e-6

@@ -26,6 +26,8 @@ from fxq.decisions import Report
 from fxq.errors import FileError, InputError
 from fxq.expansion import Link, summary
 from fxq.graph import STATE, Value
+from fxq.outputs import dequantized, output_qparams
+from fxq.qtypes import QParams
 from fxq.tracing.graph_functions import SignatureCodeGen, mutate
 from fxq.tracing.origin import Origin
 
@@ -70,6 +72,18 @@ class QuantizedModule(GraphModule):
                 parameter.requires_grad_(False)
         module.eval()
         return module
+
+    @property
+    def output_qparams(self) -> list[QParams | None]:
+        """For each tensor that a call returns, in order: scale and zero point, None where it is not quantized.
+
+        There are such tensors under `Recipe(outputs="uint8")`: x = scale * (q - zero_point).
+        """
+        return output_qparams(self.graph)
+
+    def dequantize(self, outputs: Any) -> Any:
+        """What a call returned, in its structure, with float32 for all that is quantized (`output_qparams`)."""
+        return dequantized(outputs, self.output_qparams)
 
     @property
     def code(self) -> str:

@@ -14,6 +14,7 @@ from fxq.qtypes import SCHEMES, Granularity, Scheme
 
 Requant = Literal["float", "fixed"]
 RequantRounding = Literal["single", "tflite"]
+Outputs = Literal["float32", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Recipe:
     requant: how a sum becomes the next layer's uint8: "float" multiplies in float32, "fixed" by an integer multiplier
     and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
     "tflite" twice, as TFLite and gemmlowp do by default (an add rounds once under both).
+    outputs: what the model returns for its float32 tensors: "float32", or "uint8", quantized as all integers are, with
+    scale and zero point in `QuantizedModule.output_qparams`.
     modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
     ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
 
@@ -77,6 +80,7 @@ class Recipe:
     learn_steps: bool = False
     requant: Requant = "float"
     rounding: RequantRounding = "single"
+    outputs: Outputs = "float32"
     modules: Mapping[str, Rule] = field(default_factory=dict)
     ops: Mapping[str, Rule] = field(default_factory=dict)
 
@@ -90,14 +94,21 @@ class Recipe:
             raise RecipeError(f"unknown rounding {self.rounding!r}; there are {', '.join(get_args(RequantRounding))}")
         if self.rounding != "single" and self.requant != "fixed":
             raise RecipeError(f"rounding={self.rounding!r} is a rounding of integers; give requant='fixed' with it")
+        if self.outputs not in get_args(Outputs):
+            raise RecipeError(f"unknown outputs {self.outputs!r}; there are {', '.join(get_args(Outputs))}")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")
+        if self.outputs == "uint8" and "w8a8" not in self.schemes:
+            raise RecipeError(
+                f"outputs='uint8' needs scales found by calibration: the scheme 'w8a8', not {self.scheme!r}"
+            )
 
     @property
     def title(self) -> str:
-        """What reports call it: the scheme, and how it requantizes where that is not in float."""
-        return self.scheme if self.requant == "float" else f"{self.scheme}, requant fixed, rounding {self.rounding}"
+        """What reports call it: the scheme, how it requantizes where that is not in float, integer outputs."""
+        requant = "" if self.requant == "float" else f", requant fixed, rounding {self.rounding}"
+        return f"{self.scheme}{requant}{', outputs uint8' if self.outputs == 'uint8' else ''}"
 
     @classmethod
     def of(cls, recipe: str | Recipe) -> Recipe:

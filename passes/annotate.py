@@ -8,6 +8,7 @@
    then writes float32 (its epilogue does), which is both cheaper and closer than writing and reading integers.
 5. A pointwise operation is worth it only between integers: in an integer group, with an operand from one. Otherwise it
    stays float, and 2 to 4 are decided again without it.
+   What the model returns is read in float, or, under `Recipe(outputs="uint8")`, as integers.
 
 6. A product of another scheme than "w8a8" reads and writes float: its rows are quantized as it runs
    ("w8a8-dynamic"), or its weight alone is int8 ("w8a32", "w8a16").
@@ -34,6 +35,7 @@ from fxq.family import Claim, Refusal
 from fxq.graph import Value, is_call, is_float_tensor, line_of, module_of, place_of, target_name
 from fxq.macs import count_macs
 from fxq.ops.activation import activation_of
+from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, Scheme, SharedSpec, WeightSpec
 from fxq.spelling import float_bounds
@@ -42,13 +44,17 @@ from fxq.stages import Stage
 
 @dataclass
 class Plan:
-    """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps."""
+    """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps.
+
+    integer_outputs: the graph's output reads integers.
+    """
 
     claims: dict[Node, Claim] = field(default_factory=dict)
     schemes: dict[Node, Scheme] = field(default_factory=dict)
     families: dict[Node, str] = field(default_factory=dict)
     refusals: dict[Node, Refusal] = field(default_factory=dict)
     swallowed: dict[Node, Node] = field(default_factory=dict)
+    integer_outputs: bool = False
 
     def is_static(self, node: Node) -> bool:
         """Whether `node` is an operation that may read and write integers."""
@@ -102,7 +108,7 @@ class Annotate:
 
 def _claim(gm: GraphModule, ctx: Context) -> Plan:
     """Ask the families, then the recipe; pair products with the clamps that only they feed."""
-    plan = Plan()
+    plan = Plan(integer_outputs=ctx.recipe.outputs == "uint8")
     too_long = []
     for node in gm.graph.nodes:
         for family in ctx.families:
@@ -199,7 +205,10 @@ def _result(node: Node, plan: Plan) -> Node:
 def _readers(node: Node, plan: Plan) -> Iterator[tuple[Node, bool]]:
     """Who reads the numbers of `node`, carries left out, and whether it reads integers."""
     for user in node.users:
-        if user.op != "output" and not _has_numbers(user):
+        if is_exit(user):
+            yield user, plan.integer_outputs and is_float_tensor(node)
+            continue
+        if not _has_numbers(user):
             continue  # asks for the shape only
         if plan.carries(user):
             continue

@@ -1,5 +1,7 @@
 """calibrate: statistics become scales and zero points; each observer becomes a quantize/dequantize pair.
 
+Under `Recipe(outputs="uint8")` the model's output reads the integers.
+
 What is quantized row by row as the model runs becomes one op, which computes what such a pair would.
 
 The only pass that approximates. The data has run before it (`fxq.calibrate`).
@@ -14,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.graph import bypass, call, constant, get_attr, is_size, replace, set_constant, submodule
 from fxq.observers import Observer, Rows, WeightObserver
+from fxq.outputs import is_exit, output_qparams
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
 from fxq.stages import Stage
@@ -43,7 +46,16 @@ class Calibrate:
             pair = _activation(gm, node, observer) if isinstance(observer, Observer) else _weight(gm, node)
             # Who asks for a size only asks the integers, so that no float copy is made to be measured.
             node.replace_all_uses_with(pair.args[0], delete_user_cb=is_size)
+            if ctx.recipe.outputs == "uint8":
+                node.replace_all_uses_with(pair.args[0], delete_user_cb=is_exit)
             bypass(gm, node, pair)
+        if ctx.recipe.outputs == "uint8":
+            qparams = output_qparams(gm.graph)
+            ctx.report.notes += [
+                f"output {i} is uint8, scale {q.scale:.6g}, zero point {q.zero_point}"
+                for i, q in enumerate(qparams)
+                if q is not None
+            ]
         if found:
             gm.delete_submodule("observers")
         return len(found)

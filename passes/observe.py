@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.graph import call, module_of, place_of
 from fxq.observers import OBSERVERS, Edge, Rows, WeightObserver
+from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, SharedSpec, Spec, WeightSpec
 from fxq.spelling import LINEAR
@@ -80,6 +81,8 @@ def _new(gm: GraphModule, place: Place, value: Node, readers: list[Node], spec: 
             where = f"the output of {place_of(value)}"
         elif value.op == "placeholder":
             where = f"the input {value.target!r}"
+        elif is_exit(readers[0]):
+            where = f"the output of {place_of(value)}"
         else:
             where = f"the input of {module_of(readers[0]) or place_of(readers[0])}"
         sampled = sampled and spec.observer == "histogram"

@@ -19,9 +19,10 @@ import fxq
 from fxq.comparison import output_sqnr
 from fxq.decisions import Reason
 from fxq.expansion import expand
-from fxq.graph import target_name, tensors
+from fxq.graph import target_name
 from fxq.qtypes import MAX_K
 from fxq.tracing import TracingWarning
+from fxq.tracing.values import tensors
 
 RANDOM = torch.Generator().manual_seed(0)
 HERE = r"test_edge_cases_more.py:\d+"
@@ -146,8 +147,10 @@ def test_case_45_dataclass_outputs(model_of):
 
     for kind, name in ((Output, "hidden"), (BaseModelOutput, "last_hidden_state")):
         model = model_of(lambda s, x, kind=kind, name=name: kind(**{name: s.l(x)}), l=linear())
-        out = fxq.quantize(model, X)(OTHER)
+        qmodel = fxq.quantize(model, X)
+        out = qmodel(OTHER)
         assert type(out) is kind
+        assert 25 < qmodel.report.sqnr < 100
         assert output_sqnr(getattr(model(OTHER), name), getattr(out, name)) > 25
 
 
@@ -526,8 +529,11 @@ def test_case_77_float_output(check, model_of):
     qmodel = check(nn.Sequential(linear(), nn.ReLU(), linear()), X, others=[(OTHER,)])
     assert ops(qmodel)[-1] == "qlinear_float"
     assert qmodel(X).dtype == torch.float32
-    qmodel = check(model_of(lambda s, x: s.l(x).relu().reshape(-1), l=linear()), X, others=[(OTHER,)])
-    assert qmodel(X).dtype == torch.float32
+    model = model_of(lambda s, x: s.l(x).relu().reshape(-1), l=linear())
+    assert check(model, X, others=[(OTHER,)])(X).dtype == torch.float32
+    qmodel = fxq.quantize(model, X, recipe=fxq.Recipe(outputs="uint8"), check=True)  # more in test_outputs.py
+    assert qmodel(OTHER).dtype == torch.uint8
+    assert output_sqnr(run(model, OTHER), qmodel.dequantize(qmodel(OTHER))) > 25
 
 
 def test_case_78_a_buffer_that_forward_changes(model_of):

@@ -1,5 +1,7 @@
 """How inputs are handed over, and what is said about those that cannot be used."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -7,6 +9,12 @@ from fxq.errors import CalibrationError, InputError
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 
 X, Y = torch.ones(2, 3), torch.zeros(2)
+
+
+@dataclass
+class Own:
+    a: torch.Tensor
+    b: object
 
 
 @pytest.mark.parametrize(
@@ -51,8 +59,24 @@ def test_clone_has_memory_of_its_own():
 
 
 def test_tensors_have_names():
-    names = [name for name, _ in Call((X, {"ids": Y}), {"mask": [Y, X]}).tensors()]
-    assert names == ["input 0", "input 1['ids']", "input 'mask'[0]", "input 'mask'[1]"]
+    names = [name for name, _ in Call((X, {"ids": Y}), {"mask": [Y, X], "own": Own(Y, (X,))}).tensors()]
+    assert names == [
+        "input 0",
+        "input 1['ids']",
+        "input 'mask'[0]",
+        "input 'mask'[1]",
+        "input 'own'.a",
+        "input 'own'.b[0]",
+    ]
+
+
+def test_a_dataclass_is_looked_into():
+    copied = Call((Own(Y, [X]),)).clone().args[0]
+    copied.a.add_(1)
+    copied.b.append(X)
+    assert Y.sum() == 0
+    with pytest.raises(CalibrationError, match=r"input 0\.b\[0\] holds nan at flat index 0"):
+        check_finite(Call((Own(Y, [X * torch.nan]),)), "example_inputs")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

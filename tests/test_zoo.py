@@ -19,7 +19,7 @@ import torch
 
 import fxq
 from fxq.comparison import output_sqnr
-from fxq.graph import tensors
+from fxq.tracing.values import tensors
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 MIN_SQNR = 20

@@ -280,6 +280,7 @@ class Recorder(Questions):
 
     def finish(self, output: Any) -> dict[str, torch.Tensor]:
         """Complete the graph with its output; return the constants that it refers to by name."""
+        self.whole.clear()  # each tensor of the output has a node of its own
         result = self.arg(output)
         self._keep_rebound_buffers()
         node = self.graph.output(result)

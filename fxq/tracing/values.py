@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
 from fxq.tracing.symbols import is_symbol, value_of
 
@@ -91,7 +92,7 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, dict):
-        copied: Any = copy.copy(value)
+        copied: Any = dict(value) if isinstance(value, immutable_dict) else copy.copy(value)
         for key, item in value.items():
             copied[key] = map_tensors(item, function)
         return copied

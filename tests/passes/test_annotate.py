@@ -102,7 +102,10 @@ CASES = {
         lambda s, x: (lambda c: s.k4(c[0] + c[1]))(s.l(x).chunk(2, -1)),
         "linear int8, chunk moved, getitem moved, getitem moved, add int8, linear int8",
     ),
-    "a split that is returned": (lambda s, x: s.l(x).chunk(2, -1), "linear int8, chunk float"),
+    "a split that is returned": (
+        lambda s, x: s.l(x).chunk(2, -1),
+        "linear int8, chunk float, getitem float, getitem float",
+    ),
     "product as weight": (lambda s, x: F.linear(s.l(x), s.m(x)), "linear int8, linear int8, linear float"),
     "bias at run time": (lambda s, x: F.linear(x, s.l.weight, x[0]), "getitem float, linear float"),
     "weight by itself": (
