@@ -292,7 +292,16 @@ OBSERVERS: dict[str, type[Observer]] = {
 
 
 class Rows(nn.Module):
-    """Stands on the edge of a product whose rows find their scales as it runs: there is nothing to learn."""
+    """Stands on the edge of a product whose rows find their scales as it runs: there is nothing to learn.
+
+    rows: a sample of them, float32 [rows, K], where one was taken before this was decided.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0) if rows is None else rows, persistent=rows is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`."""

@@ -56,6 +56,7 @@ class Recipe:
     with bfloat16 or float16 activations; "float", as it is. observer, weight: with scheme the defaults of `Rule`.
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
+    scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
     round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     gives the same integers on every machine.
@@ -75,6 +76,7 @@ class Recipe:
     observer: str = "histogram"
     weight: Granularity = "per_channel"
     balance: bool = True
+    scale_rows: bool = True
     round_weights: bool = True
     judge_costs: bool = True
     learn_steps: bool = False

@@ -6,7 +6,7 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, balance, round_weights, judge_attention: OBSERVED
+- end_training, balance, scale_rows, round_weights, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, order_channels, fuse_chains, prune:
   INTEGER
@@ -49,6 +49,7 @@ from passes import (
     rewrite_einsum,
     rewrite_products,
     round_weights,
+    scale_rows,
     split_linears,
     use_fixed_point,
 )
@@ -110,6 +111,7 @@ PREPARE_QAT: tuple[Pass, ...] = (
 CONVERT: tuple[Pass, ...] = (
     end_training.PASS,
     balance.PASS,
+    scale_rows.PASS,
     round_weights.PASS,
     judge_attention.PASS,
     calibrate.PASS,

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.graph import constant, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import Edge, Fixed, FixedScales, WeightObserver
+from fxq.observers import Edge, Fixed, FixedScales, Rows, WeightObserver
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
 from fxq.qtypes import WEIGHT_QMAX
 from fxq.spelling import LINEAR
 from fxq.stages import Stage
@@ -53,11 +53,14 @@ class RoundWeights:
         exclusive, effects = exclusive_constants(gm), {}
         for node in list(gm.graph.nodes):
             edge = submodule(gm, node) if node.op == "call_module" else None
-            if not isinstance(edge, Edge | Fixed) or not edge.rows.numel():
+            if not isinstance(edge, Edge | Fixed | Rows) or not edge.rows.numel():
                 continue
-            qparams = edge.qparams()
-            q = quantize(edge.rows, qparams.scale, qparams.zero_point)
-            x = dequantize(q, qparams.scale, qparams.zero_point)
+            if isinstance(edge, Rows):
+                x = fake_quantize_rows(edge.rows)
+            else:
+                qparams = edge.qparams()
+                q = quantize(edge.rows, qparams.scale, qparams.zero_point)
+                x = dequantize(q, qparams.scale, qparams.zero_point)
             for reader in [user for user in node.users if user.target is LINEAR]:
                 effect = _round(gm, reader, exclusive, edge.rows, x)
                 if effect:

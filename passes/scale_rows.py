@@ -1,0 +1,156 @@
+"""scale_rows: rows find their own scales as the model runs, where one static range is hopeless for most of them.
+
+A few tokens of a transformer are tens of times larger than the rest behind the feed-forward activation. Their range
+leaves the others a handful of steps, and no factors per channel help (`balance`), as it is rows that differ. Each row
+of a linear's output counts alike here,
+
+    quality = mean over rows of the SQNR of x w^T, in dB
+
+for the next norm divides every row by its own size; the SQNR of all rows together would see the large ones only. It is
+measured on the half of the calibration rows that `balance` has not chosen by. An edge below 30 dB is given to its rows
+where they gain at least 2 dB: the linears that read it then are those of the scheme "w8a8-dynamic", which cost a
+float32 activation in memory and a pass over it. Factors that `balance` has put there go again; they are powers of two,
+so the weights lose no bit.
+
+Only where float islands read the linears, under `requant="float"`, and where no one else reads their weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq.graph import bypass, constant, exclusive_constants, get_attr, set_constant, submodule
+from fxq.observers import Edge, Fixed, Observer, Rows, WeightObserver
+from fxq.ops.activation import activation_of
+from fxq.pipeline import Context, Numbers
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
+from fxq.spelling import LINEAR, MUL, float_bounds
+from fxq.stages import Stage
+
+HOPELESS = 30.0
+"""dB. MiniLM's hopeless edges are at 25 to 28, its others at 35 and above, as are normally distributed rows."""
+LEAST_GAIN = 2.0
+"""dB. It costs time, and a few hundred rows do not tell less (`passes.balance`)."""
+
+
+@dataclass(frozen=True)
+class ScaleRows:
+    """See the module's docstring."""
+
+    name: str = "scale-rows"
+    takes: Stage = Stage.OBSERVED
+    gives: Stage = Stage.OBSERVED
+    numbers: Numbers = Numbers.ROUNDING  # as in `balance`
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Returns the number of edges given to their rows; the report tells what that gains."""
+        if not ctx.recipe.scale_rows or ctx.recipe.requant != "float":
+            return 0
+        exclusive = exclusive_constants(gm)
+        effects: dict[str, str] = {}
+        for node in list(gm.graph.nodes):
+            edge = submodule(gm, node) if node.op == "call_module" else None
+            if not isinstance(edge, Edge | Fixed) or not edge.rows.numel():
+                continue
+            readers = list(node.users)
+            if not all(_is_free(gm, reader, exclusive) for reader in readers):
+                continue
+            factors = _factors(gm, node)
+            static, dynamic = _qualities(gm, edge, readers, factors)
+            if static < HOPELESS and dynamic >= static + LEAST_GAIN:
+                _apply(gm, node, edge, readers, factors)
+                effects |= {reader.name: f"rows by themselves: {static:.1f} -> {dynamic:.1f} dB" for reader in readers}
+        ctx.report.decisions = [
+            replace(d, scheme="w8a8-dynamic", detail=effects[d.node]) if d.node in effects else d
+            for d in ctx.report.decisions
+        ]
+        return len(effects)
+
+
+def _is_free(gm: GraphModule, reader: Node, exclusive: set[Node]) -> bool:
+    """Whether `reader` is a linear with a weight of its own, whose result is read in float."""
+    if reader.target is not LINEAR or _is_quantized(gm, reader):
+        return False
+    observed = reader.args[1]
+    assert isinstance(observed, Node)
+    return isinstance(submodule(gm, observed), WeightObserver) and observed.args[0] in exclusive
+
+
+def _is_quantized(gm: GraphModule, node: Node) -> bool:
+    """Whether `node`, or a clamp or activation of it, is written as integers with a range of its own."""
+    return any(
+        isinstance(submodule(gm, user), Observer) and not isinstance(submodule(gm, user), Edge | Fixed)
+        if user.op == "call_module"
+        else (float_bounds(user) is not None or activation_of(gm, user) is not None) and _is_quantized(gm, user)
+        for user in node.users
+    )
+
+
+def _factors(gm: GraphModule, node: Node) -> Tensor | None:
+    """What `balance` multiplies the edge `node` by."""
+    scaled = node.args[0]
+    if not isinstance(scaled, Node) or scaled.target is not MUL or len(scaled.users) != 1:
+        return None
+    factors = scaled.args[1]
+    if not isinstance(factors, Node) or factors.op != "get_attr":
+        return None
+    values = constant(gm, factors)
+    return values if values.dim() == 1 and bool((torch.frexp(values).mantissa == 0.5).all()) else None
+
+
+def _weight(gm: GraphModule, reader: Node) -> tuple[Node, WeightObserver]:
+    """The constant that the linear `reader` reads, and its observer."""
+    observed = reader.args[1]
+    assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
+    observer = submodule(gm, observed)
+    assert isinstance(observer, WeightObserver)
+    return observed.args[0], observer
+
+
+def _qualities(gm: GraphModule, edge: Edge | Fixed, readers: list[Node], factors: Tensor | None) -> tuple[float, float]:
+    """In dB, as the edge stands and with scales for its rows; on every second row."""
+    rows = edge.rows[1::2] if len(edge.rows) > 1 else edge.rows
+    qparams = edge.qparams()
+    operands = (qparams.scale, qparams.zero_point)
+    static = dequantize(quantize(rows, *operands), *operands)
+    own = rows if factors is None else rows / factors
+    dynamic = fake_quantize_rows(own.contiguous())
+    errors, signal = [torch.zeros(()), torch.zeros(())], torch.zeros(())
+    for reader in readers:
+        source, observer = _weight(gm, reader)
+        w = constant(gm, source).detach()
+        unscaled = w if factors is None else w * factors
+        expected = rows @ w.t()
+        signal = signal + expected.square().sum(1)
+        for i, (x, weight) in enumerate(((static, w), (dynamic, unscaled))):
+            scales = observer.scales_of(weight)
+            integers = dequantize_weight(quantize_weight(weight.contiguous(), scales), scales)
+            errors[i] = errors[i] + (x @ integers.t() - expected).square().sum(1)
+    loud = signal > 0
+    a, b = (float(10 * torch.log10(signal / error.clamp(min=1e-30))[loud].mean()) for error in errors)
+    return a, b
+
+
+def _apply(gm: GraphModule, node: Node, edge: Edge | Fixed, readers: list[Node], factors: Tensor | None) -> None:
+    gm.set_submodule(str(node.target), Rows(edge.rows if factors is None else edge.rows / factors))
+    if factors is None:
+        return
+    for reader in readers:
+        source, _ = _weight(gm, reader)
+        path = f"{str(source.target).removesuffix('_balanced')}_unscaled"
+        path = set_constant(gm, path, constant(gm, source).detach() * factors)
+        observed = reader.args[1]
+        assert isinstance(observed, Node)
+        with gm.graph.inserting_before(observed):
+            observed.replace_input_with(source, get_attr(gm, path, source))
+        gm.graph.erase_node(source)
+    scaled = node.args[0]
+    assert isinstance(scaled, Node) and isinstance(scaled.args[0], Node)
+    bypass(gm, scaled, scaled.args[0])
+
+
+PASS = ScaleRows()
