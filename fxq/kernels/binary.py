@@ -30,7 +30,7 @@ _SOURCES = sorted(PACKAGE.glob("*.cpp"))
 _HEADERS = sorted(PACKAGE.glob("*.h"))
 _COMPILE = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # a fused multiply-add rounds once where the contract rounds twice

@@ -75,6 +75,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "elementwise.h"
 #include "activations.h"
 #include "fixed_point.h"
+#include "epilogue.h"
 #include "gemm.h"
 #include "lanes.h"
 #include "images.h"

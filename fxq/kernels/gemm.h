@@ -1,7 +1,7 @@
 // The integer product with its epilogues; a part of body.h, compiled once per instruction set.
 
-// What a tile writes. kRows: float, each row with a scale and zero point of its own; kSums: its int32 accumulators.
-enum class Leaves { kUint8, kFloat, kRows, kSums };
+// What a tile leaves: results made in registers, or its sums, for `finish_sums`.
+enum class Leaves { kUint8, kFloat, kSums };
 
 // Where one tile finds its operands and leaves its result; each pointer stands at the tile's first row and channel.
 struct Place {
@@ -11,13 +11,8 @@ struct Place {
   int64_t step;  // bytes from one group of four k to the next
   const int32_t* bias;
   const float* multiplier;
-  const float* float_bias;
-  const float* row_scale;
-  const int32_t* row_zero_point;
   const float* addend;
-  int64_t addend_stride;
   const uint8_t* residual;
-  int64_t residual_stride;
   void* y;
   int64_t y_stride;
 };
@@ -34,22 +29,22 @@ struct Rows {
 #ifdef WIDEN_ROWS
   static constexpr int64_t kMost = 1024;
   int64_t begin;
-  uint32_t pairs[R][kMost / 4][2];  // widened here once, and not again for every vector of channels
+  int32_t even[R][kMost / 4], odd[R][kMost / 4];  // widened here once, and not again for every vector of channels
 
   Rows(const uint8_t* const (&x)[R], int64_t begin, int64_t end) : begin(begin) {
     const int64_t count = (end - begin) / 4;
     for (int r = 0; r < R; ++r) {
-      const uint8_t* groups = x[r] + begin;
-      for (int64_t n = 0; n < count; ++n) {  // counted like this, it becomes vectors
-        const uint32_t group = load<uint32_t>(groups + 4 * n);
-        pairs[r][n][0] = group & 0x00FF00FF;
-        pairs[r][n][1] = group >> 8 & 0x00FF00FF;
+      const int32_t* groups = reinterpret_cast<const int32_t*>(x[r] + begin);
+      for (int64_t n = 0; n < count; n += W) {
+        const I group = load_some<I>(groups + n, count - n);
+        store(even[r] + n, group & 0x00FF00FF);
+        store(odd[r] + n, group >> 8 & 0x00FF00FF);
       }
     }
   }
   Input operator()(int r, int64_t i) const {
-    const char* pair = reinterpret_cast<const char*>(pairs[r]) + 2 * (i - begin);
-    return input(load<uint32_t>(pair), load<uint32_t>(pair + 4));
+    const int64_t n = (i - begin) / 4;
+    return input(uint32_t(even[r][n]), uint32_t(odd[r][n]));
   }
 #else
   static constexpr int64_t kMost = INT64_MAX / 2;
@@ -60,19 +55,13 @@ struct Rows {
 #endif
 };
 
-static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
-  return __builtin_convertvector(widen(load_some<B>(q, count)) - g.residual_zero_point, F) * g.residual_multiplier;
-}
-
-// R rows x C vectors of channels: summed up in registers from the bias on, and the epilogue in registers as well.
+// R rows x C vectors of channels, summed up in registers from the bias on.
 template <int R, int C, Leaves kLeaves>
 static void tile(const Gemm& g, const Place& at) {
   I acc[R][C];
   UNROLL for (int c = 0; c < C; ++c) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      acc[r][c] = load<I>(at.bias + c * W);
-      if (kLeaves == Leaves::kRows) acc[r][c] *= at.row_zero_point[r];
-    }
+    const I bias = load<I>(at.bias + c * W);
+    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = bias;
   }
   const uint8_t* x[R];
   UNROLL for (int r = 0; r < R; ++r) x[r] = at.rows ? at.rows[r] : at.x + r * g.x_stride;
@@ -100,8 +89,8 @@ static void tile(const Gemm& g, const Place& at) {
     }
   }
   if constexpr (kLeaves == Leaves::kSums) {
-    UNROLL for (int c = 0; c < C; ++c) {
-      UNROLL for (int r = 0; r < R; ++r) store(static_cast<int32_t*>(at.y) + r * at.y_stride + c * W, acc[r][c]);
+    UNROLL for (int r = 0; r < R; ++r) {
+      UNROLL for (int c = 0; c < C; ++c) store(static_cast<int32_t*>(at.y) + r * at.y_stride + c * W, acc[r][c]);
     }
     return;
   }
@@ -109,16 +98,13 @@ static void tile(const Gemm& g, const Place& at) {
   UNROLL for (int c = 0; c < C; ++c) {
     const F multiplier = load<F>(at.multiplier + c * W);
     UNROLL for (int r = 0; r < R; ++r) {
-      const F scale = kLeaves == Leaves::kRows ? multiplier * at.row_scale[r] : multiplier;
-      F value = __builtin_convertvector(acc[r][c], F) * scale;
+      F value = __builtin_convertvector(acc[r][c], F) * multiplier;
       const int64_t i = r * at.y_stride + c * W;
-      if (kLeaves == Leaves::kFloat || kLeaves == Leaves::kRows) {
-        if (kLeaves == Leaves::kRows && at.float_bias) value += load<F>(at.float_bias + c * W);
-        if (at.addend) value += load<F>(at.addend + r * at.addend_stride + c * W);
-        if (kLeaves == Leaves::kRows) value = clip(value, g.clamp_low, g.clamp_high);
+      if (kLeaves == Leaves::kFloat) {
+        if (at.addend) value += load<F>(at.addend + r * g.addend_stride + c * W);
         store(static_cast<float*>(at.y) + i, value);
       } else {
-        if (at.residual) value += residual(g, at.residual + r * at.residual_stride + c * W, W);
+        if (at.residual) value += residual(g, at.residual + r * g.residual_stride + c * W, W);
         store(static_cast<uint8_t*>(at.y) + i, round(value));
       }
     }
@@ -138,116 +124,77 @@ static Tile tile_of(int64_t columns) {
   return tile<R, 1, kLeaves>;
 }
 
+// Of one row or of kRows, which is what nearly all tiles are; of any other number it leaves sums.
 template <Leaves kLeaves>
 static Tile tile_of(int64_t rows, int64_t columns) {
-  if constexpr (kRows == 6) {
-    if (rows == 6) return tile_of<6, kLeaves>(columns);
-    if (rows == 5) return tile_of<5, kLeaves>(columns);
+  if constexpr (kLeaves == Leaves::kSums) {
+    if constexpr (kRows == 6)
+      if (rows == 5) return tile_of<5, kLeaves>(columns);
+    if constexpr (kRows > 4)
+      if (rows == 4) return tile_of<4, kLeaves>(columns);
+    if (rows == 3) return tile_of<3, kLeaves>(columns);
+    if (rows == 2) return tile_of<2, kLeaves>(columns);
   }
-  if (rows == 4) return tile_of<4, kLeaves>(columns);
-  if (rows == 3) return tile_of<3, kLeaves>(columns);
-  if (rows == 2) return tile_of<2, kLeaves>(columns);
-  return tile_of<1, kLeaves>(columns);
-}
-
-// memcpy without a call: rows of a strip are short and many.
-static inline void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  if (bytes < 16) return void(memcpy(to, from, bytes));
-  for (int64_t i = 0; i + 16 < bytes; i += 16) memcpy(to + i, from + i, 16);
-  memcpy(to + bytes - 16, from + bytes - 16, 16);
+  return rows == 1 ? tile_of<1, kLeaves>(columns) : tile_of<kRows, kLeaves>(columns);
 }
 
 // A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time.
 static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, const int8_t* weight,
                   int64_t step) {
   constexpr int64_t kWidth = kColumns * W;
-  const int64_t size = g.output == Output::kFloat || g.output == Output::kActivation ? sizeof(float) : 1;
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
-  const bool ragged = valid < width;  // the arrays end within the last vector: work on padded copies
-  const bool staged = ragged || g.output == Output::kActivation || g.output == Output::kActivationUint8 ||
-                      g.output == Output::kFixed;
-  const Leaves leaves = g.output == Output::kUint8   ? Leaves::kUint8
-                        : g.output == Output::kFixed ? Leaves::kSums
-                        : g.dynamic                  ? Leaves::kRows
-                                                     : Leaves::kFloat;
+  const bool ragged = valid < width;  // the arrays end within the last vector
+  const bool to_uint8 = g.output == Output::kUint8;
+  const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat);
+  const bool only_sums = g.output == Output::kFixed || g.dynamic || (ragged && (g.addend || g.residual));
+  alignas(64) int32_t bias[kWidth];
+  alignas(64) float multiplier[kWidth];
+  alignas(64) int32_t stage[kRows * kWidth];
 
   Place at = {};
   at.weight = weight;
   at.step = step;
   at.bias = g.bias + channel;
-  at.multiplier = g.multiplier ? g.multiplier + channel : nullptr;  // kFixed has none
-  at.float_bias = g.float_bias ? g.float_bias + channel : nullptr;
-  at.addend_stride = g.addend_stride;
-  at.residual_stride = g.residual_stride;
-  alignas(64) int32_t bias[kWidth];
-  alignas(64) float multiplier[kWidth], float_bias[kWidth];
-  if (ragged) {
+  if (!only_sums) at.multiplier = g.multiplier + channel;
+  if (ragged || g.dynamic) {
     memset(bias, 0, sizeof bias);
-    memset(multiplier, 0, sizeof multiplier);
-    at.bias = static_cast<int32_t*>(memcpy(bias, at.bias, valid * sizeof(int32_t)));
-    if (at.multiplier) at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
-    if (at.float_bias) {
-      memset(float_bias, 0, sizeof float_bias);
-      at.float_bias = static_cast<float*>(memcpy(float_bias, at.float_bias, valid * sizeof(float)));
-    }
+    if (!g.dynamic) memcpy(bias, at.bias, valid * sizeof(int32_t));
+    at.bias = bias;
   }
-  alignas(64) float stage[kRows * kWidth];
-  alignas(64) float addend[kRows * kWidth];
-  alignas(64) uint8_t added[kRows * kWidth];
+  if (ragged && !only_sums) {
+    memset(multiplier, 0, sizeof multiplier);
+    at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
+  }
 
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
-    uint8_t* y = static_cast<uint8_t*>(g.y) + (row * g.y_stride + channel) * size;
     if (g.rows)
       at.rows = g.rows + row;
     else
       at.x = g.x + row * g.x_stride;
-    if (g.dynamic) {
-      at.row_scale = g.row_scale + row;
-      at.row_zero_point = g.row_zero_point + row;
-    }
-    at.y = staged ? static_cast<void*>(stage) : y;
-    at.y_stride = staged ? width : g.y_stride;
-    if (g.addend) {
-      at.addend = g.addend + row * g.addend_stride + channel;
-      if (ragged) {
-        for (int64_t r = 0; r < rows; ++r)
-          memcpy(addend + r * width, at.addend + r * g.addend_stride, valid * sizeof(float));
-        at.addend = addend;
-        at.addend_stride = width;
-      }
-    }
-    if (g.residual) {
-      at.residual = g.residual + row * g.residual_stride + channel;
-      if (ragged) {
-        for (int64_t r = 0; r < rows; ++r)
-          memcpy(added + r * width, at.residual + r * g.residual_stride, valid);
-        at.residual = added;
-        at.residual_stride = width;
-      }
-    }
-    (leaves == Leaves::kUint8   ? tile_of<Leaves::kUint8>(rows, columns)
-     : leaves == Leaves::kFloat ? tile_of<Leaves::kFloat>(rows, columns)
-     : leaves == Leaves::kRows  ? tile_of<Leaves::kRows>(rows, columns)
-                                : tile_of<Leaves::kSums>(rows, columns))(g, at);
-    if (!staged) continue;
-
-    if (g.output == Output::kFixed) {
-      (g.twice ? fixed_tile<true> : fixed_tile<false>)(g, row, channel, reinterpret_cast<int32_t*>(stage), rows, width,
-                                                       y, valid);
+    at.y = stage;
+    at.y_stride = width;
+    if (only_sums || (rows != 1 && rows != kRows)) {
+      tile_of<Leaves::kSums>(rows, columns)(g, at);
+      finish_sums(g, row, rows, channel, valid, stage, width);
       continue;
     }
 
-    if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
-      activate(g.activation, stage, rows * width);
-    for (int64_t r = 0; r < rows; ++r, y += g.y_stride * size) {
-      if (g.output != Output::kActivationUint8)
-        copy(y, reinterpret_cast<uint8_t*>(stage) + r * width * size, valid * size);
-      else if (g.factor)
-        quantize_scaled(stage + r * width, g.factor + channel, y, valid, g.inverse, g.zero_point);
-      else
-        quantize(stage + r * width, y, valid, g.inverse, g.zero_point);
+    const int64_t i = row * g.y_stride + channel;
+    uint8_t* const q = static_cast<uint8_t*>(g.y) + i;
+    if (!staged) {
+      at.y = to_uint8 ? static_cast<void*>(q) : static_cast<float*>(g.y) + i;
+      at.y_stride = g.y_stride;
     }
+    if (g.addend) at.addend = g.addend + row * g.addend_stride + channel;
+    if (g.residual) at.residual = g.residual + row * g.residual_stride + channel;
+    (to_uint8 ? tile_of<Leaves::kUint8>(rows, columns) : tile_of<Leaves::kFloat>(rows, columns))(g, at);
+    if (!staged) continue;
+    if (!to_uint8) {
+      finish_values(g, row, rows, channel, valid, reinterpret_cast<float*>(stage), width);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) copy(q + r * g.y_stride, reinterpret_cast<uint8_t*>(stage) + r * width, valid);
   }
 }
 

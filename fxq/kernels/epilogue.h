@@ -1,0 +1,109 @@
+// What becomes of the sums of a tile of the integer product; a part of body.h, compiled once per instruction set.
+
+static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
+  return __builtin_convertvector(widen(load_some<B>(q, count)) - g.residual_zero_point, F) * g.residual_multiplier;
+}
+
+// memcpy without a call: rows of a tile are short and many.
+static inline void copy(void* to, const void* from, int64_t bytes) {
+  uint8_t* const y = static_cast<uint8_t*>(to);
+  const uint8_t* const x = static_cast<const uint8_t*>(from);
+  if (bytes < 16) return void(memcpy(y, x, bytes));
+  for (int64_t i = 0; i + 16 < bytes; i += 16) memcpy(y + i, x + i, 16);
+  memcpy(y + bytes - 16, x + bytes - 16, 16);
+}
+
+// The float that each sum of a row stands for; `y` may be where the sums lie.
+template <bool kDynamic, bool kAddend>
+struct ScaleSums {
+  const Gemm& g;
+  const int32_t* sums;
+  float* y;
+  const float* multiplier;
+  const int32_t* column_sums;
+  const float* bias;
+  const float* addend;
+  int32_t zero_point;
+  float scale;
+
+  inline void operator()(int64_t i, int64_t count) const {
+    I sum = load<I>(sums + i);
+    F factor = load_some<F>(multiplier + i, count);
+    if constexpr (kDynamic) {
+      sum += load_some<I>(column_sums + i, count) * zero_point;
+      factor *= scale;
+    }
+    F value = __builtin_convertvector(sum, F) * factor;
+    if (kDynamic && bias) value += load_some<F>(bias + i, count);
+    if (kAddend) value += load_some<F>(addend + i, count);
+    if (kDynamic) value = clip(value, g.clamp_low, g.clamp_high);
+    store_some(y + i, value, count);
+  }
+};
+
+template <bool kDynamic, bool kAddend>
+static void scale_sums(const Gemm& g, int64_t row, int64_t rows, int64_t channel, int64_t valid, const int32_t* sums,
+                       int64_t width, float* y, int64_t y_stride) {
+  ScaleSums<kDynamic, kAddend> step{g, sums, y, g.multiplier + channel, nullptr, nullptr, nullptr, 0, 1};
+  if (kAddend) step.addend = g.addend + row * g.addend_stride + channel;
+  if (kDynamic) step.column_sums = g.bias + channel;
+  if (kDynamic && g.float_bias) step.bias = g.float_bias + channel;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (kDynamic) step.zero_point = g.row_zero_point[row + r];
+    if (kDynamic) step.scale = g.row_scale[row + r];
+    for_each_vector(valid, step);
+    step.sums += width;
+    step.y += y_stride;
+    if (kAddend) step.addend += g.addend_stride;
+  }
+}
+
+struct RoundValues {
+  const Gemm& g;
+  Rounding round;
+  const float* x;
+  const uint8_t* added;
+  uint8_t* y;
+
+  inline void operator()(int64_t i, int64_t count) const {
+    F value = load<F>(x + i);
+    if (added) value += residual(g, added + i, count);
+    store_some(y + i, round(value), count);
+  }
+};
+
+// Floats [rows, width], of which `valid` channels exist, to y at [row, channel]; they are overwritten on the way.
+static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t channel, int64_t valid, float* values,
+                          int64_t width) {
+  if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
+    activate(g.activation, values, rows * width);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const x = values + r * width;
+    const int64_t i = (row + r) * g.y_stride + channel;
+    uint8_t* const q = static_cast<uint8_t*>(g.y) + i;
+    if (g.output == Output::kFloat || g.output == Output::kActivation)
+      copy(static_cast<float*>(g.y) + i, x, valid * sizeof(float));
+    else if (g.output == Output::kUint8)
+      for_each_vector(valid, RoundValues{g, Rounding(g.zero_point, g.low, g.high), x,
+                                         g.residual ? g.residual + (row + r) * g.residual_stride + channel : nullptr, q});
+    else if (g.factor)
+      quantize_scaled(x, g.factor + channel, q, valid, g.inverse, g.zero_point);
+    else
+      quantize(x, q, valid, g.inverse, g.zero_point);
+  }
+}
+
+// The same of the sums that a tile has left; floats take their places.
+static void finish_sums(const Gemm& g, int64_t row, int64_t rows, int64_t channel, int64_t valid, int32_t* sums,
+                        int64_t width) {
+  const int64_t i = row * g.y_stride + channel;
+  if (g.output == Output::kFixed)
+    return (g.twice ? fixed_tile<true> : fixed_tile<false>)(g, row, channel, sums, rows, width,
+                                                            static_cast<uint8_t*>(g.y) + i, valid);
+  const bool direct = g.output == Output::kFloat;
+  float* const values = direct ? static_cast<float*>(g.y) + i : reinterpret_cast<float*>(sums);
+  (g.dynamic  ? g.addend ? scale_sums<true, true> : scale_sums<true, false>
+   : g.addend ? scale_sums<false, true>
+              : scale_sums<false, false>)(g, row, rows, channel, valid, sums, width, values, direct ? g.y_stride : width);
+  if (!direct) finish_values(g, row, rows, channel, valid, values, width);
+}
