@@ -8,8 +8,8 @@
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
 - end_training, balance, scale_rows, round_weights, judge_attention: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, order_channels, fuse_chains, prune:
-  INTEGER
+- lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, fuse_embeddings, order_channels,
+  fuse_chains, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -26,6 +26,7 @@ from passes import (
     fuse_activation,
     fuse_chains,
     fuse_conv_add,
+    fuse_embeddings,
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
@@ -76,6 +77,7 @@ LOWER: tuple[Pass, ...] = (
     fuse_conv_add.PASS,
     fuse_activation.PASS,
     fuse_norm.PASS,
+    fuse_embeddings.PASS,
     order_channels.PASS,
     fuse_chains.PASS,
     prune.PASS,

@@ -83,8 +83,9 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "attention.h"
 #include "dynamic.h"
 #include "weight_only.h"
+#include "embedding.h"
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, norm, gemm, attention, lanes,
-                         max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm};
+                         max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm, embed};

@@ -114,6 +114,12 @@ struct Norm {
   int32_t zero_point = 0;
 };
 
+// A row of an int8 table and its scale.
+struct TableRow {
+  const int8_t* q;
+  float scale;
+};
+
 struct Kernels {
   const char* isa;
   void (*quantize)(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point);
@@ -148,6 +154,8 @@ struct Kernels {
   void (*multiply)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
   void (*gemm_dynamic)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+  // y = the sum of `count` rows of k values.
+  void (*embed)(const TableRow* rows, int64_t count, int64_t k, float* y);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -3,37 +3,18 @@
 #include <optional>
 #include <string>
 
-#include "checks.h"
+#include "norm_rows.h"
 
 namespace fxq {
 namespace {
 
-// What the three operators share: checks, and the operands of `norm`.
-struct Operands {
-  Norm norm{};
+// What the three operators share: x beside the operands of `norm`.
+struct Operands : NormRows {
   const Contiguous x;
-  std::optional<Contiguous> weight, bias, factor;
-  const char* op;
 
   Operands(const char* op, const Tensor& x, const std::string& kind, const std::optional<Tensor>& weight,
            const std::optional<Tensor>& bias, double eps)
-      : x(x), op(op) {
-    expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32");
-    if (x.dim() == 0) fail(op, ": x is a scalar, expected [..., K]");
-    if (kind != "layer_norm" && kind != "rms_norm") fail(op, ": kind '", kind, "', expected layer_norm or rms_norm");
-    norm.k = x.shape().sizes[x.dim() - 1];
-    norm.centred = kind == "layer_norm";
-    norm.eps = float(eps);
-    norm.weight = row("weight", weight, this->weight);
-    norm.bias = row("bias", bias, this->bias);
-  }
-
-  void quantized(double scale, int64_t zero_point, const std::optional<Tensor>& factor) {
-    expect_range(op, zero_point, 0, 255);
-    norm.factor = row("factor", factor, this->factor);
-    norm.inverse = 1.0f / float(scale);
-    norm.zero_point = int32_t(zero_point);
-  }
+      : NormRows(op, width(op, x), kind, weight, bias, eps), x(x) {}
 
   void run(int64_t count, float* y, uint8_t* q) const {
     if (!count) return;
@@ -45,12 +26,10 @@ struct Operands {
   }
 
  private:
-  const float* row(const char* name, const std::optional<Tensor>& t, std::optional<Contiguous>& kept) const {
-    if (!t) return nullptr;
-    expect_dtype(op, name, *t, aoti_torch_dtype_float32(), "float32");
-    if (t->dim() != 1 || t->numel() != norm.k)
-      fail(op, ": ", name, " has shape ", t->shape(), ", expected [", norm.k, "], the last dimension of x");
-    return kept.emplace(*t).data<float>();
+  static int64_t width(const char* op, const Tensor& x) {
+    expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32");
+    if (x.dim() == 0) fail(op, ": x is a scalar, expected [..., K]");
+    return x.shape().sizes[x.dim() - 1];
   }
 };
 

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace fxq {
 
@@ -149,6 +150,11 @@ T argument(StableIValue value) {
   } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
     return handle ? T(Tensor(*handle)) : T();
+  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+    std::vector<Tensor> tensors;
+    for (AtenTensorHandle handle : torch::stable::detail::to<std::vector<AtenTensorHandle>>(value))
+      tensors.emplace_back(handle);
+    return tensors;
   } else {
     return torch::stable::detail::to<T>(value);
   }

@@ -62,6 +62,7 @@ from fxq.numerics.conv_packing import (
     unpack_transposed,
 )
 from fxq.numerics.dynamic import fake_quantize_rows, qlinear_dynamic, quantize_rows, row_qparams
+from fxq.numerics.embedding import embed, embed_norm
 from fxq.numerics.engines import (
     ENGINES,
     engine_result,
@@ -128,6 +129,8 @@ __all__ = [
     "dequantize",
     "dequantize_multiplier",
     "dequantize_weight",
+    "embed",
+    "embed_norm",
     "engine_result",
     "f32",
     "fake_quantize_rows",

@@ -1,14 +1,17 @@
-"""embedding: rows of an int8 table, each with a scale of its own, as float32.
+"""embedding: rows of int8 tables, each with a scale of its own, as float32; added up and normalised where a model does.
 
-    y[..., k] = f32(scale[id] * q[id, k])
+    qembedding         y[..., k] = f32(scale[id] * q[id, k])                                      -> float32
+    qembedding_norm    x = y of the first table + y of the second + ..., each addition rounded once
+                       norm(x), quantize(norm(x) [* factor], scale, zero_point)                   -> float32, uint8
 
-ids: int32 or int64, any shape; table: int8 [V, K]; scales: float32 [V]; y: float32 [..., K]. A quarter of the memory of
-a float32 table. An id outside 0..V-1 raises IndexError, as in torch, whose own kernels look up the rows. NumPy truth:
-`fxq.numerics.dequantize_weight` of the rows.
+ids: int32 or int64, any shape, several of them shapes that broadcast together; table: int8 [V, K]; scales: float32 [V];
+y: float32 [..., K]; kind, weight, bias, eps as in `fxq.ops.norm`. A quarter of the memory of a float32 table. An id
+outside 0..V-1 raises IndexError, as in torch. NumPy truth: `fxq.numerics.embed`, `embed_norm`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,41 @@ qembedding = kernels.define(
     "qembedding(Tensor ids, Tensor table, Tensor scales) -> Tensor",
     _qembedding,
     lambda ids, table, scales: table.new_empty(*ids.shape, table.shape[1], dtype=torch.float32),
+)
+
+
+def _qembedding_norm(
+    ids: list[Tensor],
+    tables: list[Tensor],
+    scales: list[Tensor],
+    kind: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    zero_point: int,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    counts = len(ids), len(tables), len(scales)
+    if not ids or len(set(counts)) != 1:
+        raise ValueError("fxq::qembedding_norm: {} ids, {} tables, {} scales, expected as many".format(*counts))
+    x = functools.reduce(torch.add, map(_qembedding, ids, tables, scales))
+    operands = kind, weight, bias, eps, scale, zero_point, factor
+    y, q = kernels.portable("norm_and_quantize")(x, *operands)
+    return y, q
+
+
+def _both(ids: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(*(index.shape for index in ids))  # type: ignore[no-untyped-call]
+    y = tables[0].new_empty(*shape, tables[0].shape[1], dtype=torch.float32)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+qembedding_norm = kernels.define(
+    "qembedding_norm(Tensor[] ids, Tensor[] tables, Tensor[] scales, str kind, Tensor? weight, Tensor? bias, "
+    "float eps, float scale, int zero_point, Tensor? factor=None) -> (Tensor, Tensor)",
+    _qembedding_norm,
+    lambda ids, tables, *rest: _both(ids, tables),
 )
 
 _OPERANDS = Op({dequantize_weight}, Const("table"), Const("scales"), shared=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxq
 from fxq import Reason, numerics
-from fxq.ops.embedding import qembedding
+from fxq.ops.embedding import qembedding, qembedding_norm
 
 TABLE = torch.randint(-127, 128, (11, 6), dtype=torch.int8)
 SCALES = torch.rand(11)
@@ -30,8 +30,43 @@ def test_ids_out_of_range_raise_what_torch_raises(bad):
 
 
 def test_scales_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="scales"):
+    with pytest.raises((RuntimeError, ValueError), match="scales"):
         qembedding(torch.tensor([0]), TABLE, SCALES[:3])
+
+
+def tables(k, *sizes):
+    return [torch.randint(-127, 128, (v, k), dtype=torch.int8) for v in sizes], [torch.rand(v) for v in sizes]
+
+
+@pytest.mark.parametrize("k", [1, 16, 65, 384])
+@pytest.mark.parametrize("kind", list(numerics.NORMS))
+@pytest.mark.parametrize("shapes", [[(2, 3)], [(2, 3), (3,), (1, 3)], [(2, 1), (1, 4)], [(), (0,)]], ids=str)
+def test_the_sum_of_tables_normalised(on_isa, k, kind, shapes):
+    rows, scales = tables(k, *range(5, 5 + len(shapes)))
+    ids = [torch.randint(0, 5, shape, dtype=(torch.int64, torch.int32)[i % 2]) for i, shape in enumerate(shapes)]
+    ids[0] = ids[0].t().contiguous().t() if ids[0].dim() == 2 else ids[0]
+    for weight, factor in ((None, None), (torch.randn(k), torch.exp2(torch.randint(-5, 5, (k,)).float()))):
+        operands = kind, weight, weight, 1e-5, 0.03, 7, factor
+        found = on_isa(qembedding_norm, ids, rows, scales, *operands)
+        arrays = [None if v is None else v.numpy() if isinstance(v, torch.Tensor) else v for v in operands]
+        lists = [[t.numpy() for t in part] for part in (ids, rows, scales)]
+        expected = numerics.embed_norm(*lists, *arrays)
+        assert [t.dtype for t in found] == [torch.float32, torch.uint8]
+        assert all(np.array_equal(a.numpy(), b) for a, b in zip(found, expected, strict=True))
+    torch.library.opcheck(
+        qembedding_norm, (ids, rows, scales, *operands), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_the_norm_of_a_sum_refuses_what_does_not_fit():
+    (rows, scales), norm = tables(8, 5, 6), ("layer_norm", None, None, 1e-5, 0.03, 7)
+    ids = [torch.tensor([1, 2]), torch.tensor([3, 4])]
+    with pytest.raises(IndexError, match="out of range"):
+        qembedding_norm([ids[0], torch.tensor([0, 6])], rows, scales, *norm)
+    with pytest.raises((RuntimeError, ValueError), match="tables"):
+        qembedding_norm(ids, rows[:1], scales, *norm)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        qembedding_norm([ids[0], torch.tensor([1, 2, 3])], rows, scales, *norm)
 
 
 IDS = torch.randint(0, 50, (4, 7))
