@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench observers conversion tracing-table pictures plots clean
+.PHONY: demo test lint check-types pytest sanitize bench zoo observers conversion tracing-table pictures plots clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -50,6 +50,9 @@ $(VENV)/ready-bench: $(VENV)/ready
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+zoo: $(VENV)/ready-bench
+	$(BIN)/python -m benchmarks.zoo
 
 pictures: $(VENV)/ready
 	$(BIN)/python docs/pictures.py

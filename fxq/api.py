@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,6 +36,7 @@ from fxq.pipeline import Context, Pass
 from fxq.profiling import Profile, measure
 from fxq.quantized import QuantizedModule, encode, weight_bytes
 from fxq.recipe import Recipe
+from fxq.remedies import find_remedies
 from fxq.stages import Stage
 from fxq.torch_quantized import StandIn, stand_ins
 from fxq.tracing.values import tensors
@@ -371,10 +373,16 @@ def compare(
     *,
     kwargs: Mapping[str, Any] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
+    calibration_data: Iterable[Any] | None = None,
+    recipe: str | Recipe = "w8a8",
+    seconds: float = 60.0,
+    progress: bool | None = None,
 ) -> Comparison:
     """Each integer layer's SQNR in dB against the float model: with exact inputs (alone), and as it runs (accumulated).
 
-    Raises `InputError` where `qmodel` was not made of `model`.
+    calibration_data, recipe: what `quantize` was given; with them, remedies for the three layers that lose most are
+    tried, each by quantizing the model anew, and the best stands in the result as a recipe to paste. seconds: after
+    which no further one is tried. Raises `InputError` where `qmodel` was not made of `model`, or by another recipe.
     """
     from passes import PREPARE
 
@@ -387,7 +395,27 @@ def compare(
     ctx = Context(Recipe(), (), call.clone())
     pipeline.begin(gm, ctx)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-    return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(qmodel), call)
+    result = compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(qmodel), call)
+    if calibration_data is None:
+        return result
+    base, data = Recipe.of(recipe), list(calibration_data)
+    if base.title != qmodel.report.recipe:
+        raise InputError(f"fxq.compare: qmodel was quantized by {qmodel.report.recipe!r}, recipe is {base.title!r}")
+
+    def attempt(changed: Recipe) -> float:
+        again = quantize(
+            model,
+            inputs,
+            example_kwargs=kwargs,
+            calibration_data=data,
+            recipe=changed,
+            on_low_sqnr="ignore",
+            leaves=leaves,
+            progress=False,
+        )
+        return cast(float, again.report.sqnr)
+
+    return replace(result, suspects=find_remedies(result, qmodel.report, base, attempt, seconds, progress))
 
 
 @torch.inference_mode(False)

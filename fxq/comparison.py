@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,41 @@ class Spread:
 
 
 BINS = 64
+EQUAL = 0.1
+"""dB. Of remedies as good as that, the first tried is taken; float is the last."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A recipe with one rule more, as Python text; output: the SQNR in dB that the model reaches with it."""
+
+    recipe: str
+    output: float
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A module that loses much by itself; SQNR in dB. before: of the model's output; tried: in the order of trying."""
+
+    module: str
+    alone: float
+    before: float
+    tried: tuple[Remedy, ...]
+
+    @property
+    def best(self) -> Remedy | None:
+        """The remedy that helps most; None where none helps."""
+        most = max((remedy.output for remedy in self.tried), default=self.before)
+        found = (remedy for remedy in self.tried if remedy.output > most - EQUAL)
+        return next(found) if most > self.before + EQUAL else None
+
+    def __str__(self) -> str:
+        head = f"{self.module}: {self.alone:.1f} dB alone; "
+        if not self.tried:
+            return f"{head}no remedy was tried, for lack of time"
+        if self.best is None:
+            return f"{head}none of {len(self.tried)} remedies lifts the output above {self.before:.1f} dB"
+        return f"{head}the output goes from {self.before:.1f} to {self.best.output:.1f} dB with\n  {self.best.recipe}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +125,8 @@ class Comparison:
 
     layers: list[Layer]
     output: float
+    suspects: list[Suspect] = field(default_factory=list)
+    """Those that lose most, with what was tried for them: `fxq.compare(..., calibration_data=...)`."""
 
     def worst(self, count: int) -> list[Layer]:
         """The layers that lose most by themselves."""
@@ -97,7 +134,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"layers": [asdict(layer) for layer in self.layers], "output": self.output}
+        return asdict(self)
 
     def plot(self, path: str | Path) -> Path:
         """Noise along the depth, and for the three worst layers their values in their range; needs matplotlib.
@@ -141,7 +178,7 @@ class Comparison:
         lines = [
             "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
         ]
-        return "\n".join([*lines, f"output: {self.output:.1f} dB"])
+        return "\n".join([*lines, f"output: {self.output:.1f} dB", *map(str, self.suspects)])
 
 
 class _Values(Interpreter):

@@ -27,11 +27,10 @@ from fxq.errors import FileError
 from fxq.graph import submodule, target_name
 from fxq.kernels.binary import cache
 
-VERSION = 2
+VERSION = 3
 """Of the file's format and of the way of timing."""
-_ROUNDS, _ROUND_SECONDS = 7, 0.2e-3
-_LONG = 5e-3
-"""Seconds. A call that takes longer is timed in three rounds."""
+_ROUNDS, _SECONDS = (3, 25), 0.03
+"""Calls of one operation that are timed: as many as fill these seconds, within the first."""
 AMONG = 1 << 20, 1 << 25
 """Bytes of a model's constants: below the first they stay in the caches; more than the second make no difference."""
 _SMALL = frozenset({"zero_point", "low", "high", "z_x", "z_a", "z_b"})
@@ -57,7 +56,7 @@ class Costs:
         self.seconds = self._read()
         self._fresh: dict[str, float] = {}
 
-    def of(self, key: str, run: Callable[[], object], between: Callable[[], object] | None = None) -> float:
+    def of(self, key: str, run: Callable[[], object], between: Callable[[], object] = lambda: None) -> float:
         """The seconds of the operation behind `key`; `run` does it once, and is timed where the key is new.
 
         between: what happens, untimed, between two calls.
@@ -119,22 +118,18 @@ def among(gm: GraphModule) -> int:
     return min(1 << (size.bit_length() - 1), most) if size >= least else 0
 
 
-def _time(run: Callable[[], object], between: Callable[[], object] | None) -> float:
-    """Seconds of one call: the median of a few rounds, each of as many calls as fill a fifth of a millisecond.
+def _time(run: Callable[[], object], between: Callable[[], object]) -> float:
+    """Seconds of one call: the median of a few, each with something else before it, as operations have in a model."""
 
-    With something to do between two calls, each round is one.
-    """
-    run()
-    start = time.perf_counter()
-    run()
-    once = max(time.perf_counter() - start, 1e-7)
-    count = 1 if between is not None else max(1, round(_ROUND_SECONDS / once))
-    rounds = []
-    for _ in range(_ROUNDS if once < _LONG else 3):
-        if between is not None:
-            between()
+    def once() -> float:
+        between()
         start = time.perf_counter()
-        for _ in range(count):
-            run()
-        rounds.append((time.perf_counter() - start) / count)
-    return median(rounds)
+        run()
+        return time.perf_counter() - start
+
+    once()
+    start = time.perf_counter()
+    once()
+    least, most = _ROUNDS
+    rounds = max(least, min(most, int(_SECONDS / (time.perf_counter() - start))))
+    return median(once() for _ in range(rounds))

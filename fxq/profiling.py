@@ -139,8 +139,6 @@ class _Predictor(Interpreter):
         """The cost of `n`, whose operands have just been computed, while its constants have made room for others."""
         function = _function(self, n)
         key = key_of(self.module, n, args, kwargs)  # type: ignore[arg-type]
-        if not len(self.others):
-            return self.costs.of(key, lambda: function(*args, **kwargs))
         computed = list(tensors([self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]))
 
         def between() -> None:
@@ -148,7 +146,8 @@ class _Predictor(Interpreter):
             for operand in computed:
                 operand.clone()
 
-        key = f"{key} among {len(self.others) >> 20} MB"
+        if len(self.others):
+            key = f"{key} among {len(self.others) >> 20} MB"
         return self.costs.of(key, lambda: function(*args, **kwargs), between)
 
 

@@ -42,6 +42,25 @@ class Rule:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(other, **given)
 
+    @property
+    def code(self) -> str:
+        """The rule as Python text."""
+        return "fxq.FLOAT" if self == FLOAT else f"fxq.Rule({_given(self)})"
+
+
+def _given(settings: Rule | Recipe) -> str:
+    """The settings that are not the default, as arguments."""
+    texts = []
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if isinstance(value, Mapping):
+            if value:
+                rules = ", ".join(f"{name!r}: {rule.code}" for name, rule in value.items())
+                texts.append(f"{f.name}={{{rules}}}")
+        elif value != f.default:
+            texts.append(f"{f.name}={value!r}")
+    return ", ".join(texts)
+
 
 FLOAT = Rule(scheme="float")
 """The rule that keeps a part of the model float."""
@@ -111,6 +130,11 @@ class Recipe:
         """What reports call it: the scheme, how it requantizes where that is not in float, integer outputs."""
         requant = "" if self.requant == "float" else f", requant fixed, rounding {self.rounding}"
         return f"{self.scheme}{requant}{', outputs uint8' if self.outputs == 'uint8' else ''}"
+
+    @property
+    def code(self) -> str:
+        """The recipe as Python text, to be evaluated beside `import fxq`."""
+        return f"fxq.Recipe({_given(self)})"
 
     @classmethod
     def of(cls, recipe: str | Recipe) -> Recipe:

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import fxq
-from fxq.comparison import BINS
+from fxq.comparison import BINS, Remedy, Suspect
 
 
 @pytest.fixture
@@ -76,3 +77,60 @@ def test_without_matplotlib(model, tmp_path, monkeypatch):
     comparison = fxq.compare(model, fxq.quantize(model, torch.randn(8, 16)), torch.randn(8, 16))
     with pytest.raises(fxq.InputError, match="pip install"):
         comparison.plot(tmp_path / "noise.svg")
+
+
+@pytest.fixture
+def spoiled():
+    """Three linears; the input of the second has a channel so large that min_max leaves little for the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 0] *= 300
+    return model
+
+
+RECIPE = fxq.Recipe(observer="min_max", balance=False, round_weights=False, weight="per_tensor")
+
+
+def test_remedies_are_tried_and_can_be_pasted(spoiled):
+    data = [torch.randn(64, 16) for _ in range(2)]
+    qmodel = fxq.quantize(spoiled, data[0], calibration_data=data, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    found = fxq.compare(spoiled, qmodel, data[0], calibration_data=iter(data), recipe=RECIPE, progress=False)
+    assert len(found.suspects) == 3
+    alone = [suspect.alone for suspect in found.suspects]
+    assert alone == sorted(alone)
+    first = found.suspects[0]
+    assert first.before == found.output
+    assert first.best.output == max(remedy.output for remedy in first.tried) > first.before + 1
+    pasted = eval(first.best.recipe, {"fxq": fxq})  # what the user does with it
+    assert replace(pasted, modules={}) == RECIPE
+    assert list(pasted.modules) == [first.module]
+    again = fxq.quantize(spoiled, data[0], calibration_data=data, recipe=pasted, on_low_sqnr="ignore", progress=False)
+    assert again.report.sqnr == pytest.approx(first.best.output)
+    assert first.best.recipe in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["suspects"][0]["tried"][0]["recipe"].startswith("fxq.Recipe(")
+
+
+def test_remedies_end_in_time(spoiled):
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(spoiled, x, on_low_sqnr="ignore", progress=False)
+    found = fxq.compare(spoiled, qmodel, x, calibration_data=[x], seconds=0, progress=False)
+    assert [suspect.tried for suspect in found.suspects] == [()] * 3
+    assert "for lack of time" in str(found)
+
+
+def test_remedies_need_the_recipe(spoiled):
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(spoiled, x, recipe="w8a8-dynamic", on_low_sqnr="ignore", progress=False)
+    with pytest.raises(fxq.InputError, match="was quantized by 'w8a8-dynamic', recipe is 'w8a8'"):
+        fxq.compare(spoiled, qmodel, x, calibration_data=[x])
+
+
+def test_of_equal_remedies_the_first_is_taken():
+    def suspect(*outputs):
+        return Suspect("a", 10.0, 20.0, tuple(Remedy(str(i), output) for i, output in enumerate(outputs)))
+
+    assert suspect(20.05, 19.0).best is None
+    assert "none of 2 remedies lifts the output above 20.0 dB" in str(suspect(20.05, 19.0))
+    assert suspect(25.0, 30.0, 30.05).best.recipe == "1"
+    assert suspect().best is None

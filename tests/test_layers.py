@@ -40,6 +40,7 @@ LAYERS = [
         "fxq.costs",
         "fxq.profiling",
         "fxq.quantized",
+        "fxq.remedies",
     },
     {"fxq.pipeline", "fxq.swapping", "fxq.leaves"},
     {"passes"},

@@ -146,3 +146,19 @@ def test_a_layer_that_the_recipe_keeps_float_may_hold_nan():
         fxq.quantize(model, torch.randn(16, 8))
     qmodel = fxq.quantize(model, torch.randn(16, 8), recipe=Recipe(modules={"last": FLOAT}), on_low_sqnr="ignore")
     assert qmodel.report.int8_share > 0.5
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fxq.Recipe(),
+        fxq.Recipe("w8a8-dynamic", judge_costs=False),
+        fxq.Recipe(
+            observer="min_max",
+            modules={"a.*": fxq.FLOAT, 'b"': fxq.Rule("w8a32", weight="per_tensor")},
+            ops={"add": fxq.FLOAT},
+        ),
+    ],
+)
+def test_code_evaluates_to_the_recipe(recipe):
+    assert eval(recipe.code) == recipe
