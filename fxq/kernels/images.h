@@ -1,21 +1,31 @@
 // Kernels for channels-last images beside the products: pooling, means of pixels, gates; a part of body.h.
 
-// y[c] = the largest x[taps[t] + c] over `count` taps.
-static void max_of(const uint8_t* x, const int64_t* taps, int64_t count, uint8_t* y, int64_t channels) {
-  using Bytes = typename Vectors<4 * W>::B;
-  int64_t c = 0;
-  for (; c + 4 * W <= channels; c += 4 * W) {
-    Bytes best = load<Bytes>(x + taps[0] + c);
-    for (int64_t t = 1; t < count; ++t) {
-      const Bytes other = load<Bytes>(x + taps[t] + c);
-      best = other > best ? other : best;
-    }
-    store(y + c, best);
+template <class V>
+static inline void max_part(const uint8_t* x, const int64_t* taps, int64_t count, uint8_t* y) {
+  V best = load<V>(x + taps[0]);
+  for (int64_t t = 1; t < count; ++t) {
+    const V other = load<V>(x + taps[t]);
+    best = other > best ? other : best;
   }
-  for (; c < channels; ++c) {
-    uint8_t best = x[taps[0] + c];
-    for (int64_t t = 1; t < count; ++t) best = x[taps[t] + c] > best ? x[taps[t] + c] : best;
-    y[c] = best;
+  store(y, best);
+}
+
+// y[p][c] = the largest x[p * pixel_step + taps[t] + c] over `count` taps.
+static void max_of(const uint8_t* x, const int64_t* taps, int64_t count, int64_t pixels, int64_t pixel_step, uint8_t* y,
+                   int64_t channels) {
+  for (int64_t p = 0; p < pixels; ++p, x += pixel_step, y += channels) {
+    int64_t c = 0;
+    for (; c + 4 * W <= channels; c += 4 * W) max_part<typename Vectors<4 * W>::B>(x + c, taps, count, y + c);
+    for (; c + W <= channels; c += W) max_part<B>(x + c, taps, count, y + c);
+    if (c < channels && channels >= W) {  // the last ones, some of them again
+      max_part<B>(x + channels - W, taps, count, y + channels - W);
+      continue;
+    }
+    for (; c < channels; ++c) {
+      uint8_t best = x[taps[0] + c];
+      for (int64_t t = 1; t < count; ++t) best = x[taps[t] + c] > best ? x[taps[t] + c] : best;
+      y[c] = best;
+    }
   }
 }
 
@@ -50,18 +60,20 @@ static void mix_of(const uint8_t* const (&q)[4], float v0, float v1, float u0, f
   }
 }
 
-struct Multiply {
-  const uint8_t *a, *b;
-  int32_t z_a, z_b;
-  float multiplier;
-  Rounding round;
-  uint8_t* y;
-  inline void operator()(int64_t i, int64_t count) const {
-    const I product = (widen(load_some<B>(a + i, count)) - z_a) * (widen(load_some<B>(b + i, count)) - z_b);
-    store_some(y + i, round(__builtin_convertvector(product, F) * multiplier), count);
+// `rows` rows of a and y, one after the other, by the same `count` values b. The products are exact in float32.
+static void multiply(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, int32_t zero_point, int32_t low,
+                     int32_t high) {
+  const Rounding round(zero_point, low, high);
+  const auto steps = [](const Term& t, int64_t i, int64_t valid) {
+    return __builtin_convertvector(widen(load_some<B>(t.q + i, valid)) - t.zero_point, F);
+  };
+  const int64_t fit = 8192 / (count + 1) + 1;  // rows that stay in the first-level cache
+  for (int64_t first = 0; first < rows; first += fit) {
+    const int64_t begin = first * count, end = (first + fit < rows ? first + fit : rows) * count;
+    for_each_vector(count, [&](int64_t i, int64_t valid) {
+      const F factor = steps(b, i, valid);
+      for (int64_t at = begin + i; at < end; at += count)
+        store_some(y + at, round(steps(a, at, valid) * factor * a.multiplier), valid);
+    });
   }
-};
-static void multiply(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  for_each_vector(count, Multiply{a.q, b.q, a.zero_point, b.zero_point, a.multiplier,
-                                  Rounding(zero_point, low, high), y});
 }

@@ -142,16 +142,18 @@ struct Kernels {
   // A row of `pixels` outputs of a convolution in groups of run_bytes = 1, 4 or 8 channels in and out: x at the first
   // window, x_stride to the next, runs the taps.
   void (*lanes)(const Gemm& g, int64_t pixels);
-  // Channels-last images: one pixel y of `channels`, from pixels of x at offsets.
-  void (*max_of)(const uint8_t* x, const int64_t* taps, int64_t count, uint8_t* y, int64_t channels);
+  // Channels-last images: pixels y of `channels`, from pixels of x at offsets.
+  void (*max_of)(const uint8_t* x, const int64_t* taps, int64_t count, int64_t pixels, int64_t pixel_step, uint8_t* y,
+                 int64_t channels);
   // Runs of `pixels`, pixel_step apart; multiplier: of the sum of (q - z_x).
   void (*mean_of)(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
                   int32_t z_x, float multiplier, uint8_t* y, int64_t channels, int32_t zero_point, int32_t low,
                   int32_t high);
   // The mean of the rows q[0], q[1] and q[2], q[3], v along a row, u across.
   void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
-  // f32((q_a - z_a) * (q_b - z_b) * multiplier of a).
-  void (*multiply)(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high);
+  // f32((q_a - z_a) * (q_b - z_b) * multiplier of a), `rows` rows of a by the same `count` values b.
+  void (*multiply)(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, int32_t zero_point, int32_t low,
+                   int32_t high);
   void (*gemm_dynamic)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   // y = the sum of `count` rows of k values.

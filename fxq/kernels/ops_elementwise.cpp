@@ -88,23 +88,33 @@ struct Broadcast {
   }
 };
 
-// run(a, b, y, count) over rows of adjacent values; what is not adjacent is gathered first.
+// run(a, b, y, rows, count) over rows of adjacent values that share their b; what is not adjacent is gathered first.
 template <class Run>
 void broadcast(const Broadcast& a, const Broadcast& b, uint8_t* y, Shape shape, const Run& run) {
   constexpr int64_t kChunk = 1024;
   uint8_t buffer_a[kChunk], buffer_b[kChunk];
-  const int64_t dim = shape.dim;
   const int64_t* sizes = shape.sizes;
-  const int64_t inner = sizes[dim - 1];
+  const int64_t inner = sizes[shape.dim - 1];
+  int64_t outer = shape.dim - 1, shared = 1;
+  if (a.strides[outer] == 1 && b.strides[outer] == 1)
+    for (; outer > 0 && b.strides[outer - 1] == 0 && a.strides[outer - 1] == shared * inner; --outer)
+      shared *= sizes[outer - 1];
   int64_t rows = 1, index[Tensor::kMaxDim] = {}, offset_a = 0, offset_b = 0;
-  for (int64_t d = 0; d < dim - 1; ++d) rows *= sizes[d];
+  for (int64_t d = 0; d < outer; ++d) rows *= sizes[d];
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0, count; i < inner; i += count, y += count) {
-      count = std::min(inner - i, kChunk);
-      const uint8_t* values_a = a.row(offset_a, i, count, a.strides[dim - 1], buffer_a);
-      run(values_a, b.row(offset_b, i, count, b.strides[dim - 1], buffer_b), y, count);
+    if (shared > 1) {
+      parallel(shared, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, inner)), [&](int64_t begin, int64_t end) {
+        run(a.q + offset_a + begin * inner, b.q + offset_b, y + begin * inner, end - begin, inner);
+      });
+      y += shared * inner;
+    } else {
+      for (int64_t i = 0, count; i < inner; i += count, y += count) {
+        count = std::min(inner - i, kChunk);
+        const uint8_t* values_a = a.row(offset_a, i, count, a.strides[shape.dim - 1], buffer_a);
+        run(values_a, b.row(offset_b, i, count, b.strides[shape.dim - 1], buffer_b), y, 1, count);
+      }
     }
-    for (int64_t d = dim - 2; d >= 0; --d) {  // an odometer over the outer dimensions
+    for (int64_t d = outer - 1; d >= 0; --d) {  // an odometer over the outer dimensions
       offset_a += a.strides[d];
       offset_b += b.strides[d];
       if (++index[d] < sizes[d]) break;
@@ -113,6 +123,14 @@ void broadcast(const Broadcast& a, const Broadcast& b, uint8_t* y, Shape shape, 
       index[d] = 0;
     }
   }
+}
+
+// The same for a run(a, b, y, count) over one row.
+template <class Run>
+auto each_row(const Run& run) {
+  return [&run](const uint8_t* a, const uint8_t* b, uint8_t* y, int64_t rows, int64_t count) {
+    for (int64_t row = 0; row < rows; ++row) run(a + row * count, b, y + row * count, count);
+  };
 }
 
 // What adds and products share: checks and the way through broadcast operands; `run` as in `broadcast`.
@@ -143,7 +161,7 @@ Tensor combine(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, in
   if (dim == 0 || (same && alike)) {
     const uint8_t *values_a = a.data<uint8_t>(), *values_b = b.data<uint8_t>();
     parallel(y.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
-      run(values_a + begin, values_b + begin, target + begin, end - begin);
+      run(values_a + begin, values_b + begin, target + begin, 1, end - begin);
     });
   } else if (y.numel() > 0) {
     Broadcast from_a(a, shape), from_b(b, shape);
@@ -160,19 +178,22 @@ Tensor combine(const char* op, const Tensor& a, const Tensor& b, int64_t z_a, in
 Tensor qadd(const Tensor& a, const Tensor& b, double m_a, int64_t z_a, double m_b, int64_t z_b, int64_t zero_point,
             int64_t low, int64_t high) {
   expect_range("qadd", zero_point, low, high);
-  return combine("qadd", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+  const auto run = [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
     active().add({q_a, int32_t(z_a), float(m_a)}, {q_b, int32_t(z_b), float(m_b)}, y, count, int32_t(zero_point),
                  int32_t(low), int32_t(high));
-  });
+  };
+  return combine("qadd", a, b, z_a, z_b, each_row(run));
 }
 
 Tensor qmul(const Tensor& a, const Tensor& b, double m, int64_t z_a, int64_t z_b, int64_t zero_point, int64_t low,
             int64_t high) {
   expect_range("qmul", zero_point, low, high);
-  return combine("qmul", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
-    active().multiply({q_a, int32_t(z_a), float(m)}, {q_b, int32_t(z_b), 1}, y, count, int32_t(zero_point),
-                      int32_t(low), int32_t(high));
-  });
+  if (a.numel() < b.numel()) return qmul(b, a, m, z_b, z_a, zero_point, low, high);  // b is what may repeat
+  return combine("qmul", a, b, z_a, z_b,
+                 [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t rows, int64_t count) {
+                   active().multiply({q_a, int32_t(z_a), float(m)}, {q_b, int32_t(z_b), 1}, y, rows, count,
+                                     int32_t(zero_point), int32_t(low), int32_t(high));
+                 });
 }
 
 // A multiplier in 0..2**31 - 1 and a shift in 0..62, whose products cannot leave int64.
@@ -186,10 +207,11 @@ Tensor qadd_fixed(const Tensor& a, const Tensor& b, int64_t m_a, int64_t z_a, in
   expect_range("qadd_fixed", zero_point, low, high);
   expect_fixed("qadd_fixed", m_a, shift);
   expect_fixed("qadd_fixed", m_b, shift);
-  return combine("qadd_fixed", a, b, z_a, z_b, [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+  const auto run = [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
     active().add_fixed({q_a, int32_t(z_a), int32_t(m_a)}, {q_b, int32_t(z_b), int32_t(m_b)}, y, count, int32_t(shift),
                        int32_t(zero_point), int32_t(low), int32_t(high));
-  });
+  };
+  return combine("qadd_fixed", a, b, z_a, z_b, each_row(run));
 }
 
 Tensor requantize_fixed(const Tensor& q, int64_t z_x, int64_t multiplier, int64_t shift, int64_t zero_point,

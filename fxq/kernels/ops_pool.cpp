@@ -1,5 +1,6 @@
 // Pooling and upsampling of channels-last images as torch operators.
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "channels_last.h"
@@ -9,6 +10,8 @@ namespace fxq {
 namespace {
 
 using Ints = std::vector<int64_t>;
+
+constexpr int64_t kPart = 256;  // pixels that are transposed at a time
 
 // Along one dimension: the part [begin, end) of the input that an output sees, and how many values it counts.
 struct Window {
@@ -164,20 +167,25 @@ Tensor qmax_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const 
     for (int64_t i = 0; i < taps[2]; ++i)
       for (const int64_t row : rows) whole.push_back(row + i * apart[2] * x.step[3]);
     const uint8_t* from = x.data + b * x.step[0];
+    // The outputs [first, last) see whole windows, the others windows that are cut.
+    const int64_t reach = x.size[2] - (taps[2] - 1) * apart[2] + before[2];
+    const int64_t last = std::clamp<int64_t>(reach > 0 ? ceil_div(reach, step[2]) : 0, 0, image.out[2]);
+    const int64_t first = std::min(ceil_div(before[2], step[2]), last);
     for (int64_t w = 0; w < image.out[2]; ++w, to += x.channels) {
-      const int64_t left = w * step[2] - before[2];
-      const bool is_whole = left >= 0 && left + (taps[2] - 1) * apart[2] < x.size[2];
-      if (!is_whole) {
-        cut.clear();
-        for (int64_t i = 0; i < taps[2]; ++i)
-          if (const int64_t pixel = inside(2, w, i); pixel >= 0)
-            for (const int64_t row : rows) cut.push_back(row + pixel);
+      if (w == first && first < last && !whole.empty()) {
+        active().max_of(from + (w * step[2] - before[2]) * x.step[3], whole.data(), int64_t(whole.size()), last - first,
+                        step[2] * x.step[3], to, x.channels);
+        to += (last - first) * x.channels;
+        if ((w = last) == image.out[2]) break;
       }
-      const std::vector<int64_t>& found = is_whole ? whole : cut;
-      if (found.empty())
+      cut.clear();
+      for (int64_t i = 0; i < taps[2]; ++i)
+        if (const int64_t pixel = inside(2, w, i); pixel >= 0)
+          for (const int64_t row : rows) cut.push_back(row + pixel);
+      if (cut.empty())
         std::fill_n(to, x.channels, uint8_t(0));
       else
-        active().max_of(from + (is_whole ? left * x.step[3] : 0), found.data(), int64_t(found.size()), to, x.channels);
+        active().max_of(from, cut.data(), int64_t(cut.size()), 1, 0, to, x.channels);
     }
   });
   return y;
@@ -253,25 +261,35 @@ Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<d
   return y;
 }
 
+// to[j * step + i] = from[i * stride + j] for four i and `count` j: bytes side by side, moved as words.
+void interleave_four(const uint8_t* from, int64_t stride, uint8_t* to, int64_t step, int64_t count) {
+  uint32_t words[kPart];
+  for (int64_t j = 0; j < count; ++j)
+    words[j] = from[j] | from[stride + j] << 8 | from[2 * stride + j] << 16 | uint32_t(from[3 * stride + j]) << 24;
+  for (int64_t j = 0; j < count; ++j) memcpy(to + j * step, words + j, 4);
+}
+
 // Pixels in parts that stay in the first-level cache, channels in parts of 64: quantized as they lie, then transposed.
 void transpose_quantized(const float* x, uint8_t* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
                          float inverse, int32_t zero_point) {
-  constexpr int64_t kPixels = 256, kChannels = 64;
-  alignas(64) uint8_t part[kChannels * kPixels];
-  for (int64_t p = begin; p < end; p += kPixels) {
-    const int64_t count = std::min(kPixels, end - p);
+  constexpr int64_t kChannels = 64;
+  alignas(64) uint8_t part[kChannels * kPart];
+  for (int64_t p = begin; p < end; p += kPart) {
+    const int64_t count = std::min(kPart, end - p);
     for (int64_t c = 0; c < channels; c += kChannels) {
       const int64_t own = std::min(kChannels, channels - c);
       for (int64_t i = 0; i < own; ++i)
-        active().quantize(x + (c + i) * pixels + p, part + i * kPixels, count, inverse, zero_point);
-      for (int64_t j = 0; j < count; ++j) {
-        uint8_t* to = y + (p + j) * channels + c;
-        if (own == 3) {
-          to[0] = part[j], to[1] = part[kPixels + j], to[2] = part[2 * kPixels + j];
-          continue;
-        }
-        for (int64_t i = 0; i < own; ++i) to[i] = part[i * kPixels + j];
+        active().quantize(x + (c + i) * pixels + p, part + i * kPart, count, inverse, zero_point);
+      uint8_t* to = y + p * channels + c;
+      int64_t i = 0;
+      for (; i + 4 <= own; i += 4) interleave_four(part + i * kPart, kPart, to + i, channels, count);
+      int64_t j = 0;
+      if (channels == 3) {  // the fourth byte of a word is the next pixel's first, which is written after it
+        interleave_four(part, kPart, to, channels, count - 1);
+        j = count - 1;
       }
+      for (; i < own; ++i)
+        for (int64_t k = j; k < count; ++k) to[k * channels + i] = part[i * kPart + k];
     }
   }
 }

@@ -107,7 +107,10 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
 static void check_images(int64_t channels) {
   const auto x = draw<uint8_t>(20 * channels, 0, 255), p = draw<uint8_t>(channels, 0, 255);
   const int64_t taps[5] = {0, 3 * channels, 19 * channels, 7 * channels, channels};
-  compare("max_of", channels, [&](uint8_t* y) { active().max_of(x.data(), taps, 5, y, channels); });
+  compare("max_of", channels, [&](uint8_t* y) { active().max_of(x.data(), taps, 5, 1, 0, y, channels); });
+  compare("max_of", 7 * channels, [&](uint8_t* y) {
+    active().max_of(x.data(), taps + 4, 1, 7, 3 * channels, y, channels);
+  });
   const int64_t runs[2] = {0, 10 * channels};
   compare("mean_of", channels, [&](uint8_t* y) {
     active().mean_of(x.data(), runs, 2, 5, 2 * channels, 30, 0.13f, y, channels, 40, 3, 250);
@@ -115,7 +118,10 @@ static void check_images(int64_t channels) {
   const uint8_t* const four[4] = {x.data(), x.data() + channels, x.data() + 5 * channels, x.data() + 19 * channels};
   compare("mix_of", channels, [&](uint8_t* y) { active().mix_of(four, .3f, .7f, .25f, .75f, y, channels); });
   compare("multiply", channels, [&](uint8_t* y) {
-    active().multiply({x.data(), 9, .01f}, {p.data(), 200, 1}, y, channels, 3, 0, 255);
+    active().multiply({x.data(), 9, .01f}, {p.data(), 200, 1}, y, 1, channels, 3, 0, 255);
+  });
+  compare("multiply", 20 * channels, [&](uint8_t* y) {
+    active().multiply({x.data(), 9, .01f}, {p.data(), 200, 1}, y, 20, channels, 3, 0, 255);
   });
 }
 
