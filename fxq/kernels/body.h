@@ -1,6 +1,7 @@
 // The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its
 // own, after defining
 //   W, I, B, L               lanes in a vector; vectors of int32, uint8 and int64 (`Vectors<W>`)
+//   Bytes                    4 * W uint8
 //   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
@@ -9,6 +10,8 @@
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
+//   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
+//   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
@@ -54,11 +57,12 @@ struct Rounding {
       : low(splat(float(lo - zero_point))),
         high(splat(float(hi - zero_point))),
         offset((zero_point - 0x4B400000) - I{}) {}
-  B operator()(F steps) const {
+  I lanes(F steps) const {
     steps = steps > low ? steps : low;  // NaN compares false: it becomes `low`
     steps = steps < high ? steps : high;
-    return narrow((I)(steps + 12582912.0f) + offset);
+    return (I)(steps + 12582912.0f) + offset;
   }
+  B operator()(F steps) const { return narrow(lanes(steps)); }
 };
 
 struct Affine {  // f32((q - zero_point) * multiplier)
@@ -77,6 +81,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "fixed_point.h"
 #include "epilogue.h"
 #include "gemm.h"
+#include "depthwise.h"
 #include "lanes.h"
 #include "images.h"
 #include "norms.h"
@@ -87,5 +92,5 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention, lanes,
+                         add_fixed, norm, gemm, attention, depthwise, lanes,
                          max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm, embed};

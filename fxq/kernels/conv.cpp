@@ -101,10 +101,15 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
   g.run_count = int64_t(runs.size());
   g.run_bytes = ceil_div(c.run_bytes(), 4) * 4;
   const int64_t start = image * c.y_step[0] + plane * c.y_step[1] + row * c.y_step[2];
+  const bool depthwise = lanes && c.product.n == 1 && c.channels >= 16 && c.channels % 4 == 0 && !g.addend &&
+                         g.output != Output::kFloat;
   if (lanes) {
     g.run_bytes = c.product.n;
     g.n = c.channels;
+    runs.resize(ceil_div(g.run_count, 4) * 4, runs.back());
     g.runs = runs.data();
+  }
+  if (lanes && !depthwise) {
     g.x_stride = c.stride[2] * seen.pixel_step;
     for (int64_t r = 0; r < row_end - row; ++r) {
       Gemm own = g;
@@ -122,6 +127,16 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
       pixels.push_back(seen.begin + r * c.stride[1] * seen.row_step + i * c.stride[2] * seen.pixel_step);
   const bool one = c.y_step[2] == c.out[2] * c.y_step[3];  // rows of the result follow one another as pixels do
   const int64_t count = one ? int64_t(pixels.size()) : c.out[2];
+  if (depthwise) {
+    const std::unique_ptr<int8_t[]> memory(new int8_t[256 * runs.size()]);
+    for (int64_t r = 0; r < (one ? 1 : row_end - row); ++r) {
+      Gemm own = g;
+      own.rows = pixels.data() + r * count;
+      move(own, start + r * c.y_step[2], 0);
+      kernels.depthwise(own, count, memory.get());
+    }
+    return;
+  }
   for (int64_t group = 0; group < c.groups; ++group) {
     std::vector<int64_t> own_runs = runs;
     for (int64_t& run : own_runs) run += group * (c.channels / c.groups);

@@ -139,6 +139,9 @@ struct Kernels {
   // The queries [row, row_end) of one of batch * heads heads; packed: its keys and values are in the scratch memory.
   void (*attention)(const Attention& a, int64_t head, int64_t row, int64_t row_end, const AttentionScratch& at,
                     bool packed);
+  // `pixels` outputs of a depthwise convolution to uint8: their windows at g.rows, the taps g.runs, padded to a multiple
+  // of four, as which of them is no matter. n: a multiple of 4, and 16 or more. memory: 256 bytes a tap.
+  void (*depthwise)(const Gemm& g, int64_t pixels, int8_t* memory);
   // A row of `pixels` outputs of a convolution in groups of run_bytes = 1, 4 or 8 channels in and out: x at the first
   // window, x_stride to the next, runs the taps.
   void (*lanes)(const Gemm& g, int64_t pixels);

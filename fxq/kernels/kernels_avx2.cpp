@@ -14,6 +14,7 @@ constexpr int W = 8;
 constexpr int kRows = 4, kColumns = 2;  // 8 accumulators, 4 halves of weights, 2 of input, 1 product: 15 of 16
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): what vpmaddwd multiplies and adds, without saturation.
@@ -66,6 +67,8 @@ static inline B narrow(I v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   return (B)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
 }
+
+#include "bytes_avx2.h"
 
 #include "body.h"
 

@@ -14,6 +14,7 @@ constexpr int W = 16;
 constexpr int kRows = 4, kColumns = 4;  // 16 accumulators, 8 halves of weights, 2 of input: 26 of 32 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 
 struct Pairs {  // of int16: (k0, k2) and (k1, k3)
@@ -53,6 +54,8 @@ static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a,
 static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
+
+#include "bytes_avx512.h"
 
 #include "body.h"
 

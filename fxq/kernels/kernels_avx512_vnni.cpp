@@ -14,6 +14,7 @@ constexpr int W = 16;
 constexpr int kRows = 6, kColumns = 4;  // 24 accumulators, 4 weights, 1 input: 29 of 32 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using Input = __m512i;
 using Weights = __m512i;
@@ -44,6 +45,8 @@ static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a,
 static inline I widen(B v) { return (I)_mm512_cvtepu8_epi32((__m128i)v); }
 
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
+
+#include "bytes_avx512.h"
 
 #include "body.h"
 

@@ -14,6 +14,7 @@ constexpr int W = 8;
 constexpr int kRows = 6, kColumns = 2;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using Input = __m256i;
 using Weights = __m256i;
@@ -50,6 +51,8 @@ static inline B narrow(I v) {
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   return (B)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
 }
+
+#include "bytes_avx2.h"
 
 #include "body.h"
 

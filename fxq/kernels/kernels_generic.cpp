@@ -10,6 +10,7 @@ constexpr int W = 4;
 constexpr int kRows = 4, kColumns = 1;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 typedef int16_t H __attribute__((vector_size(4 * W)));
 
@@ -54,6 +55,29 @@ static inline L multiply_even(I a, I b) { return ((L)a << 32 >> 32) * ((L)b << 3
 static inline I widen(B v) { return __builtin_convertvector(v, I); }
 
 static inline B narrow(I v) { return __builtin_convertvector(v, B); }
+
+template <int kPieces>
+static inline Bytes pieces(const uint8_t* const* p, int64_t offset) {
+  static_assert(kPieces == 1);
+  Bytes bytes;
+  memcpy(&bytes, p[0] + offset, sizeof bytes);
+  return bytes;
+}
+
+template <int kPieces>
+static inline void store_pieces(uint8_t* const* p, Bytes bytes) {
+  memcpy(p[0], &bytes, sizeof bytes);
+}
+
+static inline void interleave(Bytes a, Bytes b, Bytes c, Bytes d, I (&lanes)[4]) {
+  for (int i = 0; i < 4 * W; ++i) lanes[i / W][i % W] = a[i] | b[i] << 8 | c[i] << 16 | int32_t(uint32_t(d[i]) << 24);
+}
+
+static inline Bytes deinterleave(const I (&lanes)[4]) {
+  Bytes bytes;
+  for (int i = 0; i < 4 * W; ++i) bytes[i] = uint8_t(lanes[i / W][i % W]);
+  return bytes;
+}
 
 #include "body.h"
 

@@ -326,7 +326,7 @@ int main() {
       for (const int64_t padding : {0, 2})
         for (const int64_t dilation : {1, 2}) {
           for (const int64_t channels : {1, 3, 4, 18}) check_conv(2, 7, 6, channels, 17, kernel, stride, padding, dilation, 1);
-          for (const int64_t channels : {4, 19, 66})
+          for (const int64_t channels : {4, 19, 66, 68, 112})
             check_conv(1, 5, 9, channels, channels, kernel, stride, padding, dilation, channels);
           for (const int64_t groups : {2, 3, 7}) {
             check_conv(1, 5, 9, 4 * groups, 4 * groups, kernel, stride, padding, dilation, groups);

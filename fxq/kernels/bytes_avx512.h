@@ -1,0 +1,49 @@
+// Bytes of several pixels and their lanes, for the kernels of both AVX-512 flavours.
+
+template <int kPieces>
+static inline Bytes pieces(const uint8_t* const* p, int64_t offset) {
+  if constexpr (kPieces == 1) {
+    return (Bytes)_mm512_loadu_si512(p[0] + offset);
+  } else if constexpr (kPieces == 2) {
+    const auto half = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p[i] + offset)); };
+    return (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(1), 1);
+  } else {
+    const auto part = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p[i] + offset)); };
+    __m512i v = _mm512_castsi128_si512(part(0));
+    v = _mm512_inserti32x4(v, part(1), 1);
+    v = _mm512_inserti32x4(v, part(2), 2);
+    return (Bytes)_mm512_inserti32x4(v, part(3), 3);
+  }
+}
+
+template <int kPieces>
+static inline void store_pieces(uint8_t* const* p, Bytes bytes) {
+  const __m512i v = (__m512i)bytes;
+  if constexpr (kPieces == 1) {
+    _mm512_storeu_si512(p[0], v);
+  } else if constexpr (kPieces == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p[0]), _mm512_castsi512_si256(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p[1]), _mm512_extracti64x4_epi64(v, 1));
+  } else {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p[0]), _mm512_castsi512_si128(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p[1]), _mm512_extracti32x4_epi32(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p[2]), _mm512_extracti32x4_epi32(v, 2));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p[3]), _mm512_extracti32x4_epi32(v, 3));
+  }
+}
+
+static inline void interleave(Bytes a, Bytes b, Bytes c, Bytes d, I (&lanes)[4]) {
+  const __m512i low_ab = _mm512_unpacklo_epi8((__m512i)a, (__m512i)b);
+  const __m512i high_ab = _mm512_unpackhi_epi8((__m512i)a, (__m512i)b);
+  const __m512i low_cd = _mm512_unpacklo_epi8((__m512i)c, (__m512i)d);
+  const __m512i high_cd = _mm512_unpackhi_epi8((__m512i)c, (__m512i)d);
+  lanes[0] = (I)_mm512_unpacklo_epi16(low_ab, low_cd);
+  lanes[1] = (I)_mm512_unpackhi_epi16(low_ab, low_cd);
+  lanes[2] = (I)_mm512_unpacklo_epi16(high_ab, high_cd);
+  lanes[3] = (I)_mm512_unpackhi_epi16(high_ab, high_cd);
+}
+
+static inline Bytes deinterleave(const I (&lanes)[4]) {
+  const __m512i low = _mm512_packus_epi32((__m512i)lanes[0], (__m512i)lanes[1]);
+  return (Bytes)_mm512_packus_epi16(low, _mm512_packus_epi32((__m512i)lanes[2], (__m512i)lanes[3]));
+}
