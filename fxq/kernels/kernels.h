@@ -167,7 +167,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
 inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (ceil_div(k, 4) * 4); }
 
-// threads.cpp: memory of this thread, aligned to 64 bytes, that holds until the thread asks for it again.
+// scratch.cpp: memory of this thread, aligned to 64 bytes, that holds until the thread asks for it again.
 void* scratch(int64_t bytes);
 
 // dispatch.cpp

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <vector>
 
 #include "checks.h"
 
@@ -29,14 +28,5 @@ static void share_out(const Product& g, int64_t rows,
 void run_gemm(const Gemm& g, int64_t rows) { share_out(g, rows, g.dynamic ? active().gemm_dynamic : active().gemm); }
 
 void run_float_gemm(const FloatGemm& g, int64_t rows) { share_out(g, rows, active().float_gemm); }
-
-void* scratch(int64_t bytes) {
-  struct alignas(64) Line {
-    uint8_t bytes[64];
-  };
-  static thread_local std::vector<Line> memory;
-  if (int64_t(memory.size()) * 64 < bytes) memory.resize(ceil_div(bytes, 64));
-  return memory.data();
-}
 
 }  // namespace fxq
