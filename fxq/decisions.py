@@ -27,6 +27,7 @@ class Reason(enum.Enum):
     OWN_FLOAT = ("fxq computes it in float32, in steps of a fixed order: the same bits everywhere", "")
     UNPROFITABLE = ("integers would cost accuracy or time", "")
     OTHER_SCHEME = ("it has no form in the scheme that the recipe gives it", "give it another scheme in the recipe")
+    FLOAT_OPERANDS = ("what it reads is float here, so integers would only cost accuracy", "")
     FLOAT_READER = ("its result is read in float, so integers would only cost accuracy", "")
     FLOAT_DATA = ("it moves data that is float here", "")
     ALIASED = ("its memory is modified in place", "write the assignment out of place")

@@ -20,13 +20,16 @@ class Claim:
     kind: "product" reads uint8 and may give uint8 or float32 (linear); "pointwise" reads uint8 and gives uint8 with a
     range of its own (add); "carry" passes integers on with the range that they have (reshape, max-pool, relu).
     inputs: the operands that become uint8; weight: the constant operand that becomes int8. schemes: in which schemes of
-    a recipe the family can run it.
+    a recipe the family can run it. inner: operations between the inputs and this one that count as one with it.
+    to_float: whether a "pointwise" one can give float32 as well.
     """
 
     kind: Kind
     inputs: tuple[Node, ...]
     weight: Node | None = None
     schemes: tuple[Scheme, ...] = ("w8a8",)
+    inner: tuple[Node, ...] = ()
+    to_float: bool = False
 
 
 @dataclass(frozen=True)

@@ -400,6 +400,8 @@ OPS: dict[str, Op] = {
     "fxq.qattention": Op(numerics.qattention, _attention_parts, "y_q"),
     "fxq.qattention_float": Op(numerics.qattention_float, _attention_parts, "y"),
     "fxq.qmul": Op(numerics.qmul),
+    "fxq.lookup": Op(numerics.lookup),
+    "fxq.lookup_channels": Op(numerics.lookup_channels),
     "fxq.quantize_channels_last": Op(numerics.quantize),
     "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q", golden_images.conv_weight),
     "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y", golden_images.conv_weight),

@@ -6,7 +6,7 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, balance, scale_rows, round_weights, judge_attention: OBSERVED
+- end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, fuse_embeddings, order_channels,
   fuse_chains, prune: INTEGER
@@ -33,6 +33,7 @@ from passes import (
     import_quantized,
     judge_attention,
     judge_costs,
+    judge_lookup,
     keep_dropout,
     lower,
     make_trainable,
@@ -116,6 +117,7 @@ CONVERT: tuple[Pass, ...] = (
     scale_rows.PASS,
     round_weights.PASS,
     judge_attention.PASS,
+    judge_lookup.PASS,
     calibrate.PASS,
     *LOWER,
 )

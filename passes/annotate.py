@@ -7,15 +7,16 @@
 4. In any other group the values stay float, and each product that reads one quantizes it at its own edge. A product
    then writes float32 (its epilogue does), which is both cheaper and closer than writing and reading integers.
 5. A pointwise operation is worth it only between integers: in an integer group, with an operand from one. Otherwise it
-   stays float, and 2 to 4 are decided again without it.
+   stays float, and 2 to 4 are decided again without it. A function of one tensor (`fxq.ops.lookup`) is one operation,
+   however many it is written with; where its result stays float, it reads integers if others want them.
    What the model returns is read in float, or, under `Recipe(outputs="uint8")`, as integers.
 
 6. A product of another scheme than "w8a8" reads and writes float: its rows are quantized as it runs
    ("w8a8-dynamic"), or its weight alone is int8 ("w8a32", "w8a16").
 
 A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them. So
-do a product and an activation of `fxq.ops.activation`, where something else than products reads the activation; where
-only products read, each quantizes at its own edge, and the epilogue writes what they want.
+do a linear or convolution and an activation of `fxq.ops.activation`, where something else than products reads the
+activation; where only products read, each quantizes at its own edge, and the epilogue writes what they want.
 Nothing in the graph changes: the specs are in the context, the decisions in the report.
 """
 
@@ -38,7 +39,7 @@ from fxq.ops.activation import activation_of
 from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, Scheme, SharedSpec, WeightSpec
-from fxq.spelling import float_bounds
+from fxq.spelling import CONVS, LINEAR, float_bounds
 from fxq.stages import Stage
 
 
@@ -46,6 +47,8 @@ from fxq.stages import Stage
 class Plan:
     """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps.
 
+    inner: the operations that count as one with another, which is the last of them. to_float: those that may read
+    integers and write float32.
     integer_outputs: the graph's output reads integers.
     """
 
@@ -55,6 +58,8 @@ class Plan:
     refusals: dict[Node, Refusal] = field(default_factory=dict)
     swallowed: dict[Node, Node] = field(default_factory=dict)
     integer_outputs: bool = False
+    inner: dict[Node, Node] = field(default_factory=dict)
+    to_float: set[Node] = field(default_factory=set)
 
     def is_static(self, node: Node) -> bool:
         """Whether `node` is an operation that may read and write integers."""
@@ -63,7 +68,7 @@ class Plan:
     def produces(self, node: Node) -> bool:
         """Whether `node` is the result of an integer operation with a range of its own."""
         source = self.swallowed.get(node, node)
-        return self.is_static(source) and self.claims[source].kind != "carry"
+        return self.is_static(source) and self.claims[source].kind != "carry" and source not in self.to_float
 
     def carries(self, node: Node) -> bool:
         """Whether `node` passes on the range of its inputs."""
@@ -144,6 +149,7 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
             break
     if too_long:
         raise QuantizationError("an int32 accumulator cannot hold these dot products:\n" + "\n".join(too_long))
+    _join(gm, plan)
     for node in plan.claims:
         bounds = float_bounds(node)
         source = node.args[0] if node.args else None
@@ -155,11 +161,24 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or len(source.users) != 1 or activation_of(gm, node) is None:
             continue
+        if node in plan.inner:
+            continue
         kinds = {plan.claims[user].kind for user in node.users if user in plan.claims}
-        if plan.is_static(source) and plan.claims[source].kind == "product" and kinds - {"product"}:
+        if plan.is_static(source) and source.target in CONVS | {LINEAR} and ctx.recipe.requant == "float":
             plan.claims.pop(node, None)
-            plan.swallowed[node] = source
+            if kinds - {"product"}:
+                plan.swallowed[node] = source
     return plan
+
+
+def _join(gm: GraphModule, plan: Plan) -> None:
+    """Let the largest of the operations that are within one another stand for all of them."""
+    for node in reversed(gm.graph.nodes):
+        if node in plan.claims:
+            for inner in plan.claims[node].inner:
+                plan.inner[inner] = node
+                plan.claims.pop(inner, None)
+                plan.refusals.pop(inner, None)
 
 
 def _exclusion(node: Node) -> str:
@@ -169,7 +188,7 @@ def _exclusion(node: Node) -> str:
 def _groups(gm: GraphModule, plan: Plan) -> list[set[Node]]:
     """Values tied by carries: the connected components of the graph whose edges lead into carries."""
     ties: nx.Graph[Node] = nx.Graph()
-    inner = set(plan.swallowed.values())
+    inner = set(plan.swallowed.values()) | plan.inner.keys()
     ties.add_nodes_from(node for node in gm.graph.nodes if node not in inner)
     ties.add_edges_from(
         (source, node) for node in gm.graph.nodes if plan.carries(node) for source in plan.claims[node].inputs
@@ -181,18 +200,29 @@ def _settle(gm: GraphModule, plan: Plan) -> list[set[Node]]:
     """Give up pointwise operations that do not stand between integers, until none is left to give up."""
     while True:
         groups = _groups(gm, plan)
-        integer = {node for group in groups if _is_integer(group, plan) for node in group}
-        lost = [
-            node
-            for node, claim in plan.claims.items()
-            if claim.kind == "pointwise"
-            and not (_result(node, plan) in integer and any(operand in integer for operand in claim.inputs))
-        ]
+        writers = {
+            node: {member for member in group if plan.produces(member)}
+            for group in groups
+            if _is_integer(group, plan)
+            for node in group
+        }
+        lost: dict[Node, Reason] = {}
+        for node, claim in plan.claims.items():
+            if claim.kind != "pointwise":
+                continue
+            result = _result(node, plan)
+            if not any(writers.get(operand, set()) - {result} for operand in claim.inputs):
+                lost[node] = Reason.FLOAT_READER if node in plan.to_float else Reason.FLOAT_OPERANDS
+            elif result not in writers and node not in plan.to_float:
+                lost[node] = Reason.FLOAT_READER
         if not lost:
             return groups
-        for node in lost:
+        for node, reason in lost.items():
+            if reason is Reason.FLOAT_READER and plan.claims[node].to_float and node not in plan.to_float:
+                plan.to_float.add(node)
+                continue
             del plan.claims[node]
-            plan.refusals[node] = Refusal(Reason.FLOAT_READER)
+            plan.refusals[node] = Refusal(reason)
             for clamp in [clamp for clamp, source in plan.swallowed.items() if source is node]:
                 del plan.swallowed[clamp]
 
@@ -212,6 +242,9 @@ def _readers(node: Node, plan: Plan) -> Iterator[tuple[Node, bool]]:
             continue  # asks for the shape only
         if plan.carries(user):
             continue
+        user = plan.inner.get(user, user)
+        if user in plan.to_float:
+            continue  # it takes either
         claim = plan.claims.get(user)
         yield user, claim is not None and plan.is_static(user) and node in claim.inputs and node is not claim.weight
 
@@ -267,6 +300,9 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason = Reason.RECURRENT
     elif claim is not None and claim.kind != "carry":
         form = "int8" if plan.schemes[node].startswith("w8a8") else "weight"
+        detail = "its result is float32" if node in plan.to_float else ""
+    elif (whole := plan.inner.get(node)) in plan.claims:
+        form, detail = "int8", f"one with %{whole}"
     elif node in plan.swallowed:
         form, detail = "int8", f"in the epilogue of {target_name(plan.swallowed[node].target)}"
         if node not in integer:
@@ -275,8 +311,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         form = "moved"
     elif claim is not None:
         reason = Reason.FLOAT_DATA
-    elif node in plan.refusals:
-        reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
+    elif (refusal := plan.refusals.get(plan.inner.get(node, node))) is not None:
+        reason, detail = refusal.reason, refusal.detail
     elif node.op == "call_module" and not _is_torchs(gm.get_submodule(str(node.target))):
         reason = Reason.LEAF_MODULE
     elif "aliases" in node.meta and not macs:

@@ -17,12 +17,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.comparison import sqnr
 from fxq.decisions import Reason
-from fxq.graph import bind, bypass, is_size, submodule, unchanged
+from fxq.graph import bind, submodule, unchanged
 from fxq.observers import Observer, paused
 from fxq.ops.attention import qattention_float
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import quantize
-from fxq.spelling import ATTENTION, CAT, GETITEM, MOVES, SPLITS
+from fxq.releasing import release
+from fxq.spelling import ATTENTION
 from fxq.stages import Stage
 
 LEAST_SQNR = 20.0
@@ -96,15 +97,7 @@ class _Judge(Interpreter):
 
 def _release(gm: GraphModule, attention: Node) -> bool:
     """Take away the observers whose values only `attention` reads; whether one of its own went."""
-    released = {attention}
-    for node in reversed(list(gm.graph.nodes)):
-        users = [user for user in node.users if not is_size(user)]
-        if not users or not released.issuperset(users):
-            continue
-        if node.op == "call_module" and isinstance(submodule(gm, node), Observer):
-            bypass(gm, node, node.args[0])
-        elif node.target in MOVES | SPLITS | CAT | {GETITEM}:
-            released.add(node)
+    release(gm, (attention,))
     return _observers(gm, attention) is None
 
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from fxq.graph import replace
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
+from fxq.ops.lookup import lookup
 from fxq.ops.pool import qadaptive_avg_pool, qavg_pool, qmax_pool
 from fxq.ops.upsample import qupsample_bilinear, qupsample_nearest
 from fxq.pipeline import Context, Numbers
@@ -29,8 +30,8 @@ _CHANNELS_LAST = frozenset(
         *(qavg_pool, qadaptive_avg_pool, qmax_pool, qupsample_nearest, qupsample_bilinear),
     }
 )
-_KEEP_ORDER = CAT | {PAD}
-"""Moves that give the memory order that they read."""
+_KEEP_ORDER = CAT | {PAD, lookup}
+"""What gives the memory order that it reads."""
 
 
 @dataclass(frozen=True)

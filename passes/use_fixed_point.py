@@ -23,6 +23,7 @@ from fxq.graph import Value, constant, get_attr, is_call, module_of, place_of, r
 from fxq.ops.add import qadd
 from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, requantize_fixed
 from fxq.ops.linear import qlinear, qlinear_float
+from fxq.ops.lookup import lookup, lookup_channels
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize, requantize
@@ -30,7 +31,7 @@ from fxq.recipe import RequantRounding
 from fxq.spelling import CAT, CLAMP, GETITEM, MAX_POOLS, MOVES, RELU, SPLITS
 from fxq.stages import Stage, is_integer_op
 
-_INTEGER_ONLY = frozenset({qlinear_fixed, qadd_fixed, requantize_fixed})
+_INTEGER_ONLY = frozenset({qlinear_fixed, qadd_fixed, requantize_fixed, lookup, lookup_channels})
 _NO_ARITHMETIC = MOVES | MAX_POOLS | SPLITS | CAT | {GETITEM, CLAMP, RELU}
 
 

@@ -12,6 +12,7 @@
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
 //   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
+//   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
@@ -89,8 +90,9 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "dynamic.h"
 #include "weight_only.h"
 #include "embedding.h"
+#include "lookup.h"
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, norm, gemm, attention, depthwise, lanes,
-                         max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm, embed};
+                         max_of, mean_of, mix_of, multiply, gemm_dynamic, float_gemm, embed, lookup};

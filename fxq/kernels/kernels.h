@@ -161,6 +161,8 @@ struct Kernels {
   void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   // y = the sum of `count` rows of k values.
   void (*embed)(const TableRow* rows, int64_t count, int64_t k, float* y);
+  // y = table[q], of 256 bytes.
+  void (*lookup)(const uint8_t* q, const uint8_t* table, uint8_t* y, int64_t count);
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

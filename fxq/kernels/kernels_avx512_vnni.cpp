@@ -48,6 +48,7 @@ static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #include "bytes_avx512.h"
 
+#define PERMUTES_BYTES
 #include "body.h"
 
 }  // namespace fxq::avx512_vnni

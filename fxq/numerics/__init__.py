@@ -98,6 +98,7 @@ from fxq.numerics.linear import (
     real_multiplier,
     requantize_multiplier,
 )
+from fxq.numerics.lookup import lookup, lookup_channels
 from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
 from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
 from fxq.numerics.pooling import pool_sizes, qadaptive_avg_pool, qavg_pool, qmax_pool
@@ -147,6 +148,8 @@ __all__ = [
     "in_lanes",
     "layer_norm",
     "linear_weight_only",
+    "lookup",
+    "lookup_channels",
     "norm_quantize",
     "onednn_scales",
     "pack",

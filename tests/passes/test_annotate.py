@@ -78,7 +78,7 @@ CASES = {
     "residual that is returned": (lambda s, x: s.l(x) + x, "linear int8, add float"),
     "sum of itself": (lambda s, x: (lambda y: s.k(y + y))(s.l(x)), "linear int8, add int8, linear int8"),
     "sum of inputs": (lambda s, x: s.k(x + x), "add float, linear int8"),
-    "add of a scalar": (lambda s, x: s.k(s.l(x) + 1), "linear int8, add float, linear int8"),
+    "add of a scalar": (lambda s, x: s.k(s.l(x) + 1), "linear int8, add int8, linear int8"),
     "add that spreads": (
         lambda s, x: s.k(s.l(x) + s.m(x)[:1]),
         "linear int8, linear int8, getitem moved, add int8, linear int8",
@@ -153,7 +153,8 @@ def test_readers_at_an_edge_share_one_observer(annotated):
 
 
 REASONS = {
-    Reason.NO_INTEGER_OP: (lambda s, x: s.l(x).sin(), "sin"),
+    Reason.NO_INTEGER_OP: (lambda s, x: s.l(x).cumsum(0), "cumsum"),
+    Reason.FLOAT_OPERANDS: (lambda s, x: s.l(x.sin()), "sin"),
     Reason.DYNAMIC_WEIGHT: (lambda s, x: F.linear(x, x), "linear"),
     Reason.NON_FLOAT: (lambda s, x: s.l(x) * (x > 0), "gt"),
     Reason.NOT_FLOAT32: (lambda s, x: s.l(x).double(), "double"),

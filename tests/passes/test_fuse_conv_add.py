@@ -47,7 +47,7 @@ MISSES = {
     "another reader": lambda s, x: (lambda y: s.g(y + s.c(x).relu()) + s.g(y))(s.k(x)),
     "a relu between": lambda s, x: s.g(F.relu(s.k(x)) + F.relu(s.c(x))),
     "a clamp at both ends of the range": lambda s, x: s.g(s.k(x).clamp(-0.1, 0.1) + F.relu6(s.c(x))),
-    "a sum of two that are one": lambda s, x: (lambda y: s.g(y + y))(s.k(x)),
+    "a sum with itself, turned around": lambda s, x: (lambda y: s.g(y + y.flip(-1)))(s.k(x)),
     "a row for all": lambda s, x: s.g(s.k(x) + F.relu(s.c(x)[:, :, :1])),
 }
 
