@@ -47,9 +47,8 @@ from fxq.stages import Stage
 class Plan:
     """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps.
 
-    inner: the operations that count as one with another, which is the last of them. to_float: those that may read
-    integers and write float32.
-    integer_outputs: the graph's output reads integers.
+    integer_outputs: the graph's output reads integers. inner: the operations that count as one with another, which is
+    the last of them. to_float: operations that read integers where others do, and write float32.
     """
 
     claims: dict[Node, Claim] = field(default_factory=dict)
@@ -311,8 +310,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         form = "moved"
     elif claim is not None:
         reason = Reason.FLOAT_DATA
-    elif (refusal := plan.refusals.get(plan.inner.get(node, node))) is not None:
-        reason, detail = refusal.reason, refusal.detail
+    elif node in plan.refusals:
+        reason, detail = plan.refusals[node].reason, plan.refusals[node].detail
     elif node.op == "call_module" and not _is_torchs(gm.get_submodule(str(node.target))):
         reason = Reason.LEAF_MODULE
     elif "aliases" in node.meta and not macs:
@@ -321,6 +320,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         form, reason = "aside", Reason.NON_FLOAT
     elif dtypes != {torch.float32}:
         reason, detail = Reason.NOT_FLOAT32, ", ".join(sorted(map(str, dtypes)))
+    elif (refusal := plan.refusals.get(plan.inner.get(node, node))) is not None:
+        reason, detail = refusal.reason, refusal.detail
     else:
         reason = Reason.NO_INTEGER_OP
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
