@@ -30,7 +30,7 @@ from fxq.family import Family
 from fxq.golden_model import GoldenModel, build
 from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
-from fxq.observers import learning, paused
+from fxq.observers import learning, paused, sample_of
 from fxq.ops import FAMILIES, carry, clamp, linear
 from fxq.pipeline import Context, Pass
 from fxq.profiling import Profile, measure
@@ -252,7 +252,8 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
     Raises `CalibrationError` naming the batch and the layer for NaN or infinity, and for empty data.
     """
     ctx = _context(prepared, Stage.OBSERVED, "fxq.calibrate")
-    examples = ctx.examples
+    examples, ctx.progress = ctx.examples, progress
+    sample = sample_of(prepared)
     bar = tqdm(
         calibration_calls(data, examples),
         desc="calibrating",
@@ -266,6 +267,8 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
     with torch.no_grad(), unchanged(prepared), learning(prepared), bar:
         for count, call in enumerate(bar, 1):
             check_finite(call, f"calibration batch {count - 1}")
+            if sample is not None:
+                sample.offer(call)
             own = call.clone()
             try:
                 prepared.forward(*own.args, **own.kwargs)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Form = Literal["int8", "weight", "moved", "float", "aside"]
@@ -99,6 +100,13 @@ class Report:
     def kept_float(self) -> list[Decision]:
         """The float islands."""
         return [decision for decision in self.decisions if decision.form == "float"]
+
+    def add_details(self, details: Mapping[str, str]) -> None:
+        """Add to what is told of the operations with these nodes."""
+        self.decisions = [
+            replace(d, detail=", ".join(filter(None, (d.detail, details[d.node])))) if details.get(d.node) else d
+            for d in self.decisions
+        ]
 
     def refusals(self) -> list[Decision]:
         """Products (operations with multiply-accumulates) that stay float without the user having asked for it."""

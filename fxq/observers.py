@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxq.errors import CalibrationError
+from fxq.inputs import Call
 from fxq.numerics import activation_qparams, weight_scales
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, Granularity, QParams
 
@@ -142,6 +144,7 @@ class Histogram(Observer):
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
         self.register_buffer("start", torch.zeros((), dtype=torch.float64))
         self.register_buffer("width", torch.zeros((), dtype=torch.float64))
+        self._found: tuple[Tensor, tuple[float, float]] | None = None
 
     def _observe(self, x: Tensor, low: float, high: float) -> None:
         super()._observe(x, low, high)
@@ -180,6 +183,12 @@ class Histogram(Observer):
 
     def range(self) -> tuple[float, float]:
         """The best clipping of [low, high]: each end in turn over a geometric grid, twice, then refined."""
+        seen = torch.cat([self.counts, torch.stack([self.low, self.high, self.start, self.width])])
+        if self._found is None or not torch.equal(self._found[0], seen):
+            self._found = seen, self._search()
+        return self._found[1]
+
+    def _search(self) -> tuple[float, float]:
         low, high = min(self.low.item(), 0.0), max(self.high.item(), 0.0)
         values, counts = self._values()
         if not len(values):
@@ -308,6 +317,53 @@ class Rows(nn.Module):
         return x
 
 
+SAMPLE = "calibration_sample"
+"""The submodule of a graph with observers that holds its `Sample`."""
+
+
+class Sample(nn.Module):
+    """A few calls of the calibration data, drawn evenly with a fixed seed, in memory of their own.
+
+    At most `most`, and as many as `most_bytes` hold, but one at least. seen: how many calls were offered. All of it
+    travels in a state_dict.
+    """
+
+    most, most_bytes = 8, 16 * 2**20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.seen = 0
+
+    def offer(self, call: Call) -> None:
+        """Reservoir sampling: each call seen so far is as likely to be kept."""
+        size = sum(tensor.nbytes for _, tensor in call.tensors())
+        most = max(1, min(self.most, self.most_bytes // max(1, size)))
+        place = random.Random(self.seen).randrange(self.seen + 1)
+        self.seen += 1
+        if len(self.calls) < most:
+            self.calls.append(call.clone())
+        elif place < len(self.calls):
+            self.calls[place] = call.clone()
+
+    def get_extra_state(self) -> tuple[int, list[tuple[Any, ...]]]:
+        """Plain data."""
+        return self.seen, [(call.args, call.kwargs) for call in self.calls]
+
+    def set_extra_state(self, state: tuple[int, list[tuple[Any, ...]]]) -> None:
+        """The inverse of `get_extra_state`."""
+        self.seen, self.calls = state[0], [Call(*call).clone() for call in state[1]]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.calls)} of {self.seen} calls"
+
+
+def sample_of(prepared: nn.Module) -> Sample | None:
+    """The sample of a graph with observers; None where there is nothing to observe, or it is trained."""
+    found = getattr(prepared, SAMPLE, None)
+    return found if isinstance(found, Sample) else None
+
+
 class WeightObserver(nn.Module):
     """Stands on a weight's edge; its scales follow from the weight alone."""
 
@@ -346,3 +402,7 @@ class FixedScales(WeightObserver):
     def forward(self, w: Tensor) -> Tensor:
         """`w` as it is."""
         return w
+
+    def scales_of(self, w: Tensor) -> Tensor:
+        """The scales that are settled."""
+        return self.scales

@@ -51,7 +51,8 @@ class Context:
     """What travels with a graph from trace to result.
 
     specs: what `annotate` decided, by place. unprofitable: what is not to become int8, by node, and why. dump: the
-    folder that dumps go to. timings: (pass, rewrites, seconds).
+    folder that dumps go to. timings: (pass, rewrites, seconds). progress: whether passes that take long
+    show a bar; None: after two seconds.
     """
 
     recipe: Recipe
@@ -64,6 +65,7 @@ class Context:
     dump: dump.Folder | None = None
     check: bool = False
     timings: list[tuple[str, int, float]] = field(default_factory=list)
+    progress: bool | None = None
 
 
 class Pass(Protocol):

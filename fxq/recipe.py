@@ -15,6 +15,7 @@ from fxq.qtypes import SCHEMES, Granularity, Scheme
 Requant = Literal["float", "fixed"]
 RequantRounding = Literal["single", "tflite"]
 Outputs = Literal["float32", "uint8"]
+BiasCorrection = Literal["empirical", "analytic"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Recipe:
     round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     gives the same integers on every machine.
+    correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network
+    shows it on calibration data; "analytic", what rounding the weights does to the mean input; None leaves them.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
     requant: how a sum becomes the next layer's uint8: "float" multiplies in float32, "fixed" by an integer multiplier
     and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
@@ -98,6 +101,7 @@ class Recipe:
     scale_rows: bool = True
     round_weights: bool = True
     judge_costs: bool = True
+    correct_bias: BiasCorrection | None = "empirical"
     learn_steps: bool = False
     requant: Requant = "float"
     rounding: RequantRounding = "single"
@@ -117,6 +121,9 @@ class Recipe:
             raise RecipeError(f"rounding={self.rounding!r} is a rounding of integers; give requant='fixed' with it")
         if self.outputs not in get_args(Outputs):
             raise RecipeError(f"unknown outputs {self.outputs!r}; there are {', '.join(get_args(Outputs))}")
+        if self.correct_bias not in (None, *get_args(BiasCorrection)):
+            kinds = ", ".join(map(repr, get_args(BiasCorrection)))
+            raise RecipeError(f"unknown correct_bias {self.correct_bias!r}; there are {kinds} and None")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")

@@ -6,7 +6,7 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup: OBSERVED
+- end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, fuse_embeddings, order_channels,
   fuse_chains, prune: INTEGER
@@ -17,6 +17,7 @@ from passes import (
     annotate,
     balance,
     calibrate,
+    correct_bias,
     end_training,
     fold_batch_norm,
     fold_bias,
@@ -118,6 +119,7 @@ CONVERT: tuple[Pass, ...] = (
     round_weights.PASS,
     judge_attention.PASS,
     judge_lookup.PASS,
+    correct_bias.PASS,
     calibrate.PASS,
     *LOWER,
 )

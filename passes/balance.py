@@ -17,7 +17,7 @@ A weight with other readers is not scaled; its product still gets its range.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from fxq.stages import Stage
 
 LEAST_GAIN = 0.5
 """dB. Smaller gains on a few hundred rows do not carry over to other data (`make observers`)."""
+MOST_OUTPUTS = 128
+"""Of each product, by which the error is measured; they are alike, and each costs a row of weights at each attempt."""
 EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CEILINGS = (0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)
 
@@ -73,7 +75,7 @@ class Balance:
                 plain, best = _choose(gm, observer, readers, exclusive)
                 _apply(gm, node, observer, readers, best)
                 effects |= {reader.name: _effect(plain, best) for reader in readers}
-        ctx.report.decisions = [replace(d, detail=effects.get(d.node, d.detail)) for d in ctx.report.decisions]
+        ctx.report.add_details(effects)
         return len(effects)
 
 
@@ -84,7 +86,8 @@ def _effect(plain: Choice, best: Choice) -> str:
 
 def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set[Node]) -> tuple[Choice, Choice]:
     """The edge as its observer alone would have it, and the best way found; exclusive: constants with one reader."""
-    weights = [_weight(gm, reader) for reader in readers]
+    whole = [_weight(gm, reader) for reader in readers]
+    weights = [(w[_some(len(w))], granularity) for w, granularity in whole]
     together = torch.cat([w for w, _ in weights])
     seen, unseen = observer.rows[::2], observer.rows[1::2] if len(observer.rows) > 1 else observer.rows
     products = seen @ together.t()
@@ -106,7 +109,7 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
     choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
     if all(_exclusive(reader, exclusive) for reader in readers):
         for exponent in EXPONENTS:
-            factors = _factors(observer, [w for w, _ in weights], exponent)
+            factors = _factors(observer, [w for w, _ in whole], exponent)
             choices.append(attempt(factors, *_scaled_range(observer, factors)))
         for ceiling in CEILINGS:
             factors = _lowered(observer, ceiling)
@@ -115,6 +118,11 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
     expected = unseen @ together.t()
     plain, best = (attempt(choice.factors, choice.low, choice.high, unseen, expected) for choice in (plain, best))
     return plain, best if _quality(best) >= _quality(plain) + LEAST_GAIN else plain
+
+
+def _some(count: int) -> Tensor:
+    """Indices of at most `MOST_OUTPUTS` of `count` outputs, at equal distances."""
+    return torch.linspace(0, count - 1, min(count, MOST_OUTPUTS)).long()
 
 
 def _quality(choice: Choice) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import bypass, call, constant, get_attr, is_size, replace, set_constant, submodule
-from fxq.observers import Observer, Rows, WeightObserver
+from fxq.observers import SAMPLE, Observer, Rows, WeightObserver, sample_of
 from fxq.outputs import is_exit, output_qparams
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
@@ -58,6 +58,8 @@ class Calibrate:
             ]
         if found:
             gm.delete_submodule("observers")
+        if sample_of(gm) is not None:
+            gm.delete_submodule(SAMPLE)
         return len(found)
 
 

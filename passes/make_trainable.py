@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxq.batch_norm import FOLDED, BatchNorm, Folded, FoldedBatchNorm
 from fxq.fake_quantize import FakeQuantize, LearnedFakeQuantize, LearnedWeightFakeQuantize, WeightFakeQuantize
 from fxq.graph import bypass, call, constant, get_attr, submodule
-from fxq.observers import Observer, WeightObserver
+from fxq.observers import SAMPLE, Observer, WeightObserver, sample_of
 from fxq.ops.dropout import Dropout
 from fxq.pipeline import Context, Numbers
 from fxq.spelling import BATCH_NORM
@@ -44,6 +44,8 @@ class MakeTrainable:
         count += sum(_unfold(gm, node) for node in list(gm.graph.nodes) if FOLDED in node.meta)
         count += sum(_train(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
         count += _read_through_parameters(gm)
+        if sample_of(gm) is not None:
+            gm.delete_submodule(SAMPLE)  # training sees to what it is for
         gm.eval()
         return count
 

@@ -1,6 +1,7 @@
 """observe: put an observer on every value that `annotate` wants quantized.
 
-Values that share a range feed one observer. An observer passes its input on, so the numbers stay the same bits.
+Values that share a range feed one observer. An observer passes its input on, so the numbers stay the same bits. Beside
+them stands a `Sample` of the calls that they have seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.graph import call, module_of, place_of
-from fxq.observers import OBSERVERS, Edge, Rows, WeightObserver
+from fxq.observers import OBSERVERS, SAMPLE, Edge, Rows, Sample, WeightObserver
 from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, SharedSpec, Spec, WeightSpec
@@ -36,6 +37,7 @@ class Observe:
         nodes = {node.name: node for node in gm.graph.nodes}
         if ctx.specs and not hasattr(gm, HOLDER):
             gm.add_module(HOLDER, nn.Module())
+            gm.add_module(SAMPLE, Sample())
         owners: dict[str, str] = {}
         products = {node.name for node in gm.graph.nodes if node.target is LINEAR}
         for place, spec in ctx.specs.items():

@@ -12,7 +12,7 @@ its weight. Three of four rows fit; the result is kept if it is at least 0.3 dB 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from fxq.stages import Stage
 LEAST_GAIN = 0.3
 """dB."""
 DAMPING = 0.1
-"""Of the mean of H's diagonal: a few hundred rows say little of what the products' other inputs have in common."""
+"""Of the mean of H's diagonal: a few hundred rows say little of what the products' other inputs have in common. It also
+keeps H's condition below 10 K, so that float32 serves."""
 MAX_K = 4096
-"""H and what is made of it are K x K, in float64; a longer product keeps its nearest integers."""
+"""H and what is made of it are K x K; a longer product keeps its nearest integers."""
 BLOCK = 64
 """Columns whose errors are passed on together to those behind them."""
 
@@ -65,10 +66,7 @@ class RoundWeights:
                 effect = _round(gm, reader, exclusive, edge.rows, x)
                 if effect:
                     effects[reader.name] = effect
-        ctx.report.decisions = [
-            replace(d, detail=", ".join(filter(None, (d.detail, effects[d.node])))) if d.node in effects else d
-            for d in ctx.report.decisions
-        ]
+        ctx.report.add_details(effects)
         return len(effects)
 
 
@@ -102,27 +100,37 @@ def compensated(w: Tensor, scales: Tensor, x: Tensor) -> Tensor:
 
     w: float32 [N, K]; scales: [N] or [1]; x: [rows, K].
     """
-    hessian = (x.t() @ x).double() / max(1, len(x))
+    hessian = x.t() @ x / max(1, len(x))
     power = hessian.diagonal().mean()
     if not power > 0:
         return w
     order = torch.argsort(hessian.diagonal(), descending=True)
     hessian = hessian[order][:, order]
     hessian.diagonal().add_(DAMPING * power)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    rest, q = w[:, order], torch.empty_like(w)
-    for start in range(0, w.shape[1], BLOCK):
-        stop = min(start + BLOCK, w.shape[1])
-        errors = w.new_empty(len(w), stop - start)
-        for k in range(start, stop):
-            q[:, k] = torch.clamp(torch.round(rest[:, k] / scales), -WEIGHT_QMAX, WEIGHT_QMAX)
-            error = (rest[:, k] - q[:, k] * scales) / upper[k, k]
-            rest[:, k:stop] -= error[:, None] * upper[k, k:stop]
-            errors[:, k - start] = error
-        rest[:, stop:] -= errors @ upper[start:stop, stop:]
-    result: Tensor = dequantize_weight(q[:, torch.argsort(order)].to(torch.int8).contiguous(), scales)
+    upper = _upper_of_inverse(hessian)
+    rest = w.t()[order]  # [K, N]: the weights of a column lie side by side
+    q = torch.empty_like(rest)
+    inverse = 1 / scales
+    for start in range(0, len(rest), BLOCK):
+        stop = min(start + BLOCK, len(rest))
+        block, row = rest[start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for k in range(stop - start):
+            q[start + k] = torch.clamp(torch.round(block[k] * inverse), -WEIGHT_QMAX, WEIGHT_QMAX)
+            errors[k] = (block[k] - q[start + k] * scales) / row[k, k]
+            block[k + 1 :] -= row[k, k + 1 :, None] * errors[k]
+        rest[stop:] -= upper[start:stop, stop:].t() @ errors
+    integers = torch.empty_like(q)
+    integers[order] = q
+    result: Tensor = dequantize_weight(integers.t().to(torch.int8).contiguous(), scales)
     return result
+
+
+def _upper_of_inverse(h: Tensor) -> Tensor:
+    """The upper U with U^T U = h^-1: flipped, h is L L^T, so h = R R^T with R = L flipped, upper, and U = R^-1."""
+    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    u: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(h), dtype=h.dtype), upper=True)
+    return u
 
 
 PASS = RoundWeights()

@@ -43,7 +43,7 @@ LAYERS = [
         "fxq.quantized",
         "fxq.remedies",
     },
-    {"fxq.pipeline", "fxq.swapping", "fxq.leaves"},
+    {"fxq.pipeline", "fxq.simulation", "fxq.swapping", "fxq.leaves"},
     {"passes"},
     {"fxq.api"},
     {"fxq.tuning"},
