@@ -1,4 +1,4 @@
-"""Chains taken apart again: the layers that a `qchain` runs, as operations of their own, under their own names."""
+"""Layers that run as one call taken apart again, under their own names: those of a `qchain`, those of a `qlinears`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from fxq.graph import Value, bypass, constant, get_attr, set_constant
 from fxq.ops.chain import decode, qchain, qchain_float
 from fxq.ops.linear import qlinear, qlinear_float
+from fxq.ops.linears import qlinears
 from fxq.qdq import quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
@@ -56,13 +57,29 @@ def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
 
 
 def expand(gm: GraphModule) -> GraphModule:
-    """The same bits with every chain op by op; shares the constants of `gm`, which stays as it is."""
+    """The same bits with every layer as one op; shares the constants of `gm`, which stays as it is."""
     expanded = GraphModule(gm, copy.deepcopy(gm.graph))
     for node in list(expanded.graph.nodes):
         if node.target in (qchain, qchain_float):
             _expand(expanded, node)
+        elif node.target is qlinears:
+            _part(expanded, node)
     expanded.recompile()
     return expanded
+
+
+def _part(gm: GraphModule, node: Node) -> None:
+    """The linears that a `qlinears` runs, each with the name and the meta of what takes its result out."""
+    x, *lists = node.args
+    for part in list(node.users):
+        each = part.args[1]
+        assert isinstance(each, int)
+        with gm.graph.inserting_before(part):
+            own = gm.graph.call_function(qlinear, (x, *(values[each] for values in lists)))  # type: ignore[index]
+        own.meta = dict(part.meta)
+        name = part.name
+        bypass(gm, part, own)
+        own.name = name
 
 
 def _expand(gm: GraphModule, node: Node) -> None:

@@ -9,7 +9,7 @@
 - end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, fuse_embeddings, order_channels,
-  fuse_chains, prune: INTEGER
+  fuse_chains, merge_linears, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -38,6 +38,7 @@ from passes import (
     keep_dropout,
     lower,
     make_trainable,
+    merge_linears,
     normalize_convolutions,
     normalize_linears,
     normalize_moves,
@@ -82,6 +83,7 @@ LOWER: tuple[Pass, ...] = (
     fuse_embeddings.PASS,
     order_channels.PASS,
     fuse_chains.PASS,
+    merge_linears.PASS,
     prune.PASS,
 )
 """From quantize/dequantize pairs to integers."""

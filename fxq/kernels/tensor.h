@@ -182,6 +182,18 @@ void call_boxed(std::pair<Tensor, Tensor> (*function)(Arguments...), StableIValu
   call_boxed(function, stack, std::index_sequence_for<Arguments...>{});
 }
 
+template <class... Arguments, std::size_t... I>
+void call_boxed(std::vector<Tensor> (*function)(Arguments...), StableIValue* stack, std::index_sequence<I...>) {
+  const std::tuple<std::decay_t<Arguments>...> arguments{argument<std::decay_t<Arguments>>(stack[I])...};
+  std::vector<AtenTensorHandle> handles;
+  for (Tensor& result : std::apply(function, arguments)) handles.push_back(result.release());
+  stack[0] = torch::stable::detail::from(handles);
+}
+template <class... Arguments>
+void call_boxed(std::vector<Tensor> (*function)(Arguments...), StableIValue* stack) {
+  call_boxed(function, stack, std::index_sequence_for<Arguments...>{});
+}
+
 // `function` in the dispatcher's calling convention.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {

