@@ -129,7 +129,9 @@ def _label(gm: GraphModule, node: Node) -> str:
     elif target_name(node.target).startswith(("fxq.qlinear", "fxq.linear")):
         x = node.args[0]
         assert isinstance(x, Node)
-        lines.append(f"{x.meta['value'].shape[-1]} -> {node.meta['value'].shape[-1]}")
+        values = node.meta["value"]
+        widths = [value.shape[-1] for value in (values if isinstance(values, list) else [values])]
+        lines.append(f"{x.meta['value'].shape[-1]} -> {' + '.join(map(str, widths))}")
     else:
         weights = [constant(gm, n) for n in node.all_input_nodes if n.op == "get_attr"]
         lines += [" x ".join(map(str, weight.shape)) for weight in weights if weight.dim() > 1]
