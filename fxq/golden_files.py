@@ -279,6 +279,7 @@ integers are themselves, floats are written with all their bits.
 With `low`, `high`, `zero_point` from the operands, `v = acc + bias` and `>>` an arithmetic shift of an int64:
 
     qlinear_fixed, single   y_q = clamp(((int64) v * multiplier + (1 << shift >> 1) >> shift) + zero_point, low, high)
+    qconv_fixed, single     the same of every window; weight [N, C / groups, *kernel], bias folded over the whole kernel
     qlinear                 y_q = clamp(round_half_even((float) v * multiplier) + zero_point, low, high)
 
 ## hex files

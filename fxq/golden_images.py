@@ -44,6 +44,15 @@ def qconv(
     return numerics.qconv(x, w, bias, multiplier, conv, zero_point, low, high)
 
 
+def qconv_fixed(
+    x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, kernel: Ints, stride: Ints, padding: Ints,
+    dilation: Ints, groups: int, z_x: int, zero_point: int, low: int, high: int, rounding: str = "single",
+) -> U8:  # fmt: skip
+    """`numerics.qconv_fixed`."""
+    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    return numerics.qconv_fixed(x, w, bias, multiplier, shift, conv, zero_point, low, high, rounding)
+
+
 def qconv_float(
     x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, z_x: int, addend: F32 | None = None,
@@ -72,15 +81,25 @@ def qconv_add(
 
 
 def conv_weight(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    x: U8, weight: I8, bias: I32, multiplier: Array, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, z_x: int, *rest: object, **named: object,
 ) -> I8:  # fmt: skip
     """The weight [N, C / groups, *kernel]."""
     return _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)[0]
 
 
+def conv_fixed_weight(x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, *rest: Any) -> I8:
+    """`conv_weight` of `qconv_fixed`."""
+    return conv_weight(x, weight, bias, multiplier, *rest)
+
+
+def conv_fixed_parts(x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, *rest: Any) -> dict[str, Array]:
+    """`conv_parts` of `qconv_fixed`."""
+    return conv_parts(x, weight, bias, multiplier, *rest)
+
+
 def conv_parts(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    x: U8, weight: I8, bias: I32, multiplier: Array, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, z_x: int, *rest: object, **named: object,
 ) -> dict[str, Array]:  # fmt: skip
     """What lies inside a convolution: its input, the integer sums, and those with the folded bias."""

@@ -404,6 +404,9 @@ OPS: dict[str, Op] = {
     "fxq.lookup_channels": Op(numerics.lookup_channels),
     "fxq.quantize_channels_last": Op(numerics.quantize),
     "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q", golden_images.conv_weight),
+    "fxq.qconv_fixed": Op(
+        golden_images.qconv_fixed, golden_images.conv_fixed_parts, "y_q", golden_images.conv_fixed_weight
+    ),
     "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y", golden_images.conv_weight),
     "fxq.qconv_act_quantize": Op(
         golden_images.qconv_act_quantize, golden_images.conv_parts, "y_q", golden_images.conv_weight
@@ -419,6 +422,8 @@ OPS: dict[str, Op] = {
         golden_images.conv_transpose_weight,
     ),
     "fxq.qavg_pool": Op(numerics.qavg_pool),
+    "fxq.qavg_pool_fixed": Op(numerics.qavg_pool_fixed),
+    "fxq.qadaptive_avg_pool_fixed": Op(numerics.qadaptive_avg_pool_fixed),
     "fxq.qadaptive_avg_pool": Op(numerics.qadaptive_avg_pool),
     "fxq.qmax_pool": Op(numerics.qmax_pool),
     "fxq.qupsample_nearest": Op(numerics.qupsample_nearest),

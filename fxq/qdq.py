@@ -28,6 +28,14 @@ def expect_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None
         raise TypeError(f"fxq::{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
 
 
+def expect_fixed(op: str, rounding: str, multiplier: int, shift_low: int, shift_high: int) -> None:
+    """Raise `ValueError` for a rounding, multiplier or shift that fixed point does not have."""
+    if rounding not in numerics.ROUNDINGS:
+        raise ValueError(f"fxq::{op}: rounding {rounding!r}, expected {' or '.join(numerics.ROUNDINGS)}")
+    if not (0 <= multiplier < 2**31 and 0 <= shift_low <= shift_high <= 62):
+        raise ValueError(f"fxq::{op}: multiplier {multiplier}, shift {shift_low}, expected 0..2**31 - 1 and 0..62")
+
+
 def round_clamp(steps: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     """clamp(rne(steps) + zero_point, low, high) as uint8; clamped in float so that no conversion overflows."""
     clamped = torch.clamp(torch.round(steps), low - zero_point, high - zero_point)

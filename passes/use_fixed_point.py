@@ -1,12 +1,14 @@
 """use_fixed_point: under `Recipe(requant="fixed")` no integer meets a float multiply on its way to the next integer op.
 
     qlinear(x, w, b, multiplier, ...)           ->  qlinear_fixed(x, w, b, multiplier, shift, ..., rounding)
+    qconv(x, w, b, multiplier, ...)             ->  qconv_fixed(x, w, b, multiplier, shift, ..., rounding)
+    qavg_pool, qadaptive_avg_pool(x, ...)       ->  qavg_pool_fixed, qadaptive_avg_pool_fixed(x, ..., rounding)
     requantize(q, z_x, multiplier, ...)         ->  requantize_fixed(q, z_x, multiplier, shift, ..., rounding)
     qadd(a, b, m_a, z_a, m_b, z_b, ...)         ->  qadd_fixed(a, b, m_a, z_a, m_b, z_b, shift, ...)
 
 Multipliers are made of the scales themselves, in float64, not of their float32 quotients. What remains float is written
 into the report (`Report.float_steps`): all arithmetic on real numbers but the conversions at the model's own edges, a
-quantize that reads an input and a dequantize (or a linear's, in `qlinear_float`) that an output reads. Operations that
+quantize that reads an input and a dequantize (or a product's, in `qlinear_float`) that an output reads. Operations that
 move numbers or compare them are no arithmetic.
 """
 
@@ -16,22 +18,49 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.graph import Value, constant, get_attr, is_call, module_of, place_of, replace, set_constant, target_name
 from fxq.ops.add import qadd
+from fxq.ops.conv import qconv, qconv_fixed, qconv_float
+from fxq.ops.conv_transpose import qconv_transpose_float
 from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, requantize_fixed
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.ops.lookup import lookup, lookup_channels
+from fxq.ops.pool import (
+    MOST_COUNTED,
+    qadaptive_avg_pool,
+    qadaptive_avg_pool_fixed,
+    qavg_pool,
+    qavg_pool_fixed,
+    qmax_pool,
+)
 from fxq.ops.quantize_scaled import quantize_scaled
+from fxq.ops.upsample import qupsample_nearest
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize, requantize
 from fxq.recipe import RequantRounding
 from fxq.spelling import CAT, CLAMP, GETITEM, MAX_POOLS, MOVES, RELU, SPLITS
 from fxq.stages import Stage, is_integer_op
 
-_INTEGER_ONLY = frozenset({qlinear_fixed, qadd_fixed, requantize_fixed, lookup, lookup_channels})
+_PRODUCTS: dict[object, OpOverload] = {qlinear: qlinear_fixed, qconv: qconv_fixed}
+_POOLS: dict[object, OpOverload] = {qavg_pool: qavg_pool_fixed, qadaptive_avg_pool: qadaptive_avg_pool_fixed}
+_INTEGER_ONLY = frozenset(
+    {
+        *_PRODUCTS.values(),
+        *_POOLS.values(),
+        qadd_fixed,
+        requantize_fixed,
+        qmax_pool,
+        qupsample_nearest,
+        lookup,
+        lookup_channels,
+    }
+)
+_TO_FLOAT: dict[object, int] = {qlinear_float: 4, qconv_float: 10, qconv_transpose_float: 11}
+"""Products that dequantize, with the place of their addend."""
 _NO_ARITHMETIC = MOVES | MAX_POOLS | SPLITS | CAT | {GETITEM, CLAMP, RELU}
 
 
@@ -50,8 +79,11 @@ class UseFixedPoint:
             return 0
         count = 0
         for node in list(gm.graph.nodes):
-            if node.target is qlinear:
-                _fix_linear(gm, node, ctx.recipe.rounding)
+            if node.target in _PRODUCTS:
+                _fix_product(gm, node, ctx.recipe.rounding)
+            elif node.target in _POOLS:
+                if not _fix_pool(gm, node, ctx.recipe.rounding):
+                    continue
             elif node.target is requantize:
                 _fix_requantize(gm, node, ctx.recipe.rounding)
             elif node.target is qadd:
@@ -70,8 +102,8 @@ def _scale(node: object) -> float:
     return scale
 
 
-def _fix_linear(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
-    x, weight, bias, multiplier, *bounds = node.args
+def _fix_product(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
+    x, weight, bias, multiplier, *rest = node.args
     assert isinstance(multiplier, Node)
     scales = _scale(x), node.meta["weight_scales"], _scale(node)
     known = constant(gm, multiplier)
@@ -84,7 +116,19 @@ def _fix_linear(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
                 ("q31", "shift"), numerics.fixed_multiplier(numerics.real_multiplier(*scales)), strict=True
             )
         ]
-    replace(gm, node, qlinear_fixed, (x, weight, bias, *fixed, *bounds, rounding), node.meta["qparams"])
+    fixed_op = _PRODUCTS[node.target]
+    replace(gm, node, fixed_op, (x, weight, bias, *fixed, *rest, rounding), node.meta["qparams"])
+
+
+def _fix_pool(gm: GraphModule, node: Node, rounding: RequantRounding) -> bool:
+    """Not where a divisor of the user's own is none of an integer mean: that stays float, and the report names it."""
+    x, *windows, z_x, _, zero_point, low, high = node.args
+    if node.target is qavg_pool and windows[-1] is not None and not 1 <= windows[-1] <= MOST_COUNTED:  # type: ignore
+        return False
+    multiplier, shift = numerics.fixed_multiplier(np.float64(_scale(x)) / _scale(node))
+    args = (x, *windows, z_x, int(multiplier), int(shift), zero_point, low, high, rounding)
+    replace(gm, node, _POOLS[node.target], args, node.meta["qparams"])
+    return True
 
 
 def _fix_requantize(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
@@ -119,13 +163,13 @@ def _is_float_arithmetic(node: Node) -> bool:
         return False
     if node.target in (quantize, quantize_scaled):
         return is_integer_op(_origin(node))  # behind an input it is the edge, behind an island the island speaks for it
-    if node.target is qlinear_float:
-        return len(node.args) > 4  # its bias does not fit int32
+    if node.target in _TO_FLOAT:
+        return any(isinstance(operand, Node) for operand in node.args[_TO_FLOAT[node.target] :])  # a bias beyond int32
     return node.target is not dequantize and node.target not in _NO_ARITHMETIC
 
 
 def _is_conversion(node: Node) -> bool:
-    return node.target in (quantize, quantize_scaled, dequantize, qlinear_float)
+    return node.target in (quantize, quantize_scaled, dequantize) or node.target in _TO_FLOAT
 
 
 def _origin(node: Node) -> Node:

@@ -34,6 +34,16 @@ inline bool rounds_twice(const char* op, const std::string& rounding) {
   return rounding == "tflite";
 }
 
+// The shifts of a fixed-point op, one for each of `count` channels; `held` keeps them alive.
+inline const int32_t* shifts_of(const char* op, const Tensor& shift, int64_t count, std::optional<Contiguous>& held) {
+  expect_dtype(op, "shift", shift, aoti_torch_dtype_int32(), "int32");
+  if (shift.dim() != 1 || shift.numel() != count) fail(op, ": shift", shift.shape(), ", expected [", count, "]");
+  const int32_t* own = held.emplace(shift).data<int32_t>();
+  for (int64_t n = 0; n < count; ++n)
+    if (own[n] < 0 || own[n] > 62) fail(op, ": shift of channel ", n, " is ", own[n], ", expected 0..62");
+  return own;
+}
+
 inline Activation activation_named(const char* op, const std::string& name) {
   constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu",        "tanh",
                                     "sigmoid", "relu", "hardsigmoid", "hardswish"};

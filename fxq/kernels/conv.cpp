@@ -77,7 +77,12 @@ void move(Gemm& g, int64_t elements, int64_t channel) {
   if (g.addend) g.addend += (g.addend_stride ? elements : 0) + channel;
   if (g.residual) g.residual += elements + channel;
   g.bias += channel;
-  g.multiplier += channel;
+  if (g.output == Output::kFixed) {
+    g.fixed += channel;
+    g.shift += channel;
+  } else {
+    g.multiplier += channel;
+  }
 }
 
 }  // namespace
@@ -102,7 +107,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
   g.run_bytes = ceil_div(c.run_bytes(), 4) * 4;
   const int64_t start = image * c.y_step[0] + plane * c.y_step[1] + row * c.y_step[2];
   const bool depthwise = lanes && c.product.n == 1 && c.channels >= 16 && c.channels % 4 == 0 && !g.addend &&
-                         g.output != Output::kFloat;
+                         g.output != Output::kFloat && g.output != Output::kFixed;
   if (lanes) {
     g.run_bytes = c.product.n;
     g.n = c.channels;

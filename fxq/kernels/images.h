@@ -29,23 +29,49 @@ static void max_of(const uint8_t* x, const int64_t* taps, int64_t count, int64_t
   }
 }
 
-// y[c] = round(f32(sum - count * zero_point) * multiplier), the sum of `count` pixels of `channels` from each run on.
+// sum - count * zero_point over `count` pixels of `valid` channels from each run on.
+static inline I sum_of(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
+                       int32_t z_x, int64_t valid) {
+  I sum = I{} - int32_t(run_count * pixels) * z_x;
+  for (int64_t r = 0; r < run_count; ++r) {
+    const uint8_t* p = x + runs[r];
+    if (valid == W)
+      for (int64_t i = 0; i < pixels; ++i, p += pixel_step) sum += widen(load<B>(p));
+    else
+      for (int64_t i = 0; i < pixels; ++i, p += pixel_step) sum += widen(load_some<B>(p, valid));
+  }
+  return sum;
+}
+
+// y[c] = round(f32(sum) * multiplier).
 static void mean_of(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
                     int32_t z_x, float multiplier, uint8_t* y, int64_t channels, int32_t zero_point, int32_t low,
                     int32_t high) {
   const Rounding round(zero_point, low, high);
   for (int64_t c = 0; c < channels; c += W) {
     const int64_t valid = channels - c < W ? channels - c : W;
-    I sum = I{} - int32_t(run_count * pixels) * z_x;
-    for (int64_t r = 0; r < run_count; ++r) {
-      const uint8_t* p = x + runs[r] + c;
-      if (valid == W)
-        for (int64_t i = 0; i < pixels; ++i, p += pixel_step) sum += widen(load<B>(p));
-      else
-        for (int64_t i = 0; i < pixels; ++i, p += pixel_step) sum += widen(load_some<B>(p, valid));
-    }
+    const I sum = sum_of(x + c, runs, run_count, pixels, pixel_step, z_x, valid);
     store_some(y + c, round(__builtin_convertvector(sum, F) * multiplier), valid);
   }
+}
+
+// y[c] = scale(sum), without floats.
+template <bool twice>
+static void mean_of_fixed(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
+                          int32_t z_x, int32_t multiplier, int32_t shift, uint8_t* y, int64_t channels,
+                          int32_t zero_point, int32_t low, int32_t high) {
+  const FixedScale<twice> scale(multiplier - I{}, shift - I{});
+  for (int64_t c = 0; c < channels; c += W) {
+    const int64_t valid = channels - c < W ? channels - c : W;
+    const I sum = sum_of(x + c, runs, run_count, pixels, pixel_step, z_x, valid);
+    store_some(y + c, scale(sum, zero_point, low, high), valid);
+  }
+}
+static void mean_of_fixed(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
+                          int32_t z_x, int32_t multiplier, int32_t shift, bool twice, uint8_t* y, int64_t channels,
+                          int32_t zero_point, int32_t low, int32_t high) {
+  (twice ? mean_of_fixed<true> : mean_of_fixed<false>)(x, runs, run_count, pixels, pixel_step, z_x, multiplier, shift,
+                                                       y, channels, zero_point, low, high);
 }
 
 // y[c] = rne of the bilinear mean of four pixels.

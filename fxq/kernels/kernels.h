@@ -152,6 +152,9 @@ struct Kernels {
   void (*mean_of)(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
                   int32_t z_x, float multiplier, uint8_t* y, int64_t channels, int32_t zero_point, int32_t low,
                   int32_t high);
+  void (*mean_of_fixed)(const uint8_t* x, const int64_t* runs, int64_t run_count, int64_t pixels, int64_t pixel_step,
+                        int32_t z_x, int32_t multiplier, int32_t shift, bool twice, uint8_t* y, int64_t channels,
+                        int32_t zero_point, int32_t low, int32_t high);
   // The mean of the rows q[0], q[1] and q[2], q[3], v along a row, u across.
   void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
   // f32((q_a - z_a) * (q_b - z_b) * multiplier of a), `rows` rows of a by the same `count` values b.

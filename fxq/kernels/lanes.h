@@ -20,6 +20,15 @@ static inline I group_lanes(const uint8_t* x, I index, int64_t valid) {
   return groups;
 }
 
+// clamp(scale(sum) + zero point) of P pixels.
+template <bool twice, int P>
+static void fixed_lanes(const Gemm& g, int64_t pixel, int64_t channel, int64_t valid, const I (&sums)[P]) {
+  const FixedScale<twice> scale(load_some<I>(g.fixed + channel, valid), load_some<I>(g.shift + channel, valid));
+  for (int p = 0; p < P; ++p)
+    store_some(static_cast<uint8_t*>(g.y) + (pixel + p) * g.y_stride + channel,
+               scale(sums[p], g.zero_point, g.low, g.high), valid);
+}
+
 // P pixels of W channels from `channel` on, of which `valid` exist.
 template <int P>
 static inline void lanes_tile(const Gemm& g, int64_t pixel, int64_t channel, int64_t valid, const int8_t* w,
@@ -54,6 +63,10 @@ static inline void lanes_tile(const Gemm& g, int64_t pixel, int64_t channel, int
     }
   }
 
+  if (g.output == Output::kFixed) {
+    (g.twice ? fixed_lanes<true, P> : fixed_lanes<false, P>)(g, pixel, channel, valid, acc);
+    return;
+  }
   const F multiplier = load_some<F>(g.multiplier + channel, valid);
   alignas(64) float stage[P * W];
   UNROLL for (int p = 0; p < P; ++p) {

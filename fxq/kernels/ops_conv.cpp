@@ -13,6 +13,7 @@ using Ints = std::vector<int64_t>;
 
 struct Operands {
   const Tensor &x, &weight, &bias, &multiplier;
+  int32_t multiplier_dtype = aoti_torch_dtype_float32();  // int32 in fixed point
 };
 
 // How many parts to cut the rows of one image's plane into, and the panels, for `threads` threads.
@@ -73,7 +74,8 @@ void expect_operands(const char* op, const Operands& o) {
   expect_dtype(op, "x", o.x, aoti_torch_dtype_uint8(), "uint8");
   expect_dtype(op, "weight", o.weight, aoti_torch_dtype_int8(), "int8 (packed)");
   expect_dtype(op, "bias", o.bias, aoti_torch_dtype_int32(), "int32");
-  expect_dtype(op, "multiplier", o.multiplier, aoti_torch_dtype_float32(), "float32");
+  expect_dtype(op, "multiplier", o.multiplier, o.multiplier_dtype,
+               o.multiplier_dtype == aoti_torch_dtype_int32() ? "int32" : "float32");
 }
 
 // An addend or a residual: dense and channels-last, as the result is.
@@ -189,7 +191,10 @@ Tensor conv(const char* op, const Operands& o, const Ints& kernel, const Ints& s
   const Contiguous w(o.weight), b(o.bias), m(o.multiplier);
   c.product.weight = w.data<int8_t>();
   c.product.bias = b.data<int32_t>();
-  c.product.multiplier = m.data<float>();
+  if (c.product.output == Output::kFixed)
+    c.product.fixed = m.data<int32_t>();
+  else
+    c.product.multiplier = m.data<float>();
 
   const Shape shape = {sizes, int64_t(rank) + 2};
   Tensor y = Tensor::empty_channels_last(shape, result_dtype(c.product));
@@ -221,6 +226,20 @@ Tensor qconv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
              int64_t zero_point, int64_t low, int64_t high) {
   return conv("qconv", {x, weight, bias, multiplier}, kernel, stride, padding, dilation, groups, z_x, nullptr, nullptr,
               requantized("qconv", zero_point, low, high));
+}
+
+Tensor qconv_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                   const Tensor& shift, const Ints& kernel, const Ints& stride, const Ints& padding,
+                   const Ints& dilation, int64_t groups, int64_t z_x, int64_t zero_point, int64_t low, int64_t high,
+                   const std::string& rounding) {
+  constexpr const char* op = "qconv_fixed";
+  std::optional<Contiguous> shifts;
+  Conv c = requantized(op, zero_point, low, high);
+  c.product.output = Output::kFixed;
+  c.product.twice = rounds_twice(op, rounding);
+  c.product.shift = shifts_of(op, shift, bias.numel(), shifts);
+  return conv(op, {x, weight, bias, multiplier, aoti_torch_dtype_int32()}, kernel, stride, padding, dilation, groups,
+              z_x, nullptr, nullptr, c);
 }
 
 Tensor qconv_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
@@ -381,6 +400,7 @@ Tensor qconv_transpose_float(const Tensor& x, const Tensor& weight, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qconv", fxq::boxed<fxq::qconv>);
+  m.impl("qconv_fixed", fxq::boxed<fxq::qconv_fixed>);
   m.impl("qconv_float", fxq::boxed<fxq::qconv_float>);
   m.impl("qconv_act_quantize", fxq::boxed<fxq::qconv_act_quantize>);
   m.impl("qconv_add", fxq::boxed<fxq::qconv_add>);

@@ -185,9 +185,7 @@ Tensor qlinear_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   g.zero_point = int32_t(zero_point);
   g.low = int32_t(low);
   g.high = int32_t(high);
-  g.shift = channels(op, "shift", shift, bias, shifts);
-  for (int64_t n = 0; n < bias.numel(); ++n)
-    if (g.shift[n] < 0 || g.shift[n] > 62) fail(op, ": shift of channel ", n, " is ", g.shift[n], ", expected 0..62");
+  g.shift = shifts_of(op, shift, bias.numel(), shifts);
   std::vector<int32_t> sums;
   if (zero_w) {
     g.zero_w = channels(op, "zero_w", *zero_w, bias, zeros);

@@ -56,8 +56,48 @@ int64_t pooled_size(const char* op, int64_t size, int64_t k, int64_t s, int64_t 
   return ceil_mode && (count - 1) * s >= size + p ? count - 1 : count;
 }
 
-Tensor average(Image& image, const Windows (&windows)[3], int64_t divisor, int64_t z_x, double m, int64_t zero_point,
-               int64_t low, int64_t high) {
+// What becomes of the sum of a window: s_x / s_y, as a float64 or in fixed point, and the bounds of the result.
+struct Mean {
+  double factor = 0;
+  bool fixed = false, twice = false;
+  int32_t multiplier = 0, shift = 0;
+  int32_t z_x = 0, zero_point = 0, low = 0, high = 255;
+};
+
+Mean mean_to(const char* op, int64_t z_x, int64_t zero_point, int64_t low, int64_t high) {
+  expect_range(op, zero_point, low, high);
+  Mean mean;
+  mean.z_x = int32_t(z_x);
+  mean.zero_point = int32_t(zero_point);
+  mean.low = int32_t(low);
+  mean.high = int32_t(high);
+  return mean;
+}
+
+Mean fixed_mean(const char* op, int64_t z_x, int64_t multiplier, int64_t shift, int64_t zero_point, int64_t low,
+                int64_t high, const std::string& rounding) {
+  if (multiplier < 0 || multiplier > INT32_MAX || shift < 0 || shift > 62)
+    fail(op, ": multiplier ", multiplier, ", shift ", shift, ", expected 0..2**31 - 1 and 0..62");
+  Mean mean = mean_to(op, z_x, zero_point, low, high);
+  mean.fixed = true;
+  mean.twice = rounds_twice(op, rounding);
+  mean.multiplier = int32_t(multiplier);
+  mean.shift = int32_t(shift);
+  return mean;
+}
+
+// numerics.mean_multiplier: the multiplier and shift of a mean over `count`.
+void divide(const Mean& mean, int64_t count, int32_t& multiplier, int32_t& shift) {
+  int extra = 0;
+  while (int64_t(1) << extra < count) ++extra;
+  const auto divided = [&] { return ((int64_t(mean.multiplier) << extra) + count / 2) / count; };
+  if (divided() > INT32_MAX) --extra;
+  const bool too_small = mean.shift + extra > 62;
+  multiplier = too_small ? 0 : int32_t(divided());
+  shift = too_small ? 62 : mean.shift + extra;
+}
+
+Tensor average(Image& image, const Windows (&windows)[3], int64_t divisor, const Mean& mean) {
   Tensor y = image.result();
   const ChannelsLast<uint8_t>& x = image.x;
   int64_t seen = 1;
@@ -72,21 +112,27 @@ Tensor average(Image& image, const Windows (&windows)[3], int64_t divisor, int64
     for (const Window& column : windows[2]) {
       const int64_t count = divisor ? divisor : plane.count * row.count * column.count;
       const int64_t pixels = std::max<int64_t>(0, column.end - column.begin);
-      active().mean_of(from + column.begin * x.step[3], runs.data(), int64_t(runs.size()), pixels, x.step[3],
-                       int32_t(z_x), float(m / double(count)), to, x.channels, int32_t(zero_point), int32_t(low),
-                       int32_t(high));
+      const uint8_t* begin = from + column.begin * x.step[3];
+      if (mean.fixed) {
+        int32_t multiplier, shift;
+        divide(mean, count, multiplier, shift);
+        active().mean_of_fixed(begin, runs.data(), int64_t(runs.size()), pixels, x.step[3], mean.z_x, multiplier, shift,
+                               mean.twice, to, x.channels, mean.zero_point, mean.low, mean.high);
+      } else {
+        active().mean_of(begin, runs.data(), int64_t(runs.size()), pixels, x.step[3], mean.z_x,
+                         float(mean.factor / double(count)), to, x.channels, mean.zero_point, mean.low, mean.high);
+      }
       to += x.channels;
     }
   });
   return y;
 }
 
-Tensor qavg_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, bool ceil_mode,
-                 bool count_include_pad, std::optional<int64_t> divisor, int64_t z_x, double m, int64_t zero_point,
-                 int64_t low, int64_t high) {
-  const char* op = "qavg_pool";
+Tensor avg_pool(const char* op, const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding,
+                bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor, const Mean& mean) {
   expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
-  expect_range(op, zero_point, low, high);
+  if (mean.fixed && divisor && (*divisor < 1 || *divisor > 1 << 23))
+    fail(op, ": divisor_override = ", *divisor, ", expected 1..2**23");
   const size_t rank = kernel.size();
   expect_entries(op, "kernel", kernel, rank, 1);
   expect_entries(op, "stride", stride, rank, 1);
@@ -105,14 +151,27 @@ Tensor qavg_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const 
       own.push_back({inside, stop, count_include_pad ? end - begin : stop - inside});
     }
   }
-  return average(image, windows, divisor.value_or(0), z_x, m, zero_point, low, high);
+  return average(image, windows, divisor.value_or(0), mean);
 }
 
-Tensor qadaptive_avg_pool(const Tensor& t, const Ints& output_size, int64_t z_x, double m, int64_t zero_point,
-                          int64_t low, int64_t high) {
-  const char* op = "qadaptive_avg_pool";
+Tensor qavg_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, bool ceil_mode,
+                 bool count_include_pad, std::optional<int64_t> divisor, int64_t z_x, double m, int64_t zero_point,
+                 int64_t low, int64_t high) {
+  Mean mean = mean_to("qavg_pool", z_x, zero_point, low, high);
+  mean.factor = m;
+  return avg_pool("qavg_pool", t, kernel, stride, padding, ceil_mode, count_include_pad, divisor, mean);
+}
+
+Tensor qavg_pool_fixed(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, bool ceil_mode,
+                       bool count_include_pad, std::optional<int64_t> divisor, int64_t z_x, int64_t multiplier,
+                       int64_t shift, int64_t zero_point, int64_t low, int64_t high, const std::string& rounding) {
+  const char* op = "qavg_pool_fixed";
+  const Mean mean = fixed_mean(op, z_x, multiplier, shift, zero_point, low, high, rounding);
+  return avg_pool(op, t, kernel, stride, padding, ceil_mode, count_include_pad, divisor, mean);
+}
+
+Tensor adaptive_avg_pool(const char* op, const Tensor& t, const Ints& output_size, const Mean& mean) {
   expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
-  expect_range(op, zero_point, low, high);
   const size_t rank = output_size.size();
   expect_entries(op, "output_size", output_size, rank, 0);
   Image image(op, t, int64_t(rank));
@@ -127,7 +186,22 @@ Tensor qadaptive_avg_pool(const Tensor& t, const Ints& output_size, int64_t z_x,
       own.push_back({begin, end, end - begin});
     }
   }
-  return average(image, windows, 0, z_x, m, zero_point, low, high);
+  return average(image, windows, 0, mean);
+}
+
+Tensor qadaptive_avg_pool(const Tensor& t, const Ints& output_size, int64_t z_x, double m, int64_t zero_point,
+                          int64_t low, int64_t high) {
+  Mean mean = mean_to("qadaptive_avg_pool", z_x, zero_point, low, high);
+  mean.factor = m;
+  return adaptive_avg_pool("qadaptive_avg_pool", t, output_size, mean);
+}
+
+Tensor qadaptive_avg_pool_fixed(const Tensor& t, const Ints& output_size, int64_t z_x, int64_t multiplier,
+                                int64_t shift, int64_t zero_point, int64_t low, int64_t high,
+                                const std::string& rounding) {
+  const char* op = "qadaptive_avg_pool_fixed";
+  return adaptive_avg_pool(op, t, output_size,
+                           fixed_mean(op, z_x, multiplier, shift, zero_point, low, high, rounding));
 }
 
 Tensor qmax_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
@@ -337,6 +411,8 @@ Tensor quantize_channels_last(const Tensor& x, double scale, int64_t zero_point)
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
+  m.impl("qavg_pool_fixed", fxq::boxed<fxq::qavg_pool_fixed>);
+  m.impl("qadaptive_avg_pool_fixed", fxq::boxed<fxq::qadaptive_avg_pool_fixed>);
   m.impl("qavg_pool", fxq::boxed<fxq::qavg_pool>);
   m.impl("qadaptive_avg_pool", fxq::boxed<fxq::qadaptive_avg_pool>);
   m.impl("qmax_pool", fxq::boxed<fxq::qmax_pool>);

@@ -46,6 +46,7 @@ from fxq.numerics.conv import (
     qconv,
     qconv_act_quantize,
     qconv_add,
+    qconv_fixed,
     qconv_float,
     qconv_transpose,
     qconv_transpose_float,
@@ -77,8 +78,10 @@ from fxq.numerics.engines import (
 from fxq.numerics.fixed_point import (
     ROUNDINGS,
     Rounding,
+    clamp_integers,
     fixed_multiplier,
     fixed_multipliers,
+    mean_multiplier,
     qadd_fixed,
     qlinear_fixed,
     requantize_fixed,
@@ -101,7 +104,14 @@ from fxq.numerics.linear import (
 from fxq.numerics.lookup import lookup, lookup_channels
 from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
 from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
-from fxq.numerics.pooling import pool_sizes, qadaptive_avg_pool, qavg_pool, qmax_pool
+from fxq.numerics.pooling import (
+    pool_sizes,
+    qadaptive_avg_pool,
+    qadaptive_avg_pool_fixed,
+    qavg_pool,
+    qavg_pool_fixed,
+    qmax_pool,
+)
 from fxq.numerics.upsampling import qupsample_bilinear, qupsample_nearest, source_step
 from fxq.numerics.weight_only import linear_weight_only
 
@@ -125,6 +135,7 @@ __all__ = [
     "accumulator_bounds",
     "activation_qparams",
     "attention_scores",
+    "clamp_integers",
     "conv_runs",
     "conv_sizes",
     "dequantize",
@@ -150,6 +161,7 @@ __all__ = [
     "linear_weight_only",
     "lookup",
     "lookup_channels",
+    "mean_multiplier",
     "norm_quantize",
     "onednn_scales",
     "pack",
@@ -162,14 +174,17 @@ __all__ = [
     "phases",
     "pool_sizes",
     "qadaptive_avg_pool",
+    "qadaptive_avg_pool_fixed",
     "qadd",
     "qadd_fixed",
     "qattention",
     "qattention_float",
     "qavg_pool",
+    "qavg_pool_fixed",
     "qconv",
     "qconv_act_quantize",
     "qconv_add",
+    "qconv_fixed",
     "qconv_float",
     "qconv_transpose",
     "qconv_transpose_float",

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fxq.numerics.activations import ACTIVATIONS
 from fxq.numerics.affine import F32, I8, I32, U8, Array, quantize, round_clamp
+from fxq.numerics.fixed_point import ROUNDINGS, clamp_integers
 from fxq.numerics.linear import fold_bias
 
 Ints = Sequence[int]
@@ -102,6 +103,26 @@ def qconv(q_x: U8, q_w: I8, bias: I32, multiplier: F32, conv: Conv, zero_point: 
     multiplier: float32 [N].
     """
     return round_clamp(_steps(conv.accumulate(q_x, q_w), bias, multiplier), zero_point, low, high)
+
+
+def qconv_fixed(
+    q_x: U8,
+    q_w: I8,
+    bias: I32,
+    multiplier: I32,
+    shift: I32,
+    conv: Conv,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """q_y = clamp(scale(acc + bias, multiplier, shift) + z_y, low, high), as `qlinear_fixed` of every window."""
+    acc = conv.accumulate(q_x, q_w)
+    column = (-1, *[1] * (acc.ndim - 2))
+    scale = multiplier.reshape(column), shift.reshape(column)
+    v = acc.astype(np.int64) + bias.reshape(column)
+    return clamp_integers(ROUNDINGS[rounding](v, *scale), zero_point, low, high)
 
 
 def qconv_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, conv: Conv, addend: F32 | None = None) -> F32:

@@ -61,6 +61,25 @@ def fixed_multipliers(factors: F64) -> tuple[I32, int]:
     return np.minimum(multipliers, INT32_MAX).astype(np.int32), int(shift)
 
 
+def mean_multiplier(multiplier: int, shift: int, count: I64) -> tuple[I32, I32]:
+    """Multiplier and shift of factor / count, in integers alone; factor as in (F1), count: int64 in 1..2**23.
+
+    m' = floor((multiplier * 2**e + floor(count / 2)) / count), shift' = shift + e, with the e that brings m' back to
+    2**30..2**31 - 1. Where shift' would exceed 62, the mean of uint8 rounds to 0, and so does m'.
+    """
+    count = np.asarray(count, np.int64)
+    extra = np.frexp(count - 1)[1].astype(np.int64)  # 2**extra is the first power of two that is not below count
+
+    def divided(extra: I64) -> I64:
+        quotient: I64 = ((np.int64(multiplier) << extra) + count // 2) // count
+        return quotient
+
+    extra = extra - (divided(extra) > INT32_MAX)
+    too_small = shift + extra > MAX_SHIFT
+    mantissa = np.where(too_small, 0, divided(extra)).astype(np.int32)
+    return mantissa, np.minimum(shift + extra, MAX_SHIFT).astype(np.int32)
+
+
 def scale_single(v: I64, multiplier: I32, shift: I32) -> I64:
     """floor((v * multiplier + 2**(shift - 1)) / 2**shift); v in int32, in int64. Ties go towards plus infinity."""
     v, m, s = (np.asarray(operand, np.int64) for operand in (v, multiplier, shift))

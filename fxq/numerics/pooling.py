@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxq.numerics.affine import U8, round_clamp
+from fxq.numerics.fixed_point import I64, ROUNDINGS, clamp_integers, mean_multiplier
 
 Ints = Sequence[int]
 Index = npt.NDArray[np.int64]
@@ -47,6 +48,16 @@ def adaptive_windows(size: int, out: int) -> Windows:
     return begin, end, end - begin
 
 
+def _sums(q_x: U8, windows: Sequence[Windows], divisor: int | None, z_x: int) -> tuple[I64, I64]:
+    """The sums of q_x - z_x over each window, and what they are divided by."""
+    acc, count = q_x.astype(np.int64) - z_x, np.ones(1, np.int64)
+    for axis, (begin, end, counted) in enumerate(windows, start=2):
+        sums = np.insert(np.cumsum(acc, axis), 0, 0, axis)
+        acc = np.take(sums, end, axis) - np.take(sums, begin, axis)
+        count = count[..., None] * counted
+    return acc, count[0] if divisor is None else np.full_like(count[0], divisor)
+
+
 def _average(
     q_x: U8,
     windows: Sequence[Windows],
@@ -57,14 +68,26 @@ def _average(
     low: int,
     high: int,
 ) -> U8:
-    acc, count = q_x.astype(np.int64) - z_x, np.ones(1, np.int64)
-    for axis, (begin, end, counted) in enumerate(windows, start=2):
-        sums = np.insert(np.cumsum(acc, axis), 0, 0, axis)
-        acc = np.take(sums, end, axis) - np.take(sums, begin, axis)
-        count = count[..., None] * counted
-    divisors = count[0] if divisor is None else np.int64(divisor)
+    acc, divisors = _sums(q_x, windows, divisor, z_x)
     m = (np.float64(multiplier) / divisors).astype(np.float32)
     return round_clamp(acc.astype(np.float32) * m, zero_point, low, high)
+
+
+def _average_fixed(
+    q_x: U8,
+    windows: Sequence[Windows],
+    divisor: int | None,
+    z_x: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str,
+) -> U8:
+    acc, divisors = _sums(q_x, windows, divisor, z_x)
+    scale = mean_multiplier(multiplier, shift, divisors)
+    return clamp_integers(ROUNDINGS[rounding](acc, *scale), zero_point, low, high)
 
 
 def qavg_pool(
@@ -87,10 +110,38 @@ def qavg_pool(
     padding (which hold 0.0 and add nothing); `divisor_override` replaces it. q_x: uint8 [B, C, *spatial]; padding: one
     number per spatial dimension, as in torch.
     """
+    windows = _all_windows(q_x, kernel, stride, padding, ceil_mode, count_include_pad)
+    return _average(q_x, windows, divisor_override, z_x, multiplier, zero_point, low, high)
+
+
+def qavg_pool_fixed(
+    q_x: U8,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    z_x: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """q_y = clamp(scale(acc, *mean_multiplier(multiplier, shift, count)) + z_y, low, high), else as `qavg_pool`."""
+    windows = _all_windows(q_x, kernel, stride, padding, ceil_mode, count_include_pad)
+    rest = z_x, multiplier, shift, zero_point, low, high, rounding
+    return _average_fixed(q_x, windows, divisor_override, *rest)
+
+
+def _all_windows(
+    q_x: U8, kernel: Ints, stride: Ints, padding: Ints, ceil_mode: bool, count_include_pad: bool
+) -> list[Windows]:
     sizes = pool_sizes(q_x.shape[2:], kernel, stride, padding, [1] * len(kernel), ceil_mode)
     geometry = zip(q_x.shape[2:], sizes, kernel, stride, padding, strict=True)
-    windows = [pool_windows(*own, count_include_pad) for own in geometry]
-    return _average(q_x, windows, divisor_override, z_x, multiplier, zero_point, low, high)
+    return [pool_windows(*own, count_include_pad) for own in geometry]
 
 
 def qadaptive_avg_pool(
@@ -99,6 +150,22 @@ def qadaptive_avg_pool(
     """`qavg_pool` over windows from floor(i * size / output) to ceil((i + 1) * size / output); [1, ...] is the mean."""
     windows = [adaptive_windows(size, out) for size, out in zip(q_x.shape[2:], output_size, strict=True)]
     return _average(q_x, windows, None, z_x, multiplier, zero_point, low, high)
+
+
+def qadaptive_avg_pool_fixed(
+    q_x: U8,
+    output_size: Ints,
+    z_x: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """`qavg_pool_fixed` over the windows of `qadaptive_avg_pool`."""
+    windows = [adaptive_windows(size, out) for size, out in zip(q_x.shape[2:], output_size, strict=True)]
+    return _average_fixed(q_x, windows, None, z_x, multiplier, shift, zero_point, low, high, rounding)
 
 
 def qmax_pool(q_x: U8, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> U8:

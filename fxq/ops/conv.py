@@ -2,14 +2,16 @@
 
     acc[b, n, *o] = sum_{c, t} q_x[b, c, *(o * stride - padding + t * dilation)] * q_w[n, c, *t]       exact int32
     qconv               q_y = clamp(rne(f32(acc + bias_i32) * f32(s_x * s_w[n] / s_y)) + z_y, low, high)       -> uint8
+    qconv_fixed         q_y = clamp(scale(acc + bias_i32, multiplier[n], shift[n]) + z_y, low, high)           -> uint8
     qconv_float         y   = f32(acc + bias_i32) * f32(s_x * s_w[n]) [+ addend]                             -> float32
     qconv_act_quantize  q_y = quantize(act(f32(acc + bias_i32) * f32(s_x * s_w[n])), s_y, z_y)                 -> uint8
     qconv_add           q_y = clamp(rne(f32(acc + bias_i32) * m + f32((q_b - z_b) * m_b)) + z_y, low, high)    -> uint8
 
 x: uint8 [B, C, *spatial]; weight: int8, packed (`numerics.pack_conv`); bias: int32 [N] (`numerics.fold_bias` over the
 whole kernel); multiplier: float32 [N]; padding: two numbers per spatial dimension, before and after, where x holds z_x;
-addend: float32 [N] or of the shape of the result. kernel * C / groups <= 66311. Results are channels-last in memory, x
-is best so too (`fxq.layout`). NumPy truth: the functions of the same names in `fxq.numerics`.
+addend: float32 [N] or of the shape of the result; scale, whose multiplier and shift are int32 [N]:
+`fxq.ops.fixed_point`. kernel * C / groups <= 66311. Results are channels-last in memory, x is best so too
+(`fxq.layout`). NumPy truth: the functions of the same names in `fxq.numerics`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ from fxq.graph import constant, replace
 from fxq.layout import channels_last, empty
 from fxq.pattern import Any as Operand
 from fxq.pattern import Const, Match, Op
-from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
+from fxq.qdq import (
+    dequantize,
+    dequantize_weight,
+    expect_dtype,
+    expect_fixed,
+    integer_bounds,
+    quantize,
+    round_clamp,
+    steps_from,
+)
 from fxq.spelling import CLAMP, CONVS, PAD, RELU, float_bounds
 
 Ints = Sequence[int]
@@ -50,11 +61,22 @@ def _accumulate(
     groups: int,
     z_x: int,
 ) -> Tensor:
-    """f32(acc + bias) * multiplier, in float64 up to the one rounding to float32."""
+    """f32(acc + bias) * multiplier, channels-last."""
+    expect_dtype(op, "multiplier", multiplier, torch.float32)
+    if multiplier.shape != bias.shape:
+        raise ValueError(f"fxq::{op}: multiplier has shape {list(multiplier.shape)}, bias {list(bias.shape)}")
+    sums = _sums(op, x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    return sums.to(torch.float32) * multiplier.view(-1, *[1] * len(kernel))
+
+
+def _sums(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int, z_x: int,
+) -> Tensor:  # fmt: skip
+    """acc + bias, int64, channels-last; summed in float64, which holds every sum."""
     expect_dtype(op, "x", x, torch.uint8)
     expect_dtype(op, "weight", weight, torch.int8)
     expect_dtype(op, "bias", bias, torch.int32)
-    expect_dtype(op, "multiplier", multiplier, torch.float32)
     n, rank = bias.shape[0], len(kernel)
     if x.dim() != rank + 2 or len(padding) != 2 * rank or x.shape[1] % groups or n % groups:
         raise ValueError(f"fxq::{op}: x {list(x.shape)}, kernel {kernel}, padding {padding}, groups {groups}, N {n}")
@@ -62,20 +84,35 @@ def _accumulate(
     size = numerics.packed_conv_size(n, channels, kernel, dilation, groups)
     if weight.dim() != 1 or weight.numel() != size:
         raise ValueError(f"fxq::{op}: a packed weight of shape {list(weight.shape)}, expected [{size}]")
-    if multiplier.shape != bias.shape:
-        raise ValueError(f"fxq::{op}: multiplier has shape {list(multiplier.shape)}, bias {list(bias.shape)}")
     w = torch.from_numpy(numerics.unpack_conv(weight.numpy(), n, channels, kernel, dilation, groups))
     widths = [edge for i in reversed(range(rank)) for edge in padding[2 * i : 2 * i + 2]]
     padded = F.pad(x.to(torch.float64), widths, value=float(z_x))
     convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     acc = convolve(padded, w.to(torch.float64), None, stride, 0, dilation, groups)
-    column = (-1, *[1] * rank)
-    return channels_last((acc + bias.view(column)).to(torch.float32) * multiplier.view(column))
+    return channels_last((acc + bias.view(-1, *[1] * rank)).to(torch.int64))
 
 
 def _qconv(*args: Any) -> Tensor:
     *operands, zero_point, low, high = args
     return round_clamp(_accumulate("qconv", *operands), zero_point, low, high)
+
+
+def _qconv_fixed(
+    x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, shift: Tensor, kernel: Ints, stride: Ints,
+    padding: Ints, dilation: Ints, groups: int, z_x: int, zero_point: int, low: int, high: int,
+    rounding: str = "single",
+) -> Tensor:  # fmt: skip
+    op, n = "qconv_fixed", bias.numel()
+    geometry = kernel, stride, padding, dilation, groups, z_x
+    for name, operand in (("multiplier", multiplier), ("shift", shift)):
+        expect_dtype(op, name, operand, torch.int32)
+        if operand.shape != (n,):
+            raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
+    if n:
+        expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
+    sums = _sums(op, x, weight, bias, *geometry).movedim(1, -1).numpy()
+    steps = numerics.ROUNDINGS[rounding](sums, multiplier.numpy(), shift.numpy())
+    return torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1)
 
 
 def _qconv_float(*args: Any) -> Tensor:
@@ -105,26 +142,26 @@ def _qconv_add(*args: Any) -> Tensor:
     return channels_last(round_clamp(y + steps_from(addend, z_b, m_b), zero_point, low, high))
 
 
-def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype) -> torch._ops.OpOverload:
-    def fake(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        multiplier: Tensor,
-        kernel: Ints,
-        stride: Ints,
-        padding: Ints,
-        dilation: Ints,
-        *rest: Any,
-    ) -> Tensor:
+def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype, fixed: bool = False) -> torch._ops.OpOverload:
+    tensors = 5 if fixed else 4
+
+    def fake(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        kernel, stride, padding, dilation = rest[tensors - 3 : tensors + 1]
         return empty(x, bias.shape[0], numerics.conv_sizes(x.shape[2:], kernel, stride, padding, dilation), dtype)
 
-    operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier"
+    operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier" + ", Tensor shift" * fixed
     geometry = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, int z_x"
     return kernels.define(f"{name}({operands}, {geometry}, {epilogue}) -> Tensor", portable, fake)
 
 
 qconv = _define("qconv", _qconv, "int zero_point, int low, int high", torch.uint8)
+qconv_fixed = _define(
+    "qconv_fixed",
+    _qconv_fixed,
+    'int zero_point, int low, int high, str rounding="single"',
+    torch.uint8,
+    fixed=True,
+)
 qconv_float = _define("qconv_float", _qconv_float, "Tensor? addend=None", torch.float32)
 qconv_act_quantize = _define(
     "qconv_act_quantize", _qconv_act_quantize, "str activation, float scale, int zero_point", torch.uint8
@@ -226,6 +263,8 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
         qparams = match["s_y"], match["z_y"]
         q = replace(gm, root, qconv, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
         q.meta[CLAMPED] = bounds != (None, None)
+        s_w = constant(gm, match.node("s_w")).numpy()
+        q.meta["weight_scales"] = s_w  # for `use_fixed_point`
         return
     y = replace(gm, conv, qconv_float, (*operands, constants.addend))
     product.clamp_behind(gm, y, bounds)

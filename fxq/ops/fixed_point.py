@@ -21,18 +21,11 @@ from torch import Tensor
 
 from fxq import kernels, numerics
 from fxq.layout import laid_like
-from fxq.qdq import expect_dtype
+from fxq.qdq import expect_dtype, expect_fixed
 
 
 def _tensor(array: numerics.U8) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _expect_fixed(op: str, rounding: str, multiplier: int, shift_low: int, shift_high: int) -> None:
-    if rounding not in numerics.ROUNDINGS:
-        raise ValueError(f"fxq::{op}: rounding {rounding!r}, expected {' or '.join(numerics.ROUNDINGS)}")
-    if not (0 <= multiplier < 2**31 and 0 <= shift_low <= shift_high <= 62):
-        raise ValueError(f"fxq::{op}: multiplier {multiplier}, shift {shift_low}, expected 0..2**31 - 1 and 0..62")
 
 
 def _qlinear_fixed(
@@ -58,7 +51,7 @@ def _qlinear_fixed(
     if weight.shape != (numerics.packed_size(n, x.shape[-1]),):
         raise ValueError(f"fxq::qlinear_fixed: a packed weight of shape {list(weight.shape)} does not fit x and bias")
     if n:
-        _expect_fixed("qlinear_fixed", rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
+        expect_fixed("qlinear_fixed", rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
     operands = (x.numpy(), numerics.unpack(weight.numpy(), n, x.shape[-1]), bias.numpy(), multiplier.numpy())
     zeros = None if zero_w is None else zero_w.numpy()
     return _tensor(numerics.qlinear_fixed(*operands, shift.numpy(), zero_point, low, high, rounding, zeros))
@@ -68,7 +61,7 @@ def _requantize_fixed(
     q: Tensor, z_x: int, multiplier: int, shift: int, zero_point: int, low: int, high: int, rounding: str = "single"
 ) -> Tensor:
     expect_dtype("requantize_fixed", "q", q, torch.uint8)
-    _expect_fixed("requantize_fixed", rounding, multiplier, shift, shift)
+    expect_fixed("requantize_fixed", rounding, multiplier, shift, shift)
     y = _tensor(numerics.requantize_fixed(q.numpy(), z_x, multiplier, shift, zero_point, low, high, rounding))
     return laid_like(y, q)
 
@@ -79,7 +72,7 @@ def _qadd_fixed(
     expect_dtype("qadd_fixed", "a", a, torch.uint8)
     expect_dtype("qadd_fixed", "b", b, torch.uint8)
     for multiplier in (m_a, m_b):
-        _expect_fixed("qadd_fixed", "single", multiplier, shift, shift)
+        expect_fixed("qadd_fixed", "single", multiplier, shift, shift)
     y = _tensor(numerics.qadd_fixed(a.numpy(), b.numpy(), m_a, z_a, m_b, z_b, shift, zero_point, low, high))
     return laid_like(y, a, b)
 

@@ -3,10 +3,12 @@
     acc = sum over the window of q_x - z_x, what is padded adding nothing                                   exact int32
     qavg_pool            q_y = clamp(rne(f32(f32(acc) * f32(m / count))) + z_y, low, high), m = s_x / s_y      -> uint8
     qadaptive_avg_pool   the same over windows floor(i * size / output) to ceil((i + 1) * size / output)       -> uint8
+    qavg_pool_fixed, qadaptive_avg_pool_fixed   q_y = clamp(scale(acc, multiplier / count, shift) + z_y, low, high)
     qmax_pool            q_y = the largest q_x of the window; what is padded holds 0                           -> uint8
 
 x: uint8 [B, C, *spatial]; padding: one number per spatial dimension; count: the values of the window inside the input,
-or inside the padding with `count_include_pad`. Maxima keep the scale and zero point of x. Results are channels-last in
+or inside the padding with `count_include_pad`. The fixed ones compute without a float (`fxq.ops.fixed_point` has scale;
+a `divisor_override` lies in 1..2**23). Maxima keep the scale and zero point of x. Results are channels-last in
 memory. NumPy truth: the functions of the same names in `fxq.numerics`.
 """
 
@@ -27,10 +29,13 @@ from fxq.graph import call, is_float_tensor, replace
 from fxq.layout import empty, from_numpy
 from fxq.pattern import Any as Operand
 from fxq.pattern import Match, Op
-from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize
+from fxq.qdq import dequantize, expect_dtype, expect_fixed, integer_bounds, quantize
 from fxq.spelling import ADAPTIVE_AVG_POOLS, AVG_POOLS, CLAMP, MAX_POOLS, MEAN, RELU, float_bounds
 
 Ints = Sequence[int]
+
+MOST_COUNTED = 2**23
+"""The largest divisor of an average in fixed point."""
 
 
 def _portable(name: str) -> Any:
@@ -42,6 +47,21 @@ def _portable(name: str) -> Any:
         if x.dim() != 2 + len(args[0]):
             raise ValueError(f"fxq::{name}: x has shape {list(x.shape)}, expected [B, C] and {len(args[0])} sizes")
         return from_numpy(function(x.numpy(), *args))
+
+    return run
+
+
+def _portable_fixed(name: str, multiplier_at: int) -> Any:
+    """The same of an op whose arguments end in multiplier, shift, zero_point, low, high and rounding."""
+    average = _portable(name)
+
+    def run(x: Tensor, *args: Any) -> Tensor:
+        multiplier, shift, *_, rounding = (*args[multiplier_at:], "single")[:6]
+        expect_fixed(name, rounding, multiplier, shift, shift)
+        divisor = args[5] if name == "qavg_pool_fixed" else None
+        if divisor is not None and not 1 <= divisor <= MOST_COUNTED:
+            raise ValueError(f"fxq::{name}: divisor_override = {divisor}, expected 1..{MOST_COUNTED}")
+        return average(x, *args)  # type: ignore[no-any-return]
 
     return run
 
@@ -61,6 +81,19 @@ qadaptive_avg_pool = kernels.define(
     "qadaptive_avg_pool(Tensor x, int[] output_size, int z_x, float multiplier, int zero_point, int low, int high) "
     "-> Tensor",
     _portable("qadaptive_avg_pool"),
+    lambda x, output_size, *rest: empty(x, x.shape[1], output_size, x.dtype),
+)
+qavg_pool_fixed = kernels.define(
+    "qavg_pool_fixed(Tensor x, int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, "
+    "int? divisor_override, int z_x, int multiplier, int shift, int zero_point, int low, int high, "
+    'str rounding="single") -> Tensor',
+    _portable_fixed("qavg_pool_fixed", 7),
+    _fake_avg_pool,
+)
+qadaptive_avg_pool_fixed = kernels.define(
+    "qadaptive_avg_pool_fixed(Tensor x, int[] output_size, int z_x, int multiplier, int shift, int zero_point, "
+    'int low, int high, str rounding="single") -> Tensor',
+    _portable_fixed("qadaptive_avg_pool_fixed", 2),
     lambda x, output_size, *rest: empty(x, x.shape[1], output_size, x.dtype),
 )
 qmax_pool = kernels.define(

@@ -160,3 +160,67 @@ def test_report_draw_compare_save(tmp_path, model_of):
 def test_recipes_that_make_no_sense(options, message):
     with pytest.raises(fxq.RecipeError, match=message):
         Recipe(**options)
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x):
+        return torch.relu(x + self.depthwise(torch.relu(self.norm(self.conv(x)))))
+
+
+def cnn():
+    torch.manual_seed(2)
+    front = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.ReLU6(), nn.MaxPool2d(2), Block(8), nn.AvgPool2d(2, padding=1)
+    back = nn.Conv2d(8, 20, 1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*front, *back, nn.Linear(20, 5)).eval()
+
+
+IMAGES = torch.randn(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("recipe", [FIXED, TFLITE], ids=["single", "tflite"])
+def test_a_convolutional_network_is_integer_only(recipe, tmp_path):
+    qmodel = fxq.quantize(cnn(), IMAGES, recipe=recipe, strict=True, check=True)
+    assert fxq.report(qmodel).float_steps == []
+    assert fxq.report(qmodel).sqnr > fxq.report(fxq.quantize(cnn(), IMAGES)).sqnr - 3
+    names = [str(node.target).split(".")[1] for node in qmodel.graph.nodes if "fxq." in str(node.target)]
+    assert names == [
+        *("quantize_channels_last", "qconv_fixed", "qmax_pool", "qconv_fixed", "qconv_fixed", "qadd_fixed"),
+        *("qavg_pool_fixed", "qconv_fixed", "qupsample_nearest", "qadaptive_avg_pool_fixed", "qlinear_float"),
+    ]
+    floats = [name for name, tensor in qmodel.state_dict().items() if tensor.is_floating_point()]
+    assert floats == ["10.multiplier"]
+    golden = fxq.golden(qmodel)
+    expected = golden(IMAGES.numpy())
+    for isa in kernels.info().available:
+        with kernels.use_isa(isa):
+            assert same(qmodel(IMAGES), expected)
+            assert same(qmodel(IMAGES[:1]), expected[:1])
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    assert torch.equal(fxq.load(tmp_path / "model.fxq")(IMAGES[:3]), qmodel(IMAGES[:3]))
+    arrays = np.load(golden.dump(tmp_path / "files", IMAGES[:1].numpy()) / "arrays.npz")
+    assert arrays["0.weight"].shape == (8, 3, 3, 3)
+    assert arrays["0.multiplier_shift" if "0.multiplier_shift" in arrays else "0.shift"].dtype == np.int32
+
+
+def test_what_images_still_compute_in_float_is_named(model_of):
+    def forward(s, x):
+        y = F.interpolate(s.a(x), scale_factor=2, mode="bilinear")
+        return s.b(F.avg_pool2d(y, 2, divisor_override=3) * s.c(x))
+
+    convs = {"a": nn.Conv2d(3, 4, 1), "b": nn.ConvTranspose2d(4, 3, 2), "c": nn.Conv2d(3, 4, 1)}
+    qmodel = fxq.quantize(model_of(forward, **convs), IMAGES, recipe=FIXED)
+    steps = [step.split()[-1] for step in fxq.report(qmodel).float_steps]
+    assert steps == ["fxq.qupsample_bilinear", "fxq.qmul"]
+    assert "qavg_pool_fixed" in qmodel.code
+
+
+def test_a_divisor_that_integers_do_not_take_stays_float(model_of):
+    pair = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1)}
+    model = model_of(lambda s, x: s.b(F.avg_pool2d(s.a(x), 2, divisor_override=-4)), **pair)
+    steps = fxq.report(fxq.quantize(model, IMAGES, recipe=FIXED)).float_steps
+    assert [step.split()[-1] for step in steps] == ["fxq.qavg_pool"]
