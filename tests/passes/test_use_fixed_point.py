@@ -186,7 +186,7 @@ IMAGES = torch.randn(4, 3, 32, 32)
 def test_a_convolutional_network_is_integer_only(recipe, tmp_path):
     qmodel = fxq.quantize(cnn(), IMAGES, recipe=recipe, strict=True, check=True)
     assert fxq.report(qmodel).float_steps == []
-    assert fxq.report(qmodel).sqnr > fxq.report(fxq.quantize(cnn(), IMAGES)).sqnr - 3
+    assert fxq.report(qmodel).sqnr > 35
     names = [str(node.target).split(".")[1] for node in qmodel.graph.nodes if "fxq." in str(node.target)]
     assert names == [
         *("quantize_channels_last", "qconv_fixed", "qmax_pool", "qconv_fixed", "qconv_fixed", "qadd_fixed"),
