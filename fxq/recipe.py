@@ -79,7 +79,7 @@ class Recipe:
     scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
     round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
-    gives the same integers on every machine.
+    makes a model that does not depend on a clock.
     correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network
     shows it on calibration data; "analytic", what rounding the weights does to the mean input; None leaves them.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.

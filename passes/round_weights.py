@@ -127,9 +127,17 @@ def compensated(w: Tensor, scales: Tensor, x: Tensor) -> Tensor:
 
 
 def _upper_of_inverse(h: Tensor) -> Tensor:
-    """The upper U with U^T U = h^-1: flipped, h is L L^T, so h = R R^T with R = L flipped, upper, and U = R^-1."""
-    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    u: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(h), dtype=h.dtype), upper=True)
+    """The upper U with U^T U = h^-1: flipped, h is L L^T, so h = R R^T with R = L flipped, upper, and U = R^-1.
+
+    On one thread: from 384 columns on, LAPACK rounds differently on more, and that decides which way a weight rounds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+        u: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(h), dtype=h.dtype), upper=True)
+    finally:
+        torch.set_num_threads(threads)
     return u
 
 

@@ -1,0 +1,80 @@
+"""The same inputs and seed give the same model, byte for byte: in another process, with another number of threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxq
+from passes.round_weights import _upper_of_inverse
+
+PROGRAM = """
+import hashlib, sys, torch, fxq
+from torch import nn
+
+def encoder():
+    return nn.TransformerEncoderLayer(128, 4, 512, batch_first=True, norm_first=True, activation="gelu")
+
+def network():
+    first = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.SiLU()
+    last = nn.Conv2d(32, 32, 3, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 9)
+    return nn.Sequential(*first, *last)
+
+def perceptron():
+    return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 10))
+
+torch.set_num_threads(int(sys.argv[1]))
+for make, shape in (encoder, (8, 48, 128)), (network, (8, 3, 32, 32)), (perceptron, (512, 256)):
+    torch.manual_seed(0)
+    model, data = make().eval(), [torch.randn(*shape) for _ in range(3)]
+    recipe = fxq.Recipe(judge_costs=False)
+    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=recipe, progress=False)
+    digest = hashlib.sha256(qmodel.code.encode())
+    for name, tensor in qmodel.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    print(make.__name__, digest.hexdigest(), qmodel.report.int8_share)
+"""
+
+
+def test_processes_and_threads():
+    """Hashes of strings, and with them the order of sets, differ as well."""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, threads],
+            env={**os.environ, "PYTHONHASHSEED": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for threads in ("1", "2")
+    ]
+    first, second = (run.stdout.splitlines() for run in runs)
+    assert len(first) == 3
+    assert first == second
+    assert all(float(line.split()[-1]) > 0.9 for line in first)
+
+
+def test_what_decides_how_weights_round_does_not_depend_on_the_threads():
+    x, before, results = torch.randn(1024, 512), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(_upper_of_inverse(x.t() @ x))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a32", fxq.Recipe(requant="fixed", observer="percentile")])
+def test_other_recipes(recipe):
+    def state():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+        data = [torch.randn(64, 16) for _ in range(2)]
+        return fxq.quantize(model, data[0], calibration_data=data, recipe=recipe, progress=False).state_dict()
+
+    first, second = state(), state()
+    assert list(first) == list(second)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
