@@ -1,3 +1,4 @@
+// Memory for the parts of a result that no caller sees.
 #include <vector>
 
 #include "kernels.h"

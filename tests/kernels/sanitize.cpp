@@ -79,8 +79,9 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   const auto bias = draw<int32_t>(n, -3000, 3000);
   const auto multiplier = draw<float>(n, 1, 100, 1e-4);
   const auto addend = draw<float>(rows * n, -1000, 1000, 0.01);
+  const auto residual = draw<uint8_t>(rows * n, 0, 255);
   for (const Output output : {Output::kUint8, Output::kFloat, Output::kActivation, Output::kActivationUint8}) {
-    for (int activation = 0; activation < (output == Output::kActivation ? 6 : 1); ++activation) {
+    for (int activation = 0; activation < (output == Output::kActivation ? 8 : 2); ++activation) {
       Gemm g;
       g.x = x.data();
       g.x_stride = g.k = k;
@@ -93,6 +94,12 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
       g.zero_point = g.low = 7;
       g.addend = output == Output::kFloat || output == Output::kActivation ? addend.data() : nullptr;
       g.addend_stride = activation % 2 ? 0 : n;
+      if (output == Output::kUint8 && activation) {
+        g.residual = residual.data();
+        g.residual_stride = n;
+        g.residual_zero_point = 3;
+        g.residual_multiplier = 0.7f;
+      }
       const bool is_float = g.addend != nullptr;
       std::vector<float> wide(is_float ? rows * n : 0);
       compare("gemm", rows * n * (is_float ? 4 : 1), [&](uint8_t* y) {
@@ -102,6 +109,45 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
       });
     }
   }
+}
+
+// Float rows that find their own scales, and int8 weights beside floats.
+static void check_float_rows(int64_t rows, int64_t n, int64_t k) {
+  const auto x = draw<float>(rows * k, -1000, 1000, 0.01);
+  const auto weight = draw<int8_t>(packed_size(n, k), -128, 127);
+  const auto column_sums = draw<int32_t>(n, -3000, 3000);
+  const auto scale = draw<float>(n, 1, 100, 1e-4), bias = draw<float>(n, -9, 9), addend = draw<float>(rows * n, -9, 9);
+  std::vector<float> y(rows * n);
+  for (int way = 0; way < 4; ++way) {
+    Gemm g;
+    g.dynamic = true;
+    g.output = Output::kFloat;
+    g.float_x = x.data();
+    g.x_stride = g.k = k;
+    g.n = g.y_stride = g.addend_stride = n;
+    g.weight = weight.data();
+    g.bias = column_sums.data();
+    g.multiplier = scale.data();
+    g.float_bias = way % 2 ? bias.data() : nullptr;
+    g.addend = way / 2 ? addend.data() : nullptr;
+    g.y = y.data();
+    compare("gemm_dynamic", rows * n * 4, [&](uint8_t* found) {
+      active().gemm_dynamic(g, 0, rows, 0, panel_count(n));
+      if (!y.empty()) memcpy(found, y.data(), y.size() * 4);
+    });
+  }
+  FloatGemm g;
+  g.x = x.data();
+  g.x_stride = g.k = k;
+  g.n = g.y_stride = n;
+  g.weight = weight.data();
+  g.scale = scale.data();
+  g.bias = bias.data();
+  g.y = y.data();
+  compare("float_gemm", rows * n * 4, [&](uint8_t* found) {
+    active().float_gemm(g, 0, rows, 0, panel_count(n));
+    if (!y.empty()) memcpy(found, y.data(), y.size() * 4);
+  });
 }
 
 static void check_images(int64_t channels) {
@@ -319,6 +365,7 @@ int main() {
         if (k < 1000 || rows < 8) {
           check_gemm(rows, n, k);
           check_gemm_fixed(rows, n, k);
+          check_float_rows(rows, n, k);
         }
   for (int64_t channels = 0; channels < 70; ++channels) check_images(channels);
   for (const int64_t kernel : {1, 2, 3})
