@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.decisions import Reason
 from fxq.errors import CalibrationError
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, is_float_tensor, place_of, set_constant
+from fxq.graph import call, constant, get_attr, is_tensor, place_of, set_constant
+from fxq.packing import shared_constant, sibling
 from fxq.pattern import Match
-from fxq.qtypes import MAX_K
+from fxq.qtypes import MAX_K, Scheme
 from fxq.spelling import CLAMP
 
+_STATIC: Mapping[torch.dtype, tuple[Scheme, ...]] = {torch.float32: ("w8a8",)}
 
-def claim(gm: GraphModule, node: Node) -> Claim | Refusal:
+
+def claim(gm: GraphModule, node: Node, schemes: Mapping[torch.dtype, tuple[Scheme, ...]] = _STATIC) -> Claim | Refusal:
     """Of a product node(x, weight, bias, ...), weight [N, ...] and bias [N] or None: whether its operands allow int8.
 
-    Raises `CalibrationError` for constants that are not finite.
+    schemes: those that the family has for each dtype of weight and x. Raises `CalibrationError` for constants that are
+    not finite.
     """
     x, w, b = node.args[:3]
     for name, operand in (("weight", w), ("bias", b)):
@@ -34,7 +37,8 @@ def claim(gm: GraphModule, node: Node) -> Claim | Refusal:
     if x is w:
         return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
     weight = constant(gm, w)
-    if not is_float_tensor(x) or weight.dtype != torch.float32:
+    known = schemes.get(weight.dtype, ())
+    if not isinstance(x, Node) or not is_tensor(x) or x.meta["value"].dtype != weight.dtype or not known:
         return Refusal(Reason.NOT_FLOAT32, f"weight is {weight.dtype}")
     if weight.layout != torch.strided:
         return Refusal(Reason.NO_INTEGER_OP, f"its weight is {weight.layout}")
@@ -43,7 +47,6 @@ def claim(gm: GraphModule, node: Node) -> Claim | Refusal:
             raise CalibrationError(
                 f"{place_of(node)}: the parameter {operand.target} holds NaN or infinity; repair the checkpoint"
             )
-    assert isinstance(x, Node)
     if isinstance(b, Node) and constant(gm, b).shape != weight.shape[:1]:
         return Refusal(Reason.NO_INTEGER_OP, f"its bias has shape {list(constant(gm, b).shape)}")
     if not weight.numel():
@@ -51,7 +54,7 @@ def claim(gm: GraphModule, node: Node) -> Claim | Refusal:
     k = weight[0].numel()
     if k > MAX_K:
         return Refusal(Reason.ACC_OVERFLOW, f"K = {k} exceeds {MAX_K} (255 * 127 * K < 2**31)")
-    return Claim("product", (x,), w)
+    return Claim("product", (x,), w, known)
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,13 @@ class Constants:
     """What a lowered product reads: nodes of the packed weight, the int32 bias and the multiplier.
 
     to_uint8: whether the epilogue may requantize. addend: the bias, where it does not fit int32 and is added in float.
+    weight_scales: float32 [N].
     """
 
     operands: tuple[Node, Node, Node]
     to_uint8: bool
     addend: Node | None
+    weight_scales: numerics.F32
 
 
 Fold = Callable[["numerics.F32 | None", numerics.I8, float, int, numerics.F32], npt.NDArray[np.int64]]
@@ -89,15 +94,15 @@ def derive(
         )
     to_uint8 = root is not product and fits
     multiplier = numerics.requantize_multiplier(s_x, s_w, match["s_y"] if to_uint8 else 1.0)
-    stem = str(match.node("w").target).removesuffix("_int8")
+    path = str(match.node("w").target)
     with gm.graph.inserting_before(root if to_uint8 else product):
         paths = (
-            _once(gm, f"{stem}_packed", torch.from_numpy(pack(w))),
-            set_constant(gm, _sibling(stem, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
-            set_constant(gm, _sibling(stem, "multiplier"), torch.from_numpy(multiplier)),
+            shared_constant(gm, sibling(path, "weight_packed"), torch.from_numpy(pack(w))),
+            set_constant(gm, sibling(path, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
+            set_constant(gm, sibling(path, "multiplier"), torch.from_numpy(multiplier)),
         )
         packed, bias_i32, scale = (get_attr(gm, path, product) for path in paths)
-    return Constants((packed, bias_i32, scale), to_uint8, b if not fits and isinstance(b, Node) else None)
+    return Constants((packed, bias_i32, scale), to_uint8, b if not fits and isinstance(b, Node) else None, s_w)
 
 
 def clamp_behind(gm: GraphModule, y: Node, bounds: tuple[float | None, float | None]) -> None:
@@ -107,19 +112,3 @@ def clamp_behind(gm: GraphModule, y: Node, bounds: tuple[float | None, float | N
     with gm.graph.inserting_after(y):
         clamp = call(gm, CLAMP, (y, *bounds), y)
     y.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
-
-
-def _sibling(stem: str, name: str) -> str:
-    """The path of a derived constant beside a weight: `fc1.weight` -> `fc1.bias_i32`, `w` -> `w_bias_i32`."""
-    owner, _, leaf = stem.rpartition(".")
-    name = name if leaf == "weight" else f"{leaf}_{name}"
-    return f"{owner}.{name}" if owner else name
-
-
-def _once(gm: GraphModule, path: str, packed: Tensor) -> str:
-    """The path of the packed weight, made once for all calls that share the weight."""
-    owner, _, name = path.rpartition(".")
-    known = getattr(gm.get_submodule(owner), name, None)
-    if isinstance(known, Tensor) and known.dtype == torch.int8 and torch.equal(known, packed):
-        return path
-    return set_constant(gm, path, packed)

@@ -15,21 +15,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq import kernels, numerics
-from fxq.decisions import Reason
-from fxq.errors import CalibrationError
+from fxq import kernels, numerics, product
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, is_tensor, place_of, replace, set_constant
-from fxq.packing import packed_constant, sibling, unpack
+from fxq.graph import replace
+from fxq.packing import unpack
 from fxq.pattern import Any, Const, Match, Op
 from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
-from fxq.qtypes import MAX_K, Scheme
+from fxq.qtypes import Scheme
 from fxq.spelling import CLAMP, LINEAR, RELU, float_bounds
 
 
@@ -119,30 +116,7 @@ class Linear:
         """Raises `CalibrationError` for a weight that is not finite."""
         if node.op != "call_function" or node.target is not LINEAR:
             return None
-        x, w, b = node.args
-        for name, operand in (("weight", w), ("bias", b)):
-            if isinstance(operand, Node) and (operand.op != "get_attr" or "aliases" in operand.meta):
-                return Refusal(Reason.DYNAMIC_WEIGHT, f"{name} is {operand}")
-        assert isinstance(w, Node)
-        if x is w:
-            return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
-        weight = constant(gm, w)
-        schemes = _SCHEMES.get(weight.dtype, ())
-        if not isinstance(x, Node) or not is_tensor(x) or x.meta["value"].dtype != weight.dtype or not schemes:
-            return Refusal(Reason.NOT_FLOAT32, f"weight is {weight.dtype}")
-        for operand in (w, b):
-            if isinstance(operand, Node) and not bool(torch.isfinite(constant(gm, operand)).all()):
-                raise CalibrationError(
-                    f"{place_of(node)}: the parameter {operand.target} holds NaN or infinity; repair the checkpoint"
-                )
-        if isinstance(b, Node) and constant(gm, b).shape != weight.shape[:1]:
-            return Refusal(Reason.NO_INTEGER_OP, f"its bias has shape {list(constant(gm, b).shape)}")
-        k = weight.shape[1]
-        if not weight.numel():
-            return Refusal(Reason.NO_INTEGER_OP, f"its weight has shape {list(weight.shape)}")
-        if k > MAX_K:
-            return Refusal(Reason.ACC_OVERFLOW, f"K = {k} exceeds {MAX_K} (255 * 127 * K < 2**31)")
-        return Claim("product", (x,), w, schemes)
+        return product.claim(gm, node, _SCHEMES)
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """relu(linear(x, w, b)) -> linear_clamp(x, w, b, 0, None), and clamp likewise, where nobody else reads.
@@ -170,43 +144,19 @@ class Linear:
 
 def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     root = match.root
-    quantized = root.target is quantize
-    linear = match.node("linear") if quantized else root
-    w = constant(gm, match.node("w")).numpy()
-    s_w = np.broadcast_to(constant(gm, match.node("s_w")).numpy(), len(w))
-    s_x, z_x, b = match["s_x"], match["z_x"], match["bias"]
-    bias = constant(gm, b).detach().numpy() if isinstance(b, Node) else None
-    folded = numerics.fold_bias(bias, w, s_x, z_x, s_w)
-    fits = numerics.fits_int32(numerics.accumulator_bounds(folded, w))
-    if not fits:
-        # b / (s_x * s_w) leaves int32: the correction stays integer, the bias itself is added in float.
-        folded = numerics.fold_bias(None, w, s_x, z_x, s_w)
-        notes.append(
-            f"{place_of(linear)}: its bias is too large for an int32 in steps of s_x * s_w, so it stays float32"
-        )
-    to_uint8 = quantized and fits
-    multiplier = numerics.requantize_multiplier(s_x, s_w, match["s_y"] if to_uint8 else 1.0)
-
-    path = str(match.node("w").target)
-    with gm.graph.inserting_before(root if to_uint8 else linear):
-        constants = (
-            packed_constant(gm, path, w),
-            set_constant(gm, sibling(path, "bias_i32"), torch.from_numpy(folded.astype(np.int32))),
-            set_constant(gm, sibling(path, "multiplier"), torch.from_numpy(multiplier)),
-        )
-        operands = (match.node("x"), *(get_attr(gm, path, linear) for path in constants))
+    linear = match.node("linear") if root.target is quantize else root
+    constants = product.derive(gm, match, linear, root, numerics.fold_bias, numerics.pack, notes)
+    operands = (match.node("x"), *constants.operands)
     bounds = (match["low"], match["high"]) if linear.target is linear_clamp else (None, None)
-    if to_uint8:
-        low, high = integer_bounds(bounds, match["s_y"], match["z_y"])
-        args = (*operands, match["z_y"], low, high)
-        lowered = replace(gm, root, qlinear, args, (match["s_y"], match["z_y"]), linear)
-        lowered.meta["weight_scales"] = s_w  # for `use_fixed_point`, which needs more of them than float32 products
+    if constants.to_uint8:
+        qparams = match["s_y"], match["z_y"]
+        args = (*operands, qparams[1], *integer_bounds(bounds, *qparams))
+        lowered = replace(gm, root, qlinear, args, qparams, linear)
+        # For `use_fixed_point`, which needs more of them than float32 products.
+        lowered.meta["weight_scales"] = constants.weight_scales
         return
-    y = replace(gm, linear, qlinear_float, operands if fits else (*operands, b))
-    if bounds != (None, None):
-        with gm.graph.inserting_after(y):
-            clamp = call(gm, CLAMP, (y, *bounds), y)
-        y.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
+    y = replace(gm, linear, qlinear_float, operands if constants.addend is None else (*operands, constants.addend))
+    product.clamp_behind(gm, y, bounds)
 
 
 FAMILY = Linear()
