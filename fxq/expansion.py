@@ -1,4 +1,4 @@
-"""Layers that run as one call taken apart again, under their own names: those of a `qchain`, those of a `qlinears`."""
+"""Layers that run as one call (`qchain`, `qlinears`, `qfeed_forward`) taken apart again, under their own names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxq.graph import Value, bypass, constant, get_attr, set_constant
+from fxq.ops.activation import qlinear_act
 from fxq.ops.chain import decode, qchain, qchain_float
+from fxq.ops.feed_forward import qfeed_forward
 from fxq.ops.linear import qlinear, qlinear_float
+from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linears import qlinears
 from fxq.qdq import quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
@@ -18,7 +21,7 @@ from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
 @dataclass(frozen=True)
 class Link:
-    """An operation that a chain has swallowed: its node's name and meta."""
+    """An operation that a call of several has swallowed: its node's name and meta."""
 
     name: str
     origin: Any
@@ -38,11 +41,19 @@ class Link:
 
 
 def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
-    """What a chain runs, for each operation: its node's name, the op, and `16 -> 64, scale, zero point`."""
+    """What a call runs, for each operation: its node's name, the op, and `16 -> 64, scale, zero point`."""
+    links = list(node.meta["inside"])
+    if node.target is qfeed_forward:
+        x = node.args[0]
+        assert isinstance(x, Node)
+        widths = [value.shape[-1] for value in (x.meta["value"], links[0].value, links[1].value)]
+        return [
+            (links[0].name, "qlinear_act", f"{widths[0]} -> {widths[1]}, {node.args[4]}"),
+            (links[1].name, "qlinear_dynamic", f"{widths[1]} -> {widths[2]}"),
+        ]
     _, program = node.args
     assert isinstance(program, Node)
     chain = decode(constant(gm, program))
-    links = list(node.meta["inside"])
     lines = []
     if chain.quantize is not None:
         lines.append((links.pop(0).name, "quantize", f"{chain.quantize.scale:.3g}, {chain.quantize.zero_point}"))
@@ -64,6 +75,8 @@ def expand(gm: GraphModule) -> GraphModule:
             _expand(expanded, node)
         elif node.target is qlinears:
             _part(expanded, node)
+        elif node.target is qfeed_forward:
+            _both(expanded, node)
     expanded.recompile()
     return expanded
 
@@ -80,6 +93,14 @@ def _part(gm: GraphModule, node: Node) -> None:
         name = part.name
         bypass(gm, part, own)
         own.name = name
+
+
+def _both(gm: GraphModule, node: Node) -> None:
+    """The two linears that a `qfeed_forward` runs."""
+    first, second = node.meta["inside"]
+    with gm.graph.inserting_before(node):
+        wide = _node(gm, qlinear_act, node.args[:5], first)
+        bypass(gm, node, _node(gm, qlinear_dynamic, (wide, *node.args[5:]), second))
 
 
 def _expand(gm: GraphModule, node: Node) -> None:

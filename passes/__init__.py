@@ -8,8 +8,8 @@
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
 - end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
-- lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_norm, fuse_embeddings, order_channels,
-  fuse_chains, merge_linears, prune: INTEGER
+- lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
+  order_channels, fuse_chains, merge_linears, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -28,6 +28,7 @@ from passes import (
     fuse_chains,
     fuse_conv_add,
     fuse_embeddings,
+    fuse_feed_forward,
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
@@ -79,6 +80,7 @@ LOWER: tuple[Pass, ...] = (
     fuse_residual.PASS,
     fuse_conv_add.PASS,
     fuse_activation.PASS,
+    fuse_feed_forward.PASS,
     fuse_norm.PASS,
     fuse_embeddings.PASS,
     order_channels.PASS,
