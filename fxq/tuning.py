@@ -27,14 +27,15 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fxq import __version__
-from fxq.api import KeptFloatWarning, quantize, trace
+from fxq.api import KeptFloatWarning, prepare, quantize, report, trace
 from fxq.costs import Costs
+from fxq.decisions import Decision
 from fxq.errors import FileError, InputError, TuningError
 from fxq.inputs import as_call
 from fxq.profiling import predict
 from fxq.qtypes import Scheme
 from fxq.quantized import QuantizedModule
-from fxq.recipe import Recipe, Rule
+from fxq.recipe import Recipe, Rule, covers
 
 FLOAT: Scheme = "float"
 DEFAULT: tuple[Scheme, ...] = ("w8a8", "w8a8-dynamic", "w8a32")
@@ -119,7 +120,7 @@ class Tuning:
         for s in self.sensitivities:
             rule = self.recipe.modules.get(s.module)
             chosen = "*" if rule is not None and rule.scheme == s.scheme else ""
-            rows.append((s.module, s.scheme, f"{s.loss:.4g}", f"{1e6 * s.gain:.1f}", chosen))
+            rows.append((s.module or "(root)", s.scheme, f"{s.loss:.4g}", f"{1e6 * s.gain:.1f}", chosen))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:4], widths[2:]), row[4]]).rstrip()
@@ -154,13 +155,16 @@ def tune(
 
     data: calibration data, as for `quantize`. metric: a function of a model, the higher the better. schemes: what a
     layer may become. recipe: what holds besides; its own rules stay as they are. budget: seconds after which no new
-    trial begins. file: where trials are kept as JSON; a run that finds it goes on from there. options: of `quantize`.
-    The result does not depend on how often it was interrupted. Raises `InputError` for a tolerance below 0, and
-    `TuningError`, which holds what was found so far, where the metric raises or is not a finite number.
+    trial begins. file: where trials are kept as JSON; a run on the same data and metric that finds it goes on from
+    there. options: of `quantize`. The result does not depend on how often it was interrupted. Raises `InputError` for a
+    tolerance below 0, and `TuningError`, which holds what was found so far, where the metric raises or is not a finite
+    number, where float as fxq runs it is below the tolerance, and where the budget ends before anything is found.
     """
     if not tolerance >= 0:
         raise InputError(f"tolerance is {tolerance}; it must be 0 or more: float itself would fail below")
-    base = Recipe.of(recipe)
+    for scheme in schemes:
+        Rule(scheme=scheme)
+    base = replace(Recipe.of(recipe), judge_costs=False)  # which layers are worth it is what is sought here
     data = list(data) if isinstance(data, Iterator) else data
     run = _Run(model, example_inputs, data, metric, base, options, budget)
     if file is not None:
@@ -195,7 +199,7 @@ class _Run:
         self.file: Path | None = None
         self.fingerprint = ""
         self.float_metric = self.float_seconds = math.nan
-        self.limit = -math.inf
+        self.limit = math.nan
 
     def search(self, tolerance: float, schemes: tuple[Scheme, ...], progress: bool | None) -> Tuning:
         self.float_metric = self._measure(self.model, "the float model")
@@ -203,26 +207,34 @@ class _Run:
         float_graph = trace(self.model, self.examples, **{k: v for k, v in self.options.items() if k in names})
         self.float_seconds = self._predict(float_graph)
         self.limit = self.float_metric - tolerance
-        layers = self._layers()
-        candidates = [scheme for scheme in schemes if scheme != FLOAT]
-        all_float = dict.fromkeys(layers, FLOAT)
+        candidates = self._candidates([scheme for scheme in schemes if scheme != FLOAT])
+        all_float = dict.fromkeys(candidates, FLOAT)
         complete = True
         with tqdm(desc="tuning", unit="trial", disable=progress is False, delay=2, leave=False) as bar:
             try:
-                self.trial(all_float, bar)
-                for scheme in candidates:
-                    self.trial(dict.fromkeys(layers, scheme), bar)
-                bar.total = len(self.trials) + len(layers) * len(candidates)
-                for layer in layers:
-                    for scheme in candidates:
+                floating = self.trial(all_float, bar)
+                if floating.metric < self.limit:
+                    raise TuningError(
+                        f"with all layers float the metric is {floating.metric:.6g}, below the limit {self.limit:.6g}: "
+                        "fxq's graph may round otherwise than the model; give a larger tolerance"
+                    )
+                for scheme in dict.fromkeys(scheme for able in candidates.values() for scheme in able):
+                    fastest = {layer: scheme if scheme in able else FLOAT for layer, able in candidates.items()}
+                    self.trial(fastest, bar)
+                bar.total = len(self.trials) + sum(map(len, candidates.values()))
+                for layer, able in candidates.items():
+                    for scheme in able:
                         alone = self.trial({**all_float, layer: scheme}, bar)
-                        gain = self.float_seconds - alone.seconds
-                        self.sensitivities.append(Sensitivity(layer, scheme, self.float_metric - alone.metric, gain))
-                self._mix(layers, bar)
+                        loss, gain = floating.metric - alone.metric, floating.seconds - alone.seconds
+                        self.sensitivities.append(Sensitivity(layer, scheme, loss, gain))
+                self._mix(list(candidates), bar)
             except _ExhaustedError:
                 complete = False
-        found = self._result(complete)
-        self.costs.save()
+            finally:
+                self.costs.save()
+        found = self._found(complete)
+        if found is None:
+            raise TuningError("the budget ended before the first trial that keeps the metric; give it more seconds")
         return found
 
     def _mix(self, layers: list[str], bar: Any) -> None:
@@ -266,17 +278,37 @@ class _Run:
             bar.update()
         return self.trials[key]
 
-    def _layers(self) -> list[str]:
-        """The module paths whose products the base recipe makes int8, in graph order."""
-        report = self._quantize({}).report
-        layers = list(dict.fromkeys(d.module for d in report.decisions if d.form == "int8" and d.macs and d.module))
-        if not layers:
-            raise InputError("there is nothing to tune: no module's product is int8 under this recipe; see fxq.report")
-        return layers
+    def _candidates(self, schemes: list[Scheme]) -> dict[str, list[Scheme]]:
+        """The schemes that each module's products can run in, in graph order; not where the base has one for it."""
+        settled = [name for name, rule in self.base.modules.items() if rule.scheme is not None]
+        products = {
+            scheme: [
+                d
+                for d in self._decisions(scheme)
+                if (d.macs or d.op.startswith("embedding")) and not any(covers(path, d.module) for path in settled)
+            ]
+            for scheme in schemes
+        }
+        able = {scheme: {d.module for d in found if d.scheme == scheme} for scheme, found in products.items()}
+        paths = dict.fromkeys(decision.module for found in products.values() for decision in found)
+        layers = {path: [scheme for scheme in schemes if path in able[scheme]] for path in paths}
+        if not any(layers.values()):
+            raise InputError(f"there is nothing to tune: no product can run as {' or '.join(schemes)}; see fxq.report")
+        return {path: layers[path] for path in paths if layers[path]}
+
+    def _decisions(self, scheme: Scheme) -> list[Decision]:
+        names = ("example_kwargs", "families", "leaves", "frontend")
+        options = {name: value for name, value in self.options.items() if name in names}
+        recipe = replace(self.base, scheme=scheme)
+        return report(prepare(self.model, self.examples, recipe=recipe, **options)).decisions
 
     def _recipe(self, mix: Mix) -> Recipe:
-        rules = {layer: Rule(scheme=scheme) for layer, scheme in mix.items()}
-        return replace(self.base, modules={**self.base.modules, **rules})
+        """Rules for a module before those for what is in it, and the base's own behind them: the last given wins."""
+        outer_first = sorted(mix, key=lambda path: path.count(".") + bool(path))
+        rules = {layer: Rule(scheme=mix[layer]) for layer in outer_first}
+        return replace(
+            self.base, modules={**rules, **{n: r.over(rules.get(n, r)) for n, r in self.base.modules.items()}}
+        )
 
     def _quantize(self, mix: Mix) -> QuantizedModule:
         with warnings.catch_warnings():
@@ -289,21 +321,21 @@ class _Run:
         try:
             value = float(self.metric(model))
         except Exception as error:
-            raise TuningError(f"the metric raises {type(error).__name__} on {what}: {error}", self._found()) from error
+            message = f"the metric raises {type(error).__name__} on {what}: {error}"
+            raise TuningError(message, self._found(complete=False)) from error
         if not math.isfinite(value):
-            raise TuningError(f"the metric is {value} on {what}; it must be a finite number", self._found())
+            message = f"the metric is {value} on {what}; it must be a finite number"
+            raise TuningError(message, self._found(complete=False))
         return value
 
     def _predict(self, gm: GraphModule) -> float:
         return sum(seconds or 0.0 for seconds in predict(gm, self.call, self.costs).values())
 
-    def _found(self) -> Tuning | None:
-        return self._result(complete=False) if self.trials else None
-
-    def _result(self, complete: bool) -> Tuning:
+    def _found(self, complete: bool) -> Tuning | None:
+        """The best of the trials so far; None where none keeps the metric."""
         kept = [trial for trial in self.trials.values() if trial.metric >= self.limit]
         if not kept:
-            raise TuningError("the budget ended before the first trial that keeps the metric; give it more seconds")
+            return None
         best = min(kept, key=lambda t: (t.seconds, -t.metric, json.dumps(t.mix, sort_keys=True)))
         return Tuning(
             self._quantize(best.mix),
@@ -342,9 +374,12 @@ class _Run:
         if self.file is None:
             return
         plain = {"fingerprint": self.fingerprint, "trials": [asdict(trial) for trial in self.trials.values()]}
-        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as file:
-            json.dump(plain, file, indent=1)
-        Path(file.name).replace(self.file)
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as file:
+                json.dump(plain, file, indent=1)
+            Path(file.name).replace(self.file)
+        except OSError as error:
+            raise FileError(f"cannot write the trials to {self.file}: {error}") from error
 
 
 def _moves(start: Mapping[str, Sensitivity], options: Mapping[str, list[Sensitivity]]) -> list[Sensitivity]:

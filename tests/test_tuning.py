@@ -9,6 +9,7 @@ from torch import nn
 
 import fxq
 from fxq.comparison import output_sqnr
+from fxq.costs import costs_path
 from fxq.tuning import Sensitivity, Trial, _moves
 
 X = torch.randn(64, 16)
@@ -186,3 +187,97 @@ def test_the_plot(model, fidelity, tmp_path):
 
 def test_trials_compare_by_value():
     assert Trial({"a": "float"}, 1.0, 2.0) == Trial({"a": "float"}, 1.0, 2.0)
+
+
+NONE = fxq.Report()
+
+
+class Block(nn.Module):
+    """A product of its own behind one of a module in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.w = nn.Linear(16, 16), nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x):
+        return torch.tanh(torch.tanh(self.fc(x)) @ self.w)
+
+
+class Nested(nn.Module):
+    """Products in the root, in a block, and in a module of the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.w = Block(), nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.block(x), self.w)
+
+
+@pytest.mark.parametrize("chosen", ["", "block", "block.fc"])
+def test_a_module_and_what_is_in_it_have_schemes_of_their_own(chosen):
+    model = Nested().eval()
+
+    def metric(candidate):
+        report = getattr(candidate, "report", None)
+        int8 = [] if report is None else [d.module for d in report.decisions if d.macs and d.form == "int8"]
+        return 0 if set(int8) - {chosen} else 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxq.tuning._Run._predict", lambda self, gm: 1.0 - 0.1 * getattr(gm, "report", NONE).int8_share)
+        found = tune(model, metric, 0)
+    assert {s.module for s in found.sensitivities} == {"", "block", "block.fc"}
+    assert [d.module for d in found.model.report.decisions if d.macs and d.form == "int8"] == [chosen]
+
+
+def test_the_recipes_own_rules_stay(model, fidelity):
+    recipe = fxq.Recipe(modules={"2": fxq.FLOAT, "4": fxq.Rule(observer="min_max")})
+    found = tune(model, fidelity, 80, recipe=recipe)
+    assert [s.module for s in found.sensitivities] == ["0", "4"]
+    assert found.recipe.rule_for("2", "linear").scheme == "float"
+    assert found.recipe.rule_for("4", "linear").observer == "min_max"
+
+
+def test_only_schemes_that_a_layer_has_are_tried():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    found = fxq.tune(model, x, [x], lambda candidate: 1.0, 0, schemes=("w8a8", "w8a8-dynamic"), progress=False)
+    assert [(s.module, s.scheme) for s in found.sensitivities] == [("0", "w8a8"), ("2", "w8a8"), ("2", "w8a8-dynamic")]
+
+
+def test_a_graph_that_is_below_the_limit_even_in_float(model):
+    with pytest.raises(fxq.TuningError, match="with all layers float the metric is 0, below the limit 1") as caught:
+        tune(model, lambda candidate: float(candidate is model), 0)
+    assert caught.value.found is None
+
+
+def test_a_metric_that_raises_while_nothing_is_found_says_what_it_raised(model, fidelity, tmp_path):
+    file = tmp_path / "trials.json"
+    tune(model, fidelity, 80, file=file)
+    with pytest.raises(fxq.TuningError, match="the metric is nan on the float model") as caught:
+        tune(model, lambda candidate: math.nan, 80, file=file)
+    assert caught.value.found is None
+
+
+def test_an_unknown_scheme_costs_nothing(model):
+    with pytest.raises(fxq.RecipeError, match="unknown scheme 'w4a4'"):
+        fxq.tune(model, X, DATA, lambda candidate: pytest.fail("called"), 1, schemes=("w4a4",))
+
+
+def test_a_file_that_cannot_be_written(model, fidelity, tmp_path):
+    with pytest.raises(fxq.FileError, match="cannot write the trials to"):
+        tune(model, fidelity, 80, file=tmp_path / "none" / "trials.json")
+
+
+def test_costs_are_kept_when_the_metric_raises(model):
+    calls = []
+
+    def metric(candidate):
+        calls.append(candidate)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, metric, 1)
+    assert costs_path().exists()
