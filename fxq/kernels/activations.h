@@ -19,15 +19,13 @@ static inline F polynomial(F x, const float (&coefficients)[N]) {
 }
 
 static inline F sigmoid(F x) {
-  const F v = -clip(x, -87.0f, 87.0f);
-  const F shifted = v * 1.44269504088896341f + 12582912.0f;
-  const F n = shifted - 12582912.0f;
-  F r = v - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  const F p = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                             5.0000001201e-1f});
+  const F t = clip(x, -87.0f, 87.0f) * -1.44269504088896341f;
+  const F shifted = t + 12582912.0f;
+  const F f = t - (shifted - 12582912.0f);
+  const F p = polynomial(f, {1.326472731307149e-3f, 9.671512991189957e-3f, 5.550733581185341e-2f, 0.24022242426872253f,
+                             0.6931470036506653f, 1.0f});
   const F power = (F)(((I)shifted - (0x4B400000 - 127)) << 23);
-  return 1.0f / (1.0f + ((p * (r * r) + r) + 1.0f) * power);
+  return 1.0f / (1.0f + p * power);
 }
 
 static inline F gate(F x, F logit) { return at_least(x, -87.0f) * sigmoid(logit); }
@@ -62,7 +60,7 @@ static inline F relu(F x) { return x < 0.0f ? F{} : x; }
 
 static inline F silu(F x) { return gate(x, x); }
 
-static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
 
 static inline F hardswish(F x) { return at_least(x, -3.0f) * hardsigmoid(x); }
 

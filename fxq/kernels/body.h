@@ -13,6 +13,7 @@
 //   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
 //   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
+//   MASKED                   (optional) there are load_masked<V>(p, count) and store_masked(p, v, count)
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
@@ -37,14 +38,22 @@ static inline void store(T* p, V v) {
 template <class V, class T>
 static inline V load_some(const T* p, int64_t count) {
   if (count >= W) return load<V>(p);
+#ifdef MASKED
+  return load_masked<V>(p, count);
+#else
   T lanes[W] = {};
   memcpy(lanes, p, count * sizeof(T));
   return load<V>(lanes);
+#endif
 }
 template <class V, class T>
 static inline void store_some(T* p, V v, int64_t count) {
   if (count >= W) return store(p, v);
+#ifdef MASKED
+  store_masked(p, v, count);
+#else
   memcpy(p, &v, count * sizeof(T));
+#endif
 }
 
 static inline F splat(float v) { return v - F{}; }  // not v + F{}, which would turn -0 into 0

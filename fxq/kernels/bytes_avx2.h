@@ -1,12 +1,14 @@
 // Bytes of several pixels and their lanes, for the kernels of AVX2 and AVX-VNNI.
 
+static inline __m128i load_half(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
 template <int kPieces>
 static inline Bytes pieces(const uint8_t* const* p, int64_t offset) {
   if constexpr (kPieces == 1) {
     return (Bytes)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p[0] + offset));
   } else {
-    const auto half = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p[i] + offset)); };
-    return (Bytes)_mm256_inserti128_si256(_mm256_castsi128_si256(half(0)), half(1), 1);
+    const __m256i v = _mm256_castsi128_si256(load_half(p[0] + offset));
+    return (Bytes)_mm256_inserti128_si256(v, load_half(p[1] + offset), 1);
   }
 }
 

@@ -1,18 +1,37 @@
-// Bytes of several pixels and their lanes, for the kernels of both AVX-512 flavours.
+// Bytes of several pixels and their lanes, and parts of vectors, for the kernels of both AVX-512 flavours.
+
+#define MASKED
+static inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+
+template <class V>
+static inline V load_masked(const void* p, int64_t count) {
+  if constexpr (sizeof(V) == 16) return (V)_mm_maskz_loadu_epi8(first_lanes(count), p);
+  if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi16(first_lanes(count), p);
+  if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi32(first_lanes(count), p);
+}
+
+template <class V>
+static inline void store_masked(void* p, V v, int64_t count) {
+  if constexpr (sizeof(V) == 16) _mm_mask_storeu_epi8(p, first_lanes(count), (__m128i)v);
+  if constexpr (sizeof(V) == 32) _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)v);
+  if constexpr (sizeof(V) == 64) _mm512_mask_storeu_epi32(p, first_lanes(count), (__m512i)v);
+}
+
+static inline __m256i load_half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline __m128i load_quarter(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
 template <int kPieces>
 static inline Bytes pieces(const uint8_t* const* p, int64_t offset) {
   if constexpr (kPieces == 1) {
     return (Bytes)_mm512_loadu_si512(p[0] + offset);
   } else if constexpr (kPieces == 2) {
-    const auto half = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p[i] + offset)); };
-    return (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512(half(0)), half(1), 1);
+    const __m512i v = _mm512_castsi256_si512(load_half(p[0] + offset));
+    return (Bytes)_mm512_inserti64x4(v, load_half(p[1] + offset), 1);
   } else {
-    const auto part = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p[i] + offset)); };
-    __m512i v = _mm512_castsi128_si512(part(0));
-    v = _mm512_inserti32x4(v, part(1), 1);
-    v = _mm512_inserti32x4(v, part(2), 2);
-    return (Bytes)_mm512_inserti32x4(v, part(3), 3);
+    __m512i v = _mm512_castsi128_si512(load_quarter(p[0] + offset));
+    v = _mm512_inserti32x4(v, load_quarter(p[1] + offset), 1);
+    v = _mm512_inserti32x4(v, load_quarter(p[2] + offset), 2);
+    return (Bytes)_mm512_inserti32x4(v, load_quarter(p[3] + offset), 3);
   }
 }
 

@@ -8,7 +8,14 @@ static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
 static inline void copy(void* to, const void* from, int64_t bytes) {
   uint8_t* const y = static_cast<uint8_t*>(to);
   const uint8_t* const x = static_cast<const uint8_t*>(from);
-  if (bytes < 16) return void(memcpy(y, x, bytes));
+  if (bytes < 8) {
+    for (int64_t i = 0; i < bytes; ++i) y[i] = x[i];
+    return;
+  }
+  if (bytes < 16) {
+    memcpy(y, x, 8);
+    return void(memcpy(y + bytes - 8, x + bytes - 8, 8));
+  }
   for (int64_t i = 0; i + 16 < bytes; i += 16) memcpy(y + i, x + i, 16);
   memcpy(y + bytes - 16, x + bytes - 16, 16);
 }
@@ -77,6 +84,9 @@ static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t chan
                           int64_t width) {
   if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
     activate(g.activation, values, rows * width);
+  const bool one = valid == width && g.y_stride == width;  // rows of the result follow one another
+  if (one && g.output == Output::kActivationUint8 && !g.factor)
+    return quantize(values, static_cast<uint8_t*>(g.y) + row * width, rows * width, g.inverse, g.zero_point);
   for (int64_t r = 0; r < rows; ++r) {
     const float* const x = values + r * width;
     const int64_t i = (row + r) * g.y_stride + channel;

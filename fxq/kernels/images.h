@@ -86,20 +86,28 @@ static void mix_of(const uint8_t* const (&q)[4], float v0, float v1, float u0, f
   }
 }
 
-// `rows` rows of a and y, one after the other, by the same `count` values b. The products are exact in float32.
+static inline F steps(const Term& t, int64_t i, int64_t count) {
+  return __builtin_convertvector(widen(load_some<B>(t.q + i, count)) - t.zero_point, F);
+}
+
+// Rows of `row` values from `begin` to `end`, by the same b.
+struct MultiplyRows {
+  Term a, b;
+  Rounding round;
+  uint8_t* y;
+  int64_t begin, end, row;
+  inline void operator()(int64_t i, int64_t count) const {
+    const F factor = steps(b, i, count);
+    for (int64_t at = begin + i; at < end; at += row)
+      store_some(y + at, round(steps(a, at, count) * factor * a.multiplier), count);
+  }
+};
+
+// The products are exact in float32.
 static void multiply(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, int32_t zero_point, int32_t low,
                      int32_t high) {
   const Rounding round(zero_point, low, high);
-  const auto steps = [](const Term& t, int64_t i, int64_t valid) {
-    return __builtin_convertvector(widen(load_some<B>(t.q + i, valid)) - t.zero_point, F);
-  };
   const int64_t fit = 8192 / (count + 1) + 1;  // rows that stay in the first-level cache
-  for (int64_t first = 0; first < rows; first += fit) {
-    const int64_t begin = first * count, end = (first + fit < rows ? first + fit : rows) * count;
-    for_each_vector(count, [&](int64_t i, int64_t valid) {
-      const F factor = steps(b, i, valid);
-      for (int64_t at = begin + i; at < end; at += count)
-        store_some(y + at, round(steps(a, at, valid) * factor * a.multiplier), valid);
-    });
-  }
+  for (int64_t row = 0; row < rows; row += fit)
+    for_each_vector(count, MultiplyRows{a, b, round, y, row * count, (row + fit < rows ? row + fit : rows) * count, count});
 }

@@ -21,22 +21,20 @@ def _polynomial(x: F32, *coefficients: float) -> F32:
 
 
 def sigmoid(x: F32) -> F32:
-    """1 / (1 + exp(-c)), c = clip(x, -87, 87), with exp(v) = 2**n * exp(r), n = rne(v / ln 2), |r| <= ln 2 / 2.
+    """1 / (1 + 2**t), t = clip(x, -87, 87) * -log2(e), with 2**t = 2**n * 2**f, n = rne(t), |f| <= 1/2.
 
-    Relative error below 1.6e-7 for |x| <= 87, absolute below 1e-7. ln 2 is split in two, so that n * 0.693359375 is
-    exact; the polynomial is that of Cephes' expf.
+    Relative error below 1.6e-7 for x > 0, absolute below 1e-7; relative below 4e-6 down to x = -87, as the rounding of t
+    is that of a large number there. The polynomial is the best of its degree for the relative error of 2**f.
     """
-    v = -np.clip(np.asarray(x, np.float32), np.float32(-87), np.float32(87))
+    t = np.clip(np.asarray(x, np.float32), np.float32(-87), np.float32(87)) * np.float32(-1.44269504088896341)
     magic = np.float32(1.5 * 2**23)  # added to a small float it leaves the nearest integer in the low mantissa bits
-    shifted = v * np.float32(1.44269504088896341) + magic
-    n = shifted - magic
-    r = v - n * np.float32(0.693359375)
-    r = r - n * np.float32(-2.12194440e-4)
+    shifted = t + magic
+    f = t - (shifted - magic)
     p = _polynomial(
-        r, 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
+        f, 1.326472731307149e-3, 9.671512991189957e-3, 5.550733581185341e-2, 0.24022242426872253, 0.6931470036506653, 1.0
     )
     power = ((shifted.view(np.int32) - np.int32(0x4B400000 - 127)) << 23).view(np.float32)
-    y: F32 = np.float32(1) / (np.float32(1) + ((p * (r * r) + r) + np.float32(1)) * power)
+    y: F32 = np.float32(1) / (np.float32(1) + p * power)
     return y
 
 
@@ -109,15 +107,15 @@ def tanh(x: F32) -> F32:
 
 
 def hardsigmoid(x: F32) -> F32:
-    """clip(x + 3, 0, 6) / 6."""
-    y: F32 = np.clip(np.asarray(x, np.float32) + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6)
+    """clip(x + 3, 0, 6) * f32(1/6): exactly 0 and 1 at the ends, relative error below 1.8e-7 between them for x > 0."""
+    y: F32 = np.clip(np.asarray(x, np.float32) + np.float32(3), np.float32(0), np.float32(6)) * np.float32(1 / 6)
     return y
 
 
 def hardswish(x: F32) -> F32:
-    """max(x, -3) * (clip(x + 3, 0, 6) / 6): no product of this order overflows, and -inf gives 0."""
+    """max(x, -3) * hardsigmoid(x): no product of this order overflows, and -inf gives 0."""
     x = np.asarray(x, np.float32)
-    y: F32 = np.maximum(x, np.float32(-3)) * (np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6))
+    y: F32 = np.maximum(x, np.float32(-3)) * hardsigmoid(x)
     return y
 
 
