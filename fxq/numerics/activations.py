@@ -23,15 +23,21 @@ def _polynomial(x: F32, *coefficients: float) -> F32:
 def sigmoid(x: F32) -> F32:
     """1 / (1 + 2**t), t = clip(x, -87, 87) * -log2(e), with 2**t = 2**n * 2**f, n = rne(t), |f| <= 1/2.
 
-    Relative error below 1.6e-7 for x > 0, absolute below 1e-7; relative below 4e-6 down to x = -87, as the rounding of t
-    is that of a large number there. The polynomial is the best of its degree for the relative error of 2**f.
+    Relative error below 1.6e-7 for x > 0, absolute below 1e-7; relative below 4e-6 down to x = -87, where the rounding
+    of t is that of a large number. The polynomial is the best of its degree for the relative error of 2**f.
     """
     t = np.clip(np.asarray(x, np.float32), np.float32(-87), np.float32(87)) * np.float32(-1.44269504088896341)
     magic = np.float32(1.5 * 2**23)  # added to a small float it leaves the nearest integer in the low mantissa bits
     shifted = t + magic
     f = t - (shifted - magic)
     p = _polynomial(
-        f, 1.326472731307149e-3, 9.671512991189957e-3, 5.550733581185341e-2, 0.24022242426872253, 0.6931470036506653, 1.0
+        f,
+        1.326472731307149e-3,
+        9.671512991189957e-3,
+        5.550733581185341e-2,
+        0.24022242426872253,
+        0.6931470036506653,
+        1.0,
     )
     power = ((shifted.view(np.int32) - np.int32(0x4B400000 - 127)) << 23).view(np.float32)
     y: F32 = np.float32(1) / (np.float32(1) + p * power)
