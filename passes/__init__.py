@@ -2,7 +2,7 @@
 
 - (trace) functionalize, fold_constants, normalize_moves, remove_identities, normalize_pointwise, rewrite_einsum,
   rewrite_products, normalize_linears, fold_bias, normalize_convolutions, normalize_pools, recognize_attention,
-  split_linears, fold_batch_norm, rewrite_batch_norm, annotate, judge_costs: FLOAT
+  simplify_masks, split_linears, fold_batch_norm, rewrite_batch_norm, annotate, judge_costs: FLOAT
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
@@ -55,6 +55,7 @@ from passes import (
     rewrite_products,
     round_weights,
     scale_rows,
+    simplify_masks,
     split_linears,
     use_fixed_point,
 )
@@ -95,6 +96,7 @@ PREPARE: tuple[Pass, ...] = (
     fold_constants.PASS,
     *NORMALIZE,
     recognize_attention.PASS,
+    simplify_masks.PASS,
     split_linears.PASS,
     fold_batch_norm.PASS,
     rewrite_batch_norm.PASS,

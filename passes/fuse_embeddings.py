@@ -4,7 +4,8 @@
                                                                         -> qembedding_norm([a, b, c], ...)
 
 Any number of tables, the sums in the order in which they stand; only where no one else reads what stands between. Ids
-broadcast as the rows that they stood for did.
+broadcast as the rows that they stood for did. Ids that are one and the same number in a constant, repeated to the size
+of other ids, as BERT's token types are where none are given, are that number.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from fxq.decisions import Reason
-from fxq.graph import replace
+from fxq.graph import constant, get_attr, replace, set_constant
 from fxq.ops.embedding import qembedding, qembedding_norm
 from fxq.ops.norm import norm_and_quantize
 from fxq.pipeline import Context, Numbers
-from fxq.spelling import ADD
+from fxq.spelling import ADD, GETITEM
 from fxq.stages import Stage
 
 
@@ -44,7 +47,8 @@ class FuseEmbeddings:
                 continue
             tables, sums = found
             adds |= {add.meta.get("source") for add in sums}
-            lists = tuple([table.args[i] for table in tables] for i in range(3))
+            lists = [[table.args[i] for table in tables] for i in range(3)]
+            lists[0] = [_one_id(gm, index, lists[0]) for index in lists[0]]
             replace(gm, node, qembedding_norm, (*lists, *operands), like=node)
             count += 1
         ctx.report.decisions = [
@@ -67,6 +71,36 @@ def _tables(node: object) -> tuple[list[Node], list[Node]] | None:
         return None
     first, last = (a, b) if len(b[0]) == 1 else (b, a)
     return [*first[0], *last[0]], [*first[1], *last[1], node]
+
+
+def _one_id(gm: GraphModule, index: object, others: list[Argument]) -> Node:
+    """`index`, or a constant of one number where it is that number repeated to the size of one of `others`."""
+    assert isinstance(index, Node)
+    if index.target != "expand" or index.kwargs:
+        return index
+    number, sizes = _number(gm, index), index.args[1:]
+    like = [o for o in others if o is not index and all(_is_size_of(size, o, d) for d, size in enumerate(sizes))]
+    if number is None or not any(isinstance(o, Node) and len(o.meta["value"].shape) == len(sizes) for o in like):
+        return index
+    dtype = index.meta["value"].dtype
+    with gm.graph.inserting_before(index):
+        return get_attr(gm, set_constant(gm, "one_id", torch.full((1,) * len(sizes), number, dtype=dtype)), index)
+
+
+def _is_size_of(number: object, tensor: object, dim: int) -> bool:
+    return isinstance(number, Node) and number.target == "size" and number.args == (tensor, dim)
+
+
+def _number(gm: GraphModule, node: object) -> int | None:
+    """The number that all of `node` is, whatever its size: what a constant of one value is moved or gathered from."""
+    while isinstance(node, Node) and "aliases" not in node.meta:
+        if node.op == "get_attr":
+            values = constant(gm, node)
+            return int(values.flatten()[0]) if values.numel() and bool((values == values.flatten()[0]).all()) else None
+        if node.target not in ("expand", GETITEM, torch.gather):
+            return None
+        node = node.args[0]
+    return None
 
 
 PASS = FuseEmbeddings()

@@ -75,3 +75,25 @@ def test_others_stay(model_of, forward):
     qmodel = fxq.quantize(model_of(forward, **members()), ids)
     assert qembedding_norm not in targets(qmodel)
     assert qembedding in targets(qmodel)
+
+
+def token_types(self, ids, sizes=None):
+    places = self.index[None, : ids.shape[1]]
+    kinds = torch.gather(self.zeros[None].expand(places.shape[0], -1), 1, places)
+    x = self.norm(self.words(ids) + self.kinds(kinds.expand(*(ids.shape if sizes is None else sizes))))
+    return x + self.out(x)
+
+
+@pytest.mark.parametrize(("sizes", "changed", "found"), [(None, False, 1), ((3, 7), False, 0), (None, True, 0)])
+def test_ids_that_are_one_number(model_of, sizes, changed, found):
+    """Repeated to the size of other ids they are a constant; to sizes of their own, or of two numbers, they stay."""
+    own = members()
+    own["zeros"][5] += changed
+    model = model_of(lambda s, ids: token_types(s, ids, sizes), **own)
+    qmodel = fxq.quantize(model, IDS)
+    (node,) = [node for node in qmodel.graph.nodes if node.target is qembedding_norm]
+    assert [i.op for i in node.args[0]].count("get_attr") == found
+    assert fxq.compare(model, qmodel, IDS).output > 30
+    if sizes is None:
+        ids = torch.randint(0, 20, (5, 6 + found))
+        assert fxq.compare(model, qmodel, ids).output > 30
