@@ -120,6 +120,16 @@ _LONGEST = 64
 """Operations; looking further back would take more time than it saves."""
 
 
+_BOUNDED = frozenset({"sigmoid", "hardsigmoid", "tanh", "softsign", "erf"})
+
+
+def is_bounded(gm: GraphModule, node: Node) -> bool:
+    """Whether `node` is between -1 and 1 whatever it reads."""
+    if node.op == "call_module":
+        return type(submodule(gm, node)) in (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign)
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _BOUNDED
+
+
 @dataclass(frozen=True)
 class Span:
     """A function of one tensor: its operations in order, the last its result, and the tensor `source`.

@@ -16,12 +16,14 @@
 
 A product and a clamp that only it feeds count as one (the longest pattern wins), so no observer stands between them. So
 do a linear or convolution and an activation of `fxq.ops.activation`, where something else than products reads the
-activation; where only products read, each quantizes at its own edge, and the epilogue writes what they want.
+activation; where only products read, each quantizes at its own edge, and the epilogue writes what they want. Where a
+table is faster, and the operations that read it take integers, it is one.
 Nothing in the graph changes: the specs are in the context, the decisions in the report.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -41,6 +43,9 @@ from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, Scheme, SharedSpec, WeightSpec
 from fxq.spelling import CONVS, LINEAR, float_bounds
 from fxq.stages import Stage
+
+_PAYS = 4096
+"""Numbers of an example from which on looking them up takes less time than a call of an operation."""
 
 
 @dataclass
@@ -158,9 +163,10 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
             plan.swallowed[node] = source
     for node in gm.graph.nodes:
         source = node.args[0] if node.args else None
-        if not isinstance(source, Node) or len(source.users) != 1 or activation_of(gm, node) is None:
+        activation = activation_of(gm, node)
+        if not isinstance(source, Node) or len(source.users) != 1 or activation is None:
             continue
-        if node in plan.inner:
+        if node in plan.inner or (node in plan.claims and _wants_table(node, source, activation)):
             continue
         kinds = {plan.claims[user].kind for user in node.users if user in plan.claims}
         if plan.is_static(source) and source.target in CONVS | {LINEAR} and ctx.recipe.requant == "float":
@@ -168,6 +174,16 @@ def _claim(gm: GraphModule, ctx: Context) -> Plan:
             if kinds - {"product"}:
                 plan.swallowed[node] = source
     return plan
+
+
+def _wants_table(node: Node, product: Node, activation: str) -> bool:
+    """Whether a table of `node` is faster than the epilogue of the product before.
+
+    Behind a convolution, whose images are large and whose dot products are short, an exponential in float32 takes as
+    long as the products themselves. A table rounds what it reads to eight bits, so linears keep their epilogue.
+    """
+    large = math.prod(node.meta["value"].shape) >= _PAYS
+    return product.target in CONVS and activation not in ("relu", "hardsigmoid", "hardswish") and large
 
 
 def _join(gm: GraphModule, plan: Plan) -> None:

@@ -257,6 +257,19 @@ class TestWholeModels:
             assert len(targets(qmodel, lookup)) == count
             assert floats(qmodel) == []
 
+    def test_behind_a_large_convolution_a_table_is_faster_than_an_exponential(self, model_of):
+        images = torch.randn(4, 3, 24, 24)
+        for act, size, count in ((F.silu, 24, 1), (F.hardswish, 24, 0), (F.silu, 8, 0), (torch.sigmoid, 24, 1)):
+            convs = {"a": nn.Conv2d(3, 5, 3), "b": nn.Conv2d(5, 2, 3)}
+            model = model_of(lambda s, x, act=act: s.b(act(s.a(x))), **convs)
+            x = images[:, :, :size, :size]
+            recipe = fxq.Recipe(judge_costs=False)
+            qmodel = fxq.quantize(model, x, recipe=recipe, check=True)
+            assert len(targets(qmodel, lookup)) == count
+            assert floats(qmodel) == []
+            excluded = fxq.quantize(model, x, recipe=fxq.Recipe(ops={"lookup": fxq.FLOAT}, judge_costs=False))
+            assert targets(excluded, lookup) == [] and floats(excluded) == []
+
     def test_behind_a_transposed_convolution_there_is_no_epilogue(self, model_of):
         layers = {"a": nn.ConvTranspose2d(3, 5, 3), "b": nn.Conv2d(5, 2, 3)}
         qmodel = fxq.quantize(model_of(lambda s, x: s.b(F.silu(s.a(x))), **layers), IMAGE, check=True)
@@ -267,6 +280,19 @@ class TestWholeModels:
         model = model_of(lambda s, x: s.k(F.gelu(s.l(x))), **copy.deepcopy(LAYERS))
         qmodel = fxq.quantize(model, X, recipe=fxq.Recipe(requant="fixed"), strict=True)
         assert qmodel.report.float_steps == [] and len(targets(qmodel, lookup)) == 1
+
+    def test_a_gate_of_two_that_are_bounded(self, model_of):
+        """WaveNet's: both tables, and their product, in integers; a gated linear unit has outliers and stays float."""
+        for act, islands in ((torch.tanh, []), (F.silu, ["silu", "sigmoid", "mul"])):
+            convs = {"a": nn.Conv1d(4, 8, 3), "b": nn.Conv1d(4, 4, 3)}
+
+            def forward(self, x, act=act):
+                left, right = self.a(x).chunk(2, 1)
+                return self.b(act(left) * torch.sigmoid(right))
+
+            recipe = fxq.Recipe(judge_costs=False)
+            qmodel = fxq.quantize(model_of(forward, **convs), torch.randn(8, 4, 40), recipe=recipe, check=True)
+            assert [op for op, _ in floats(qmodel) if op not in ("chunk", "getitem")] == islands
 
     def test_to_float_where_others_want_integers(self, model_of):
         model = model_of(lambda s, x: (lambda y: (s.k(y), torch.sigmoid(y * 2)))(s.l(x) + x), **copy.deepcopy(LAYERS))

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels
 from fxq.decisions import Reason
+from fxq.elementwise import is_bounded
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
 from fxq.layout import laid_like
@@ -64,7 +65,8 @@ class Mul:
     def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
         """A product of two images, or of a tensor and a gate that broadcasts, both of which the network computes.
 
-        Gated linear units of transformers stay float: their products have outliers. So do scalar and constant factors.
+        Gated linear units of transformers stay float: their products have outliers, unless both operands are bounded
+        (the tanh and sigmoid of a gate). Scalar and constant factors belong to `fxq.ops.lookup`.
         """
         if node.op != "call_function" or node.target is not MUL or not is_float_tensor(node):
             return None
@@ -74,7 +76,8 @@ class Mul:
         if not all(is_float_tensor(operand) for operand in operands):
             return Refusal(Reason.NOT_FLOAT32, "an operand is not float32")
         shapes = [operand.meta["value"].shape for operand in operands]
-        if shapes[0] == shapes[1] and len(shapes[0]) < 4:
+        bounded = all(is_bounded(gm, operand) for operand in operands)
+        if shapes[0] == shapes[1] and len(shapes[0]) < 4 and not bounded:
             return Refusal(Reason.UNPROFITABLE, "a gate as large as its sequence has outliers")
         return Claim("pointwise", tuple(operands))
 
