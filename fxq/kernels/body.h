@@ -12,6 +12,7 @@
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
 //   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
+//   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
 //   MASKED                   (optional) there are load_masked<V>(p, count) and store_masked(p, v, count)
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them

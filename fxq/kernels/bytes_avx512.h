@@ -66,3 +66,13 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   const __m512i low = _mm512_packus_epi32((__m512i)lanes[0], (__m512i)lanes[1]);
   return (Bytes)_mm512_packus_epi16(low, _mm512_packus_epi32((__m512i)lanes[2], (__m512i)lanes[3]));
 }
+
+// Byte by byte into the mantissa of 2**23 (its sign turned, so that it counts from -128), which is taken off again:
+// exact, in two steps, one of which the unit for shuffles does.
+#define WIDENS_BYTES
+static inline Vectors<W>::F widened(I group, int j) {
+  const __m512i magic = _mm512_set1_epi32(0x4B000000), turned = (__m512i)(group ^ int32_t(0x80808080));
+  const __m512i from = _mm512_add_epi32(_mm512_set4_epi32(12, 8, 4, 0), _mm512_set1_epi32(j));
+  const __m512i byte = _mm512_mask_shuffle_epi8(magic, 0x1111111111111111, turned, from);
+  return (Vectors<W>::F)byte - 8388736.0f;  // 2**23 + 128
+}

@@ -4,9 +4,11 @@
 
 constexpr int64_t kBlock = 512;
 
+#ifndef WIDENS_BYTES
 static inline F widened(I group, int j) {  // the j-th byte of each lane
   return __builtin_convertvector(group << (24 - 8 * j) >> 24, F);
 }
+#endif
 
 // Where a tile of the float product finds its operands: its first row and k, and its first channel.
 struct FloatPlace {
