@@ -1,10 +1,12 @@
-"""The page that explains int8 inference: its cells, run in order in one namespace, print what the page shows."""
+"""The pages: the cells of the one that explains int8 inference, and the table of cases of the one on tracing."""
 
 import contextlib
 import importlib.util
 import io
 import re
+import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,31 @@ def test_the_plots_are_what_their_script_draws(tmp_path, monkeypatch):
     for name in ("errors.svg", "range.svg"):
         assert (tmp_path / name).stat().st_size < 100_000
         assert (DOCS / "pictures" / name).exists()
+
+
+@pytest.fixture(scope="module")
+def tracing_table():
+    """The script that writes the table into docs/tracing.md."""
+    spec = importlib.util.spec_from_file_location("tracing_table", DOCS / "tracing_table.py")
+    script = sys.modules["tracing_table"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_table_of_cases_says_what_fxq_does(tracing_table):
+    """Numbers, titles, fxq's column and its sum; the other columns are torch's, and change when torch does."""
+    page = tracing_table.PAGE.read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.partition("<!-- table:begin -->")[2].splitlines()[3:]]
+    shown = {int(row[0]): (row[1], row[2]) for row in rows if row[0].isdigit()}
+    with tracing_table.quietly():
+        words = {case.number: (case.title, tracing_table.judge("fxq", case)) for case in tracing_table.CASES}
+    assert shown == words
+    assert list(words) == list(range(1, 101))
+    counts = Counter(word for _, word in words.values())
+    assert f"| **sum** | {'<br>'.join(f'{counts[w]} {w}' for w in tracing_table.WORDS if counts[w])} |" in page
+    assert all(f"- **{word}**: {text}" in page for word, text in tracing_table.WORDS.items())
+
+
+def test_the_errors_are_what_fxq_says(tracing_table):
+    with tracing_table.quietly():
+        assert all(message in tracing_table.PAGE.read_text() for message in tracing_table.errors())
