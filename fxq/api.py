@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -513,9 +514,16 @@ def _check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
         raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
     if isinstance(model, QuantizedModule):
         raise InputError("the model is already quantized by fxq; quantize the float model it came from")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("the model is a ScriptModule, whose code cannot be traced; quantize the nn.Module behind it")
     if isinstance(model, GraphModule) and isinstance(model.meta.get("fxq"), Context):
         raise InputError("the model is already prepared by fxq; go on with fxq.calibrate and fxq.convert")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise InputError(
+                f"parameter {name} has no shape yet (a lazy module); call the model once, model(*example_inputs), and "
+                "quantize it then"
+            )
         if tensor.device.type != "cpu":
             remedy = "load its weights first" if tensor.device.type == "meta" else "move it with model.cpu()"
             raise InputError(f"parameter {name} is on the device {tensor.device}; fxq runs on CPUs: {remedy}")

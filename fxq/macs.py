@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fxq.graph import bind, unchanged
@@ -40,7 +41,8 @@ class _Counter(Interpreter):
         module = self.fetch_attr(str(n.target))
         if not isinstance(module, nn.RNNBase):
             return 0
-        steps = math.prod(result[0].shape[:-1])
+        output = result[0]
+        steps = len(output.data) if isinstance(output, PackedSequence) else math.prod(output.shape[:-1])
         products: int = steps * sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
         return products
 

@@ -186,7 +186,8 @@ def _refuse_gradients(outputs: Any, cause: Tensor) -> Any:
 
 def weight_bytes(gm: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared memory counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*gm.parameters(), *gm.buffers())}
+    strided = [t if t.layout is torch.strided else t.coalesce().values() for t in (*gm.parameters(), *gm.buffers())]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in strided}
     return sum(storages.values())
 
 

@@ -1,9 +1,8 @@
 """The second front end: a model captured by `torch.export`, run under the recorder in the place of its own code.
 
-The ATen graph of `torch.export` is computed node by node, in the user's spelling (aten.linear is F.linear, aten.view is
-x.view(), ...) and on the model's own parameters, so that what the recorder writes down has the form that it gives to
-every model. Each size that `torch.export` took for fixed is decided on, which makes it a guard, and so is each relation
-of sizes that it relied on.
+The ATen graph of `torch.export` is computed node by node, on the model's own parameters, and the recorder gives its
+operators the user's spelling (`fxq.tracing.aten`), so that what it writes down has the form of every model. Each size
+that `torch.export` took for fixed is decided on, which makes it a guard, and so is each relation of sizes that it relied on.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import inspect
 import operator
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -30,30 +27,6 @@ from fxq.tracing.symbols import is_symbol
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(torch, name) for name in (
-        "add", "addmm", "bmm", "cat", "chunk", "clamp", "clamp_max", "clamp_min", "dropout", "einsum", "flatten",
-        "flip", "layer_norm", "matmul", "mm", "movedim", "mul", "narrow", "permute", "relu", "reshape", "select",
-        "sigmoid", "softmax", "split", "squeeze", "stack", "sub", "t", "tanh", "tile", "transpose", "unbind",
-        "unflatten", "unsqueeze", "avg_pool1d", "channel_shuffle", "conv1d", "conv2d", "conv3d", "mean",
-    )},
-    **{name: getattr(F, name) for name in (
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d",
-        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "hardsigmoid", "hardswish", "leaky_relu", "pad",
-        "gelu", "hardtanh", "linear", "pixel_shuffle", "pixel_unshuffle", "relu6", "scaled_dot_product_attention",
-        "silu",
-    )},
-    "split_with_sizes": torch.split,
-    "max_pool1d": torch.max_pool1d,
-    "max_pool2d": torch.max_pool2d,
-    "max_pool3d": torch.max_pool3d,
-}  # fmt: skip
-"""Operators that a function spells, with the same operands; torch's functions are made from the operators' schemas."""
-_UPSAMPLES = {
-    **{f"upsample_nearest{rank}d": "nearest" for rank in (1, 2, 3)},
-    "upsample_bilinear2d": "bilinear",
-}
-_METHODS = {"view", "expand", "contiguous", "clone", "masked_fill", "detach"}
 _INLINED = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 """Operators that compute a graph in a certain state of torch (no_grad, autocast)."""
 
@@ -160,7 +133,7 @@ class _Replay(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a call in the user's spelling."""
+        """Compute a call, but for assertions, which guards stand for, and copies that nothing needs."""
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._inline(str(target), args)
         if not isinstance(target, torch._ops.OpOverload):
@@ -168,29 +141,9 @@ class _Replay(fx.Interpreter):
         name = target.overloadpacket.__name__
         if name.startswith("_assert"):
             return None
-        if name == "sym_size":
-            return args[0].size(args[1])
-        if name == "slice":
-            defaults: tuple[Any, ...] = (0, None, None, 1)
-            x, dim, start, end, step = args + defaults[len(args) - 1 :]
-            index = [slice(None) for _ in range(dim % x.dim())]
-            return x[(*index, slice(start, end, step))]
-        if name == "batch_norm":
-            x, weight, bias, mean, variance, training, momentum, eps, _ = args
-            return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
-        if name == "_native_batch_norm_legit_no_training":
-            x, weight, bias, mean, variance, momentum, eps = args
-            return F.batch_norm(x, mean, variance, weight, bias, False, momentum, eps), None, None
-        if name in _UPSAMPLES and target._overloadname == "vec":
-            size, *align_corners, factors = args[1:]
-            return F.interpolate(args[0], size, factors, _UPSAMPLES[name], *align_corners)
-        if name == "clone" and kwargs.get("memory_format") is torch.contiguous_format:
-            return args[0].contiguous()
         if name == "clone" and not kwargs and self.recorder.node_of(args[0]).op not in ("placeholder", "get_attr"):
             return args[0]  # The graph changes nothing in place; what was a dropout is a clone.
-        if name in _METHODS:
-            return getattr(args[0], name)(*args[1:], **kwargs)
-        return _FUNCTIONS.get(name, target)(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
 
     def _inline(self, name: str, args: tuple[Any, ...]) -> Any:
         """Compute the graph inside one that only sets a state of torch."""

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxq.errors import TraceError
+from fxq.tracing import aten
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.graph_functions import TracingWarning, guard, length, mutate
 from fxq.tracing.origin import Origin, enter, line_of
@@ -43,6 +44,9 @@ from fxq.tracing.spelling import (
 )
 from fxq.tracing.symbols import Source, is_symbol
 from fxq.tracing.values import ancestors, concrete, symbols, tensors, traced, version
+
+_FACTS = ("is_", "has_", "get_device", "_")
+"""How functions begin that tell what kind of tensor a tensor is."""
 
 
 class Recorder(Questions):
@@ -133,6 +137,10 @@ class Recorder(Questions):
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for a torch function: answer what it asks, or execute and record it."""
+        spelled = aten.function_of(function) if isinstance(function, torch._ops.OpOverload) else None
+        if spelled is not None:
+            with _Functions(self):
+                return spelled(*args, **kwargs)
         name = function.__name__
         if name == "__get__":
             return self.get(function, args[0])
@@ -211,6 +219,10 @@ class Recorder(Questions):
         if in_place and not changed and args[0].is_inference():
             changed = [args[0]]  # Inference tensors do not count their changes.
         if not (always or changed or name.startswith("_assert") or any(True for _ in tensors(result))):
+            if type(result) in (bool, int, float, complex) and not name.startswith(_FACTS):
+                for tensor in tensors((args, kwargs)):
+                    if self.varies(tensor):
+                        self.refuse(f"reads a number into Python (`{name}` of `{self.text(self.node_of(tensor))}`)")
             return result
         op, target, args, kwargs = spelling()
         if changed and self.is_shared(changed[0]):

@@ -57,16 +57,15 @@ def verify(gm: fx.GraphModule, model: nn.Module, call: Call, expected: Any, watc
 
 
 def verify_second_call(gm: fx.GraphModule, model: nn.Module, call: Call) -> None:
-    """Raise `TraceError` unless the graph gives the model's output when called again.
-
-    Asked only of a model that changes numbers, strings or flags on its modules: nothing else can tell the graph.
-    """
+    """Raise `TraceError` unless the graph gives the model's output when called again."""
     called = copy.deepcopy(model)
     settings = _settings(called)
-    _run(called, call)
+    first = _run(called, call)
     changed = [name for name, value in _settings(called).items() if settings.get(name, _UNSET) != value]
-    if changed and not _same(_run(called, call), run(gm, call, times=2)):
-        what = f"the model computes something else when it is called again, since it changes `{changed[0]}`"
+    second = _run(called, call)
+    if not _same(first, second) and not _same(second, run(gm, call, times=2)):
+        cause = f", since it changes `{changed[0]}`" if changed else ""
+        what = f"the model computes something else when it is called again{cause}"
         remedy = "keep that in a buffer (register_buffer) and compute with it as with any tensor"
         raise TraceError(what, remedy)  # Of no module: as a leaf it would have counted the calibration as well.
 
