@@ -208,8 +208,10 @@ def _describe(result: Any) -> Any:
     """A value to keep: tensors inside containers become `Value`s, so that no memory is held."""
     if isinstance(result, Tensor):
         return Value(result.dtype, tuple(result.shape))
-    if type(result) in (list, tuple):
-        return type(result)(_describe(item) for item in result)
+    if type(result) is list:
+        return [_describe(item) for item in result]
+    if isinstance(result, tuple) and not isinstance(result, torch.Size):
+        return tuple(_describe(item) for item in result)
     if isinstance(result, bool | int | float | str | torch.dtype | torch.device | torch.Size) or result is None:
         return result
     return f"<{type(result).__name__}>"

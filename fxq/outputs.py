@@ -23,12 +23,14 @@ def is_exit(node: Node) -> bool:
 
 
 def returned(graph: Graph) -> list[Node]:
-    """The nodes whose tensors a graph returns, in the order of its output; a node returned twice is there twice."""
+    """For each tensor that a graph returns, in the order of its output, the node that gives it."""
 
     def found(value: Any) -> Iterator[Node]:
         if isinstance(value, Node):
             if is_exit(value):
                 yield from found((value.args, value.kwargs))
+            elif isinstance(value.meta.get("value"), tuple | list):
+                yield from (value for part in value.meta["value"] if isinstance(part, Value))
             elif isinstance(value.meta.get("value"), Value):
                 yield value
         elif isinstance(value, tuple | list):

@@ -87,7 +87,8 @@ class Recipe:
     and a shift, for hardware without floats. rounding, of "fixed": "single" rounds once, ties towards plus infinity;
     "tflite" twice, as TFLite and gemmlowp do by default (an add rounds once under both).
     outputs: what the model returns for its float32 tensors: "float32", or "uint8", quantized as all integers are, with
-    scale and zero point in `QuantizedModule.output_qparams`.
+    scale and zero point in `QuantizedModule.output_qparams` (None for what cannot be: other dtypes, and the values in
+    a `torch.return_types.max` and the like).
     modules: rules by module path; a path covers everything below it, and may be a glob ("encoder.*.query").
     ops: rules by op family ("linear", "add"). Where several rules speak, the last given wins; modules win over ops.
 

@@ -1,6 +1,7 @@
 """Models that tempt a tracer to be wrong in silence: each is right, guarded, or refused by one clear error."""
 
 import copy
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -190,3 +191,95 @@ class TestStateInPython:
         model = model_of(counting_for_nothing, l=nn.Linear(8, 8))
         model.calls = 0
         assert fxq.quantize(model, X).report.int8_share == 1
+
+
+class TestWhatPeopleWrite:
+    """Found by attack: each was wrong in silence, or raised what only the one who knows fxq understands."""
+
+    def test_numbers_read_by_torch_export_are_not_constants(self, model_of):
+        model = model_of(lambda s, x, i: torch.cat([s.l(x[j : j + 1]) for j in i.tolist()]), l=nn.Linear(8, 8))
+        x = torch.randn(32, 8)
+        data = [(x, torch.arange(k, k + 2)) for k in range(8)]
+        qmodel = fxq.quantize(model, data[1], calibration_data=data)
+        assert qmodel.report.frontend.startswith("torch.export")
+        rows = torch.tensor([3, 1])
+        assert output_sqnr(model(x, rows), qmodel(x, rows)) > 25
+
+    def test_aten_called_by_name(self, model_of):
+        def forward(self, x):
+            y = torch.ops.aten.linear.default(x, self.l.weight, self.l.bias)
+            return torch.ops.aten.view.default(y, [torch.ops.aten.sym_size.int(x, 0), -1]) * torch.ops.aten.item(
+                y.max()
+            )
+
+        model = model_of(forward, l=nn.Linear(8, 8))
+        qmodel = fxq.quantize(model, x := torch.randn(32, 8))
+        assert qmodel.report.int8_share == 1
+        assert output_sqnr(model(x[:5]), qmodel(x[:5])) > 25
+
+    @pytest.mark.filterwarnings("ignore:the model is in training mode")  # such a model has no eval()
+    def test_a_graph_of_torch_export_as_the_model(self):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        x = torch.randn(32, 8)
+        qmodel = fxq.quantize(torch.export.export(model, (x,)).module(), x)
+        assert [d.form for d in qmodel.report.decisions if d.op == "linear"] == ["int8", "int8"]
+        assert output_sqnr(model(x), qmodel(x)) > 25
+
+    @pytest.mark.parametrize("name", ["iterator", "list"])
+    def test_state_that_no_attribute_shows(self, name, model_of):
+        forward = {
+            "iterator": lambda s, x: s.l(x) * next(s.state),
+            "list": lambda s, x: (s.state.append(1), s.l(x) * len(s.state))[1],
+        }[name]
+        model = model_of(forward, l=nn.Linear(8, 8))
+        model.state = {"iterator": itertools.count(1), "list": []}[name]
+        with pytest.raises(fxq.TraceError, match="computes something else when it is called again; keep that in a buf"):
+            fxq.quantize(model, torch.randn(32, 8))
+
+    def test_lazy_modules(self):
+        model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4)).eval()
+        x = torch.randn(32, 8)
+        with pytest.raises(fxq.InputError, match=r"parameter 0.weight has no shape yet .*; call the model once"):
+            fxq.quantize(model, x)
+        model(x)
+        assert fxq.quantize(model, x).report.int8_share == 1
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_scripted_models(self):
+        with pytest.raises(fxq.InputError, match=r"ScriptModule, .* quantize the nn.Module behind it"):
+            fxq.quantize(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), torch.randn(4, 8))
+
+    def test_packed_sequences(self, model_of):
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            out, _ = nn.utils.rnn.pad_packed_sequence(self.r(packed)[0], batch_first=True)
+            return self.l(out)
+
+        model = model_of(forward, r=nn.LSTM(16, 8, batch_first=True), l=nn.Linear(8, 8))
+        x, lengths = torch.randn(4, 6, 16), torch.tensor([6, 3, 2, 5])
+        qmodel = fxq.quantize(model, (x, lengths))
+        (recurrent,) = [d for d in qmodel.report.decisions if d.op == "LSTM"]
+        assert recurrent.macs == lengths.sum() * 4 * 8 * (16 + 8)
+        assert output_sqnr(model(x, lengths), qmodel(x, lengths)) > 25
+
+    def test_sparse_buffers(self, model_of):
+        model = model_of(lambda s, x: s.l(torch.sparse.mm(s.a, x)), l=nn.Linear(8, 8), a=torch.eye(16).to_sparse())
+        x = torch.randn(16, 8)
+        assert output_sqnr(model(x), fxq.quantize(model, x)(x)) > 25
+
+    def test_an_unbound_tensor_as_arguments(self, model_of):
+        inner = model_of(lambda s, *xs: torch.stack([s.l(x) for x in xs]), l=nn.Linear(8, 8))
+        model = model_of(lambda s, x: s.m(*x.unbind(0)), m=inner)
+        qmodel = fxq.quantize(model, torch.randn(3, 16, 8))
+        assert qmodel.report.int8_share == 1
+        assert output_sqnr(model(x := torch.randn(3, 7, 8)), qmodel(x)) > 20
+
+    @pytest.mark.parametrize("is_causal", [None, True, False])
+    def test_encoder_with_a_mask(self, is_causal, model_of):
+        mask = nn.Transformer.generate_square_subsequent_mask(6)
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+        model = model_of(lambda s, x: s.e(x, mask=s.mask, is_causal=is_causal), e=encoder, mask=mask)
+        qmodel = fxq.quantize(model, x := torch.randn(8, 6, 16))
+        assert {d.form for d in qmodel.report.decisions if d.op == "linear"} == {"int8"}
+        with torch.no_grad():
+            assert output_sqnr(model(x[:3]), qmodel(x[:3])) > 25

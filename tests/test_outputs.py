@@ -148,3 +148,13 @@ def test_refusals(model_of):
         fxq.CalibrationError, match=r"the output of .*test_outputs.py:\d+ \(%truediv\) holds NaN or inf"
     ):
         fxq.quantize(model_of(lambda s, x: s.l(x) / 0, l=linear()), X, recipe=UINT8)
+
+
+def test_types_of_torchs_stay_as_they_are(model_of):
+    model = model_of(lambda s, x: (s.l(x).max(-1), s.l(x)), l=linear())
+    qmodel = fxq.quantize(model, X, recipe=UINT8)
+    values, integers = qmodel(X)
+    assert type(values) is torch.return_types.max
+    assert [q is None for q in qmodel.output_qparams] == [True, True, False]
+    assert qmodel.dequantize((values, integers))[1].dtype == torch.float32
+    assert qmodel.report.sqnr > 35

@@ -2,7 +2,8 @@
 
 The ATen graph of `torch.export` is computed node by node, on the model's own parameters, and the recorder gives its
 operators the user's spelling (`fxq.tracing.aten`), so that what it writes down has the form of every model. Each size
-that `torch.export` took for fixed is decided on, which makes it a guard, and so is each relation of sizes that it relied on.
+that `torch.export` took for fixed is decided on, which makes it a guard, and so is each relation of sizes that it
+relied on.
 """
 
 from __future__ import annotations

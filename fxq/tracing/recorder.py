@@ -292,7 +292,8 @@ class Recorder(Questions):
 
     def finish(self, output: Any) -> dict[str, torch.Tensor]:
         """Complete the graph with its output; return the constants that it refers to by name."""
-        self.whole.clear()  # each tensor of the output has a node of its own
+        # Each tensor of the output has a node of its own, but for those in types of torch's, which no code can spell.
+        self.whole = {key: known for key, known in self.whole.items() if hasattr(known[0], "n_sequence_fields")}
         result = self.arg(output)
         self._keep_rebound_buffers()
         node = self.graph.output(result)
