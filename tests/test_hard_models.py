@@ -217,7 +217,7 @@ class TestWhatPeopleWrite:
         assert qmodel.report.int8_share == 1
         assert output_sqnr(model(x[:5]), qmodel(x[:5])) > 25
 
-    @pytest.mark.filterwarnings("ignore:the model is in training mode")  # such a model has no eval()
+    @pytest.mark.filterwarnings("ignore:the model is in training mode", "ignore::FutureWarning")  # has no eval()
     def test_a_graph_of_torch_export_as_the_model(self):
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
         x = torch.randn(32, 8)
