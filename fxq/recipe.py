@@ -77,7 +77,7 @@ class Recipe:
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
-    round_weights: whether the weights of the same products are rounded together, so that their errors cancel.
+    round_weights: whether the weights of a product are rounded together, so that their errors cancel.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     makes a model that does not depend on a clock.
     correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network

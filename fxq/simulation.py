@@ -6,6 +6,8 @@ constants, and hands on what it then gives: errors are seen where they arrive, t
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from fxq.comparison import output_sqnr
 from fxq.fake_quantize import FakeQuantize
-from fxq.graph import STATE, bind, submodule
+from fxq.graph import STATE, Value, bind, submodule
 from fxq.inputs import Call
 from fxq.observers import Observer, Rows, WeightObserver, sample_of
 from fxq.pipeline import Context
@@ -24,8 +26,9 @@ from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize,
 from fxq.recipe import Recipe
 from fxq.spelling import CONV_TRANSPOSE, CONVS, LINEAR
 
-MOST_MACS = 20 * 10**9
-"""Multiply-accumulates of one run over all calls, a second of one core or less; two calls may take more."""
+MOST_WORK = 20 * 10**9
+"""Multiply-accumulates of one run over all calls, each value that is computed counting as 100: a second of one core or
+two. Two calls may take more."""
 PRODUCTS = CONVS | {LINEAR, CONV_TRANSPOSE}
 
 
@@ -67,6 +70,17 @@ def halves(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(values[::2])), torch.cat(list(values[1::2]))
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On more, sums and LAPACK may round differently, and constants follow from them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Run(Interpreter):
     """One call of a graph, a step at a time; rounding: what its observers make of what they see."""
 
@@ -104,7 +118,10 @@ class Simulation:
         self.progress = ctx.progress
         sample = sample_of(gm)
         calls = sample.calls if sample is not None and sample.calls else [ctx.examples]
-        calls = calls[: max(2, MOST_MACS // max(1, sum(decision.macs for decision in ctx.report.decisions)))]
+        values = [node.meta.get("value") for node in gm.graph.nodes if node.op != "get_attr"]
+        numbers = sum(math.prod(value.shape) for value in values if isinstance(value, Value))
+        work = sum(decision.macs for decision in ctx.report.decisions) + 100 * numbers
+        calls = calls[: max(2, MOST_WORK // max(1, work))]
         self.exact, self.before, self.rounded = (
             [_Run(gm, call, rounding) for call in calls] for rounding in (None, self._round, self._round)
         )
@@ -112,7 +129,10 @@ class Simulation:
         self._weight: tuple[nn.Module | None, Tensor] = None, torch.zeros(0)
 
     def stops(self, nodes: Set[Node], what: str) -> Iterator[Node]:
-        """Run all; each of `nodes` is given out right after it has run. what: the work, for the progress bar."""
+        """Run all; each of `nodes` is given out right after it has run. what: the work, for the progress bar.
+
+        All of it on one thread, so that any number gives the same model.
+        """
         bar = tqdm(
             total=len(nodes),
             desc=what,
@@ -122,7 +142,7 @@ class Simulation:
             leave=False,
         )
         runs = [*self.exact, *self.before, *self.rounded]
-        with bar, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with bar, torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread():
             torch.manual_seed(0)
             for node in list(self.gm.graph.nodes):
                 for run in runs:

@@ -10,6 +10,7 @@ from fxq.comparison import sqnr
 from fxq.observers import FixedScales, WeightObserver
 from fxq.pipeline import run
 from fxq.recipe import Recipe
+from fxq.simulation import Simulation, calibrated_products, rows_of
 from passes import round_weights
 from passes.round_weights import compensated
 
@@ -19,23 +20,89 @@ def related(rows=512, width=48, rank=12):
     return torch.randn(rows, rank) @ torch.randn(rank, width) + 0.05 * torch.randn(rows, width)
 
 
-@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-def test_the_weights_lie_on_the_grid_and_the_product_gains(granularity):
-    x, w = related(), torch.randn(16, 48)
-    observer = WeightObserver("w", granularity)
-    scales = observer.scales_of(w)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_weights_lie_on_the_grid_and_the_product_gains(groups):
+    x, w = torch.stack([related() for _ in range(groups)]), torch.randn(groups, 16, 48)
+    scales = WeightObserver("w", "per_channel").scales_of(w.reshape(-1, 48)).reshape(groups, 16)
     found = compensated(w, scales, x)
-    steps = found / (scales[:, None] if len(scales) > 1 else scales)
+    steps = found / scales[:, :, None]
     assert (steps - steps.round()).abs().max() < 1e-4
     assert steps.abs().max() < 127.01
-    nearest = (w / (scales[:, None] if len(scales) > 1 else scales)).round() * scales.reshape(-1, 1)
-    assert sqnr(x @ w.t(), x @ found.t()) > sqnr(x @ w.t(), x @ nearest.t()) + 3
+    nearest = (w / scales[:, :, None]).round() * scales[:, :, None]
+    assert sqnr(x @ w.mT, x @ found.mT) > sqnr(x @ w.mT, x @ nearest.mT) + 3
+    for i in range(groups):
+        alone = compensated(w[i : i + 1], scales[i : i + 1], x[i : i + 1])
+        assert ((alone[0] - found[i]).abs() > 0.5 * scales[i, :, None]).float().mean() < 0.01, "groups do not mix"
 
 
-def test_no_input_no_change():
-    w = torch.randn(4, 8)
-    scales = WeightObserver("w", "per_channel").scales_of(w)
-    assert torch.equal(compensated(w, scales, torch.zeros(5, 8)), w)
+def test_no_input_nearest_weights():
+    w = torch.randn(1, 4, 8)
+    scales = WeightObserver("w", "per_channel").scales_of(w[0])[None]
+    found = compensated(w, scales, torch.zeros(1, 5, 8))
+    assert torch.allclose(found, (w / scales[..., None]).round() * scales[..., None])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(6, 4), (5, 7, 6)),
+        (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2)), (5, 4, 9, 8)),
+        (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), (5, 4, 6, 6)),
+        (lambda: nn.Conv1d(4, 4, 3, groups=4), (5, 4, 12)),
+        (lambda: nn.Conv3d(2, 3, 2), (3, 2, 4, 4, 4)),
+    ],
+    ids=["linear", "conv2d", "groups", "depthwise", "conv3d"],
+)
+def test_windows_times_weights_are_the_product(staged, make, shape, monkeypatch):
+    """All of them, in order, since more rows are asked for than there are."""
+    monkeypatch.setattr(round_weights, "ROWS", 10**6)
+    model, x = make(), torch.randn(shape)
+    gm, ctx = staged(model, x, "round-weights", Recipe(balance=False))
+    simulation, (node,) = Simulation(gm, ctx), calibrated_products(gm, ctx.recipe)
+    w = model.weight.detach()
+    for _ in simulation.stops({node}, ""):
+        exact, _ = round_weights._windows(node, w, simulation)
+    y = (exact @ round_weights._grouped(node, w).mT).transpose(0, 1).flatten(1) + model.bias
+    assert torch.allclose(y, rows_of(node, model(x)), atol=1e-5)
+
+
+def images(count):
+    """Images that are smooth, so that the values in a window have much in common."""
+    return F.interpolate(torch.randn(count, 8, 5, 5), size=12, mode="bilinear")
+
+
+def test_convolutions():
+    model, data, unseen = nn.Conv2d(8, 8, 3).eval(), [images(8) for _ in range(4)], images(16)
+    plain, qmodel = (
+        fxq.quantize(model, data[0], calibration_data=data, recipe=Recipe(round_weights=rounded, observer="min_max"))
+        for rounded in (False, True)
+    )
+    assert "rounded together" in str(fxq.report(qmodel))
+    assert sqnr(model(unseen), qmodel(unseen)) > sqnr(model(unseen), plain(unseen)) + 0.1
+    assert (fxq.golden(qmodel)(unseen.numpy()) == qmodel(unseen).numpy()).all()
+
+
+def test_products_between_integers():
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    qmodel = fxq.quantize(model, related())
+    details = [d.detail for d in fxq.report(qmodel).decisions if d.op == "linear"]
+    assert sum("rounded together" in detail for detail in details) >= 2
+
+
+def test_an_output_that_would_lose_keeps_all_weights(staged, text, monkeypatch):
+    gm, ctx = staged(nn.Linear(48, 16), related(), "round-weights", Recipe())
+    before = text(gm)
+    monkeypatch.setattr(Simulation, "_gain", lambda self, output: -1.0)
+    assert round_weights.PASS.run(gm, ctx) == 0
+    assert text(gm) == before
+    assert not any(isinstance(m, FixedScales) for m in gm.modules())
+    assert "the output would lose 1.00 dB" in ctx.report.notes[0]
+
+
+@pytest.mark.parametrize("model", [nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 1, groups=4)])
+def test_what_has_nothing_to_cancel_is_left_alone(staged, model):
+    gm, ctx = staged(model, torch.randn(8, 4, 6, 6), "round-weights", Recipe())
+    assert round_weights.PASS.run(gm, ctx) == 0
 
 
 def test_the_pass(staged):
