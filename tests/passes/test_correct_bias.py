@@ -85,7 +85,7 @@ def test_it_pays_on_unseen_data_and_can_be_switched_off():
     data, unseen = [torch.rand(4, 3, 12, 12) + 1 for _ in range(8)], torch.rand(16, 3, 12, 12) + 1
     reached = {}
     for how in (None, "analytic", "empirical"):
-        qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=Recipe(correct_bias=how))
+        qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=Recipe(correct_bias=how, **PLAIN))
         reached[how] = sqnr(model(unseen), qmodel(unseen))
         assert ("bias corrected" in str(fxq.report(qmodel))) == (how is not None)
     assert reached["empirical"] > reached[None] + 0.3
