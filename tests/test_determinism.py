@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxq
-from passes.round_weights import _upper_of_inverse
+from fxq.simulation import Simulation, calibrated_products
 
 PROGRAM = """
 import hashlib, sys, torch, fxq
@@ -57,14 +57,14 @@ def test_processes_and_threads():
     assert all(float(line.split()[-1]) > 0.9 for line in first)
 
 
-def test_what_decides_how_weights_round_does_not_depend_on_the_threads():
-    x, before, results = torch.randn(1024, 512), torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(_upper_of_inverse(x.t() @ x))
-        assert torch.get_num_threads() == threads
+def test_what_decides_constants_runs_on_one_thread(staged):
+    gm, ctx = staged(nn.Linear(16, 8), torch.randn(64, 16), "round-weights")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    simulation, products = Simulation(gm, ctx), set(calibrated_products(gm, ctx.recipe))
+    assert [torch.get_num_threads() for _ in simulation.stops(products, "")] == [1]
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
-    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a32", fxq.Recipe(requant="fixed", observer="percentile")])
