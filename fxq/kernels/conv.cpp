@@ -125,11 +125,12 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
     return;
   }
 
-  std::vector<const uint8_t*> pixels;
-  pixels.reserve((row_end - row) * c.out[2]);
-  for (int64_t r = 0; r < row_end - row; ++r)
-    for (int64_t i = 0; i < c.out[2]; ++i)
-      pixels.push_back(seen.begin + r * c.stride[1] * seen.row_step + i * c.stride[2] * seen.pixel_step);
+  std::vector<const uint8_t*> pixels((row_end - row) * c.out[2]);
+  const uint8_t** place = pixels.data();
+  for (int64_t r = 0; r < row_end - row; ++r) {
+    const uint8_t* window = seen.begin + r * c.stride[1] * seen.row_step;
+    for (int64_t i = 0; i < c.out[2]; ++i, window += c.stride[2] * seen.pixel_step) *place++ = window;
+  }
   const bool one = c.y_step[2] == c.out[2] * c.y_step[3];  // rows of the result follow one another as pixels do
   const int64_t count = one ? int64_t(pixels.size()) : c.out[2];
   if (depthwise) {

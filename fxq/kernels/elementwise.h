@@ -1,18 +1,24 @@
 // Elementwise kernels; a part of body.h, compiled once per instruction set.
 
-static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
-  const Rounding round(zero_point, 0, 255);
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(q + i, round(load<F>(x + i) * inverse));
-  if (i < count) store_some(q + i, round(load_some<F>(x + i, count - i) * inverse), count - i);
-}
-
 // step(i, count) for each vector; `count` is W, known to the compiler, in all but the last.
 template <class Step>
 static inline void for_each_vector(int64_t count, const Step& step) {
   int64_t i = 0;
   for (; i + W <= count; i += W) step(i, W);
   if (i < count) step(i, count - i);
+}
+
+struct Quantize {
+  const float* x;
+  float inverse;
+  Rounding round;
+  uint8_t* q;
+  inline void operator()(int64_t i, int64_t count) const {
+    store_some(q + i, round(load_some<F>(x + i, count) * inverse), count);
+  }
+};
+static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
+  for_each_vector(count, Quantize{x, inverse, Rounding(zero_point, 0, 255), q});
 }
 
 struct QuantizeScaled {

@@ -99,7 +99,7 @@ static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t chan
     else if (g.factor)
       quantize_scaled(x, g.factor + channel, q, valid, g.inverse, g.zero_point);
     else
-      quantize(x, q, valid, g.inverse, g.zero_point);
+      for_each_vector(valid, Quantize{x, g.inverse, Rounding(g.zero_point, 0, 255), q});
   }
 }
 
