@@ -32,7 +32,8 @@ static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed) {
   }
 }
 
-// acc[r][c] = sum over groups of four, then done(r, c, acc): R rows of x against C vectors.
+// acc[r][c] = sum over groups of four, then done(r, c, acc): R rows of x against C vectors. Done::kUnrolled: straight from
+// the registers; code that branches would make a tile of that ten times as long.
 template <int R, int C, class Done>
 static inline void products(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride, int64_t groups,
                             const Done& done) {
@@ -45,12 +46,23 @@ static inline void products(const uint8_t* x, int64_t x_stride, const int8_t* w,
       UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], row, b[c]);
     }
   }
-  UNROLL for (int c = 0; c < C; ++c) {
-    UNROLL for (int r = 0; r < R; ++r) done(r, c, acc[r][c]);
+  if constexpr (Done::kUnrolled) {
+    UNROLL for (int c = 0; c < C; ++c) {
+      UNROLL for (int r = 0; r < R; ++r) done(r, c, acc[r][c]);
+    }
+  } else {
+    I sums[C][R];
+    UNROLL for (int c = 0; c < C; ++c) {
+      UNROLL for (int r = 0; r < R; ++r) store(&sums[c][r], acc[r][c]);
+    }
+    for (int c = 0; c < C; ++c) {
+      for (int r = 0; r < R; ++r) done(r, c, load<I>(&sums[c][r]));
+    }
   }
 }
 
-struct StoreScores {  // f32((acc + bias) * m) [+ mask]
+struct StoreScores {
+  static constexpr bool kUnrolled = true;  // f32((acc + bias) * m) [+ mask]
   const int32_t* bias;
   const float* mask;
   int64_t mask_stride;
@@ -64,7 +76,8 @@ struct StoreScores {  // f32((acc + bias) * m) [+ mask]
   }
 };
 
-struct StoreOutput {  // f32(acc + offset) * m, of the rows that there are
+struct StoreOutput {
+  static constexpr bool kUnrolled = false;  // f32(acc + offset) * m, of the rows that there are
   const Attention& a;
   const int32_t* offset;
   const float* multiplier;
