@@ -61,8 +61,8 @@ static inline void products(const uint8_t* x, int64_t x_stride, const int8_t* w,
   }
 }
 
-struct StoreScores {
-  static constexpr bool kUnrolled = true;  // f32((acc + bias) * m) [+ mask]
+struct StoreScores {  // f32((acc + bias) * m) [+ mask]
+  static constexpr bool kUnrolled = true;
   const int32_t* bias;
   const float* mask;
   int64_t mask_stride;
@@ -76,8 +76,8 @@ struct StoreScores {
   }
 };
 
-struct StoreOutput {
-  static constexpr bool kUnrolled = false;  // f32(acc + offset) * m, of the rows that there are
+struct StoreOutput {  // f32(acc + offset) * m, of the rows that there are
+  static constexpr bool kUnrolled = false;
   const Attention& a;
   const int32_t* offset;
   const float* multiplier;
