@@ -11,14 +11,8 @@ static void quantize_row(const float* x, int64_t count, uint8_t* q, float* scale
     high = high > v ? high : v;
     largest = largest > bits ? largest : bits;
   }
-  float least = 0, greatest = 0;
-  int32_t magnitude = 0;
-  for (int lane = 0; lane < W; ++lane) {
-    least = low[lane] < least ? low[lane] : least;
-    greatest = high[lane] > greatest ? high[lane] : greatest;
-    magnitude = largest[lane] > magnitude ? largest[lane] : magnitude;
-  }
-  if (magnitude >= 0x7F800000) {
+  const float least = -fold<Larger, float>(-low), greatest = fold<Larger, float>(high);
+  if (fold<Larger, int32_t>(largest) >= 0x7F800000) {
     memset(q, 0, count);
     *scale = NAN;
     *negative = 0;
