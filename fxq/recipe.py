@@ -74,6 +74,8 @@ class Recipe:
     scheme: "w8a8", int8 weights and activations whose scales are found by calibration; "w8a8-dynamic", activations with
     a scale for each row, found as the model runs; "w8a32", float32 activations beside int8 weights; "w8a16", the same
     with bfloat16 or float16 activations; "float", as it is. observer, weight: with scheme the defaults of `Rule`.
+    equalize: whether the channels of a value between two products are brought to like ranges, where that lowers the
+    second's error.
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
@@ -98,6 +100,7 @@ class Recipe:
     scheme: Scheme = "w8a8"
     observer: str = "histogram"
     weight: Granularity = "per_channel"
+    equalize: bool = False
     balance: bool = True
     scale_rows: bool = True
     round_weights: bool = True

@@ -109,11 +109,12 @@ class _Run(Interpreter):
 class Simulation:
     """Runs of `gm` on some of the calibration data, else on the examples.
 
-    exact: in float; before: in integers, as the graph was; rounded: in integers, with what `rerun` was told of.
+    exact: in float, and with `exact_only` nothing else; before: in integers, as the graph was; rounded: in integers,
+    with what `rerun` was told of.
     gain: in dB, what the output has gained in the end, on the data that is judged by.
     """
 
-    def __init__(self, gm: GraphModule, ctx: Context) -> None:
+    def __init__(self, gm: GraphModule, ctx: Context, exact_only: bool = False) -> None:
         self.gm = gm
         self.progress = ctx.progress
         sample = sample_of(gm)
@@ -122,9 +123,9 @@ class Simulation:
         numbers = sum(math.prod(value.shape) for value in values if isinstance(value, Value))
         work = sum(decision.macs for decision in ctx.report.decisions) + 100 * numbers
         calls = calls[: max(2, MOST_WORK // max(1, work))]
-        self.exact, self.before, self.rounded = (
-            [_Run(gm, call, rounding) for call in calls] for rounding in (None, self._round, self._round)
-        )
+        self.exact = [_Run(gm, call, None) for call in calls]
+        inexact = [] if exact_only else calls
+        self.before, self.rounded = ([_Run(gm, call, self._round) for call in inexact] for _ in range(2))
         self.gain = 0.0
         self._weight: tuple[nn.Module | None, Tensor] = None, torch.zeros(0)
 
@@ -144,13 +145,13 @@ class Simulation:
         runs = [*self.exact, *self.before, *self.rounded]
         with bar, torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread():
             torch.manual_seed(0)
-            for node in list(self.gm.graph.nodes):
+            for node in self.gm.graph.nodes:  # those that a pass puts ahead are run as well
                 for run in runs:
                     run.step(node)
                 if node in nodes:
                     yield node
                     bar.update()
-                if node.op == "output":
+                if node.op == "output" and self.rounded:
                     self.gain = self._gain(node)
                 for run in runs:
                     run.forget(node)

@@ -6,7 +6,7 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
+- end_training, equalize, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
   order_channels, fuse_chains, merge_linears, prune: INTEGER
@@ -19,6 +19,7 @@ from passes import (
     calibrate,
     correct_bias,
     end_training,
+    equalize,
     fold_batch_norm,
     fold_bias,
     fold_constants,
@@ -120,6 +121,7 @@ PREPARE_QAT: tuple[Pass, ...] = (
 
 CONVERT: tuple[Pass, ...] = (
     end_training.PASS,
+    equalize.PASS,
     balance.PASS,
     scale_rows.PASS,
     round_weights.PASS,
