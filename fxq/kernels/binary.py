@@ -152,16 +152,22 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _compile_in(command: list[str], scratch: Path) -> Path:
-    include = ("-isystem", str(TORCH / "include"))
-    objects = [scratch / f"{source.stem}.o" for source in _SOURCES]
-    steps = [
-        [*command, *_COMPILE, *include, "-c", str(source), "-o", str(target)]
-        for source, target in zip(_SOURCES, objects, strict=True)
-    ]
+    compile_ = (*command, *_COMPILE, "-isystem", str(TORCH / "include"))
+    # torch's headers take longer than most files that read them: they are compiled once, for all of those.
+    header = scratch / "operators.h"
+    header.write_text(f'#include "{PACKAGE / "checks.h"}"\n', encoding="utf-8")
+    of_torch = [source for source in _SOURCES if '#include "checks.h"' in source.read_text(encoding="utf-8")]
+    objects = {source: scratch / f"{source.stem}.o" for source in _SOURCES}
+    steps = {source: [*compile_, "-c", str(source), "-o", str(target)] for source, target in objects.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, steps))
+        compiled = pool.submit(_run, [*compile_, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+        others = [pool.submit(_run, step) for source, step in steps.items() if source not in of_torch]
+        compiled.result()
+        rest = [pool.submit(_run, [*steps[source], "-include", str(header)]) for source in of_torch]
+        for step in (*others, *rest):
+            step.result()
     library = scratch / "fxq.so"
-    _run([*command, *map(str, objects), "-o", str(library), f"-L{TORCH / 'lib'}", *_LINK])
+    _run([*command, *map(str, objects.values()), "-o", str(library), f"-L{TORCH / 'lib'}", *_LINK])
     return library
 
 
