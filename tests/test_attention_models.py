@@ -10,6 +10,7 @@ from torch import nn
 
 import fxq
 from fxq.ops.attention import qattention, qattention_float
+from fxq.ops.linear_dynamic import qlinear_dynamic
 
 
 def linear(n=16, m=16):
@@ -65,6 +66,34 @@ def test_padding_changes_no_bit_of_the_rest(written_by_hand):
     alone = qmodel(x, torch.ones(2, 9, dtype=torch.bool))
     padded = qmodel(torch.cat([x, torch.randn(2, 20, 16)], 1), torch.arange(29).expand(2, 29) < 9)
     assert torch.equal(padded[:, :9], alone)
+
+
+class Uneven(Attention):
+    """Some tokens are a hundred times larger than the rest behind the activation, as a transformer's may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen, self.narrow = linear(16, 64), linear(64, 16)
+
+    def forward(self, x, seen):
+        y = super().forward(x, seen)
+        wide = F.gelu(self.widen(y))
+        return y + self.narrow(torch.where(x[..., :1] > 1.2, 100 * wide, wide))
+
+
+def test_rows_with_scales_of_their_own_at_other_lengths_and_padded():
+    torch.manual_seed(0)
+    model, data = Uneven().eval(), [inputs(4, 10) for _ in range(8)]
+    qmodel = fxq.quantize(model, data[0], calibration_data=data)
+    assert len(calls(qmodel, qlinear_dynamic)) == 1
+    for b, t in ((1, 10), (2, 31), (9, 3)):
+        assert fxq.compare(model, qmodel, inputs(b, t)).output > 20
+    x, _ = inputs(2, 9)
+    alone = qmodel(x, torch.ones(2, 9, dtype=torch.bool))
+    padded = qmodel(torch.cat([x, 3 * torch.randn(2, 20, 16)], 1), torch.arange(29).expand(2, 29) < 9)
+    assert torch.equal(padded[:, :9], alone)
+    one = qmodel(x[:1], torch.ones(1, 9, dtype=torch.bool))
+    assert torch.equal(one, alone[:1])
 
 
 def test_numpy_files_copies_and_state(written_by_hand, tmp_path):
