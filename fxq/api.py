@@ -384,6 +384,8 @@ def compare(
 ) -> Comparison:
     """Each integer layer's SQNR in dB against the float model: with exact inputs (alone), and as it runs (accumulated).
 
+    The layers inside leaves come last, as their module is called first.
+
     calibration_data, recipe: what `quantize` was given; with them, remedies for the three layers that lose most are
     tried, each by quantizing the model anew, and the best stands in the result as a recipe to paste. seconds: after
     which no further one is tried. Raises `InputError` where `qmodel` was not made of `model`, or by another recipe.
@@ -394,12 +396,24 @@ def compare(
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
     _check_model(model, call, narrow=any(decision.scheme == "w8a16" for decision in qmodel.report.decisions))
-    frontend: tracing.Frontend = "export" if qmodel.report.frontend.startswith("torch.export") else "trace"
-    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
-    ctx = Context(Recipe(), (), call.clone())
-    pipeline.begin(gm, ctx)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-    result = compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(qmodel), call)
+
+    def against(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Comparison:
+        gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
+        ctx = Context(Recipe(), (), exact.clone())
+        pipeline.begin(gm, ctx)
+        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached)
+
+    result = against(model, qmodel, call, call)
+    inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
+    if inner:
+        plain = {path: path.removeprefix(f"{tracing.WHOLE}.") for path in inner}
+        evaluated = copy.deepcopy(model).eval()
+        exact = inside.first_calls(evaluated, list(plain.values()), call)
+        reached = inside.first_calls(copy.deepcopy(qmodel), list(inner), call)
+        for path in [path for path in inner if path in reached and plain[path] in exact]:
+            module = evaluated.get_submodule(plain[path])
+            result.layers.extend(against(module, inner[path], exact[plain[path]], reached[path]).layers)
     if calibration_data is None:
         return result
     base, data = Recipe.of(recipe), list(calibration_data)
@@ -480,6 +494,12 @@ def golden(
         return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
 
     return GoldenModel(program, ops=ops, types=types, record=record if islands == "torch" else None)
+
+
+def _frontend_of(made: QuantizedModule) -> tracing.Frontend:
+    """The front end that captured the model: the same gives the same names again."""
+    served = made.report.frontend
+    return "export" if served.startswith("torch.export") else "leaf" if served == tracing.AS_LEAF else "trace"
 
 
 def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:

@@ -194,13 +194,16 @@ class _Values(Interpreter):
         return self.env
 
 
-def compare_graphs(reference: GraphModule, quantized: GraphModule, call: Call) -> Comparison:
+def compare_graphs(
+    reference: GraphModule, quantized: GraphModule, call: Call, reached: Call | None = None
+) -> Comparison:
     """Compare a normalised float graph with the integer graph made of it, on one call.
 
-    Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for.
+    Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for. reached: the call as
+    it reaches the integer graph, where that is another.
     """
     expected = {node.name: value for node, value in _Values(reference).all(call).items()}
-    actual = _Values(quantized).all(call)
+    actual = _Values(quantized).all(call if reached is None else reached)
     qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
 
     def real(node: Node, value: Any) -> Any:

@@ -8,7 +8,7 @@ then on they run as prepared, and learn. `convert` puts an integer module in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -114,7 +114,16 @@ class Watch:
         """What became of the module's operations, under their paths in the whole model."""
         assert self.prepared is not None
         report = cast(Context, self.prepared.meta["fxq"]).report
-        return [replace(d, node=f"{self.path}.{d.node}", macs=d.macs * self.calls) for d in report.decisions]
+        shared = f"one range for its {self.calls} calls in the leaf" if self.calls > 1 else ""
+        return [
+            replace(
+                d,
+                node=f"{self.path}.{d.node}",
+                macs=d.macs * self.calls,
+                detail=", ".join(filter(None, (d.detail, shared))) if d.form == "int8" else d.detail,
+            )
+            for d in report.decisions
+        ]
 
     def _prepare(self, call: Call) -> None:
         self._release_all()
@@ -185,6 +194,27 @@ def watch_inside(leaves: Leaves, root: str, leaf: nn.Module) -> None:
         scripted = isinstance(module, torch.jit.ScriptModule)
         if path != root and not hooked and not scripted and not _is_opaque(leaves, path, module):
             Watch(leaves, path, module)
+
+
+def first_calls(root: nn.Module, paths: Collection[str], call: Call) -> dict[str, Call]:
+    """What the modules at `paths` are called with first, those that are called, when `root` is."""
+    found: dict[str, Call] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(path, Call(args, kwargs).clone())
+
+        return hook
+
+    watched = [root.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in paths]
+    own = call.clone()
+    try:
+        with torch.no_grad():
+            root(*own.args, **own.kwargs)
+    finally:
+        for handle in watched:
+            handle.remove()
+    return found
 
 
 def _is_opaque(leaves: Leaves, path: str, module: nn.Module) -> bool:

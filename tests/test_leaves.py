@@ -355,3 +355,33 @@ def test_cost_of_many_leaves_is_two_traces(monkeypatch):
     monkeypatch.setattr(recorder.Recorder, "run", lambda self, *args: runs.append(1) or run(self, *args))
     fxq.trace(nn.Sequential(*(Branching() for _ in range(12))).eval(), X)
     assert len(runs) == 3  # as it runs, as if compiled, and with the leaves known
+
+
+@pytest.mark.parametrize("frontend", ["auto", "leaf"])
+def test_compare_shows_the_layers_inside(frontend, capfd):
+    model = net(Branching())
+    with torch.no_grad():
+        reached = "positive.0" if model.first(X).sum() > 0 else "negative"
+    qmodel = fxq.quantize(model, X, calibration_data=DATA, frontend=frontend)
+    layers = {layer.module: layer for layer in fxq.compare(model, qmodel, X).layers}
+    assert {"first", "last", f"inner.{reached}"} <= set(layers)
+    inside = layers[f"inner.{reached}"]
+    assert 25 < inside.accumulated < inside.alone + 1  # what reaches it has been through int8 before
+    assert capfd.readouterr().err == ""  # torch.export was tried, and failed without a sound
+
+
+def test_a_module_that_a_leaf_calls_twice_says_that_it_has_one_range():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.k = linear(), linear()
+
+        def forward(self, x):
+            y = self.l(x)
+            return self.k(self.l(y) if y.sum() > -1e9 else y)
+
+    qmodel = fxq.quantize(net(Again()), X, calibration_data=DATA)
+    ((twice,), (once,)) = decisions(qmodel, "inner.l"), decisions(qmodel, "inner.k")
+    assert "one range for its 2 calls in the leaf" in twice.detail
+    assert twice.macs == 2 * once.macs
+    assert "one range" not in once.detail

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fxq
+from fxq.comparison import output_sqnr
 from fxq.decisions import Reason
+from fxq.tracing import TracingWarning
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 Y = X.flip(0) * 0.5
@@ -94,3 +96,15 @@ def test_recurrent_cells_are_listed_with_their_reason(kind, model_of):
     assert {(d.form, d.reason) for d in cells} == {("float", Reason.RECURRENT)}
     assert len(cells) == 6
     assert fxq.compare(model, qmodel, X[:2]).output > 20
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_whose_fused_path_zeroes_padding_says_so(model_of):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
+    model = model_of(lambda s, x, p: s.e(x, src_key_padding_mask=p), e=encoder)
+    padded = torch.arange(6).expand(4, 6) > torch.tensor([5, 3, 5, 4])[:, None]
+    with pytest.warns(TracingWarning, match=r"other values behind a padding mask .* enable_nested_tensor=False"):
+        qmodel = fxq.quantize(model, (X, padded))
+    kept = ~padded
+    with torch.no_grad():
+        assert output_sqnr(model(X, padded)[kept], qmodel(X, padded)[kept]) > 25

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
 
 __all__ = [
+    "AS_LEAF",
     "WHOLE",
     "Origin",
     "SignatureCodeGen",
@@ -62,6 +64,8 @@ Leaves = tuple[type[nn.Module] | str, ...]
 Frontend = Literal["auto", "trace", "export", "leaf"]
 WHOLE = "_model"
 """The path of the user's model in the graph that frontend="leaf" gives."""
+AS_LEAF = "the model as a leaf, as asked"
+"""How that graph was captured, in `meta["frontend"]`."""
 Recording = tuple[Recorder, dict[str, torch.Tensor]]
 """A finished trace, and the constants that its graph needs besides the model's own."""
 
@@ -106,16 +110,15 @@ def trace(
     prepared = prepare(model)
     call = (args, kwargs)
     signature.bind(prepared, *call)
-    with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _plain_attention():
+    with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _fused_attention(False):
         try:
             expected = verify.run(prepared, call)
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
+        _warn_of_fused_attention(prepared, call, expected)
         if frontend == "leaf":
             why = {WHOLE: "its own code stays as it is, as asked"}
-            return _verified(
-                _Task(_whole(prepared), call, leaves, untraceable=why), expected, "the model as a leaf, as asked"
-            )
+            return _verified(_Task(_whole(prepared), call, leaves, untraceable=why), expected, AS_LEAF)
         if frontend == "export":
             _refuse_swallowed(_Task(prepared, call, leaves))
             return _export(prepared, call, expected, "torch.export, as asked")
@@ -274,14 +277,30 @@ def _graph_module(prepared: nn.Module, recorder: Recorder, constants: dict[str, 
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Without the fused attention of eval mode, which rounds differently and hides the projections."""
+def _fused_attention(wanted: bool) -> Iterator[None]:
+    """With or without the fused attention of eval mode, which rounds differently and hides the projections."""
     enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(wanted)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _warn_of_fused_attention(model: nn.Module, call: verify.Call, expected: Any) -> None:
+    """Say so where the fused attention computes something else: an encoder zeroes the rows that its mask pads."""
+    if not any(isinstance(module, nn.TransformerEncoder) for module in model.modules()):
+        return
+    with _fused_attention(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused = verify.run(model, call)
+    if not verify.is_close(fused, expected):
+        what = "the fused path of nn.TransformerEncoder in eval mode gives other values behind a padding mask"
+        warnings.warn(
+            f"{what} (0, or fewer rows); the traced graph computes what enable_nested_tensor=False does",
+            TracingWarning,
+            stacklevel=4,
+        )
 
 
 @contextmanager

@@ -9,9 +9,14 @@ relied on.
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +50,7 @@ def export(model: nn.Module, call: Call) -> ExportedProgram:
     )
     shapes = (*dynamic[0], *dynamic[1].values())
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _unheard():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes or None, strict=False)
             functional: ExportedProgram = program.run_decompositions({})
@@ -53,6 +58,22 @@ def export(model: nn.Module, call: Call) -> ExportedProgram:
     except Exception as error:
         text = str(error).strip().partition("\n")[0]
         raise TraceError(f"torch.export: {type(error).__name__}: {text}") from error
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without what torch logs and prints of a graph that it refuses: the error says it."""
+
+    def is_anothers(record: logging.LogRecord) -> bool:
+        return record.thread != threading.get_ident()
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger.addFilter(is_anothers)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.removeFilter(is_anothers)
 
 
 class Exported:
