@@ -6,7 +6,8 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, equalize, balance, scale_rows, round_weights, judge_attention, judge_lookup, correct_bias: OBSERVED
+- end_training, equalize, balance, scale_rows, round_weights, judge_attention, judge_lookup, share_ranges,
+  correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
   order_channels, fuse_chains, merge_linears, prune: INTEGER
@@ -56,6 +57,7 @@ from passes import (
     rewrite_products,
     round_weights,
     scale_rows,
+    share_ranges,
     simplify_masks,
     split_linears,
     use_fixed_point,
@@ -127,6 +129,7 @@ CONVERT: tuple[Pass, ...] = (
     round_weights.PASS,
     judge_attention.PASS,
     judge_lookup.PASS,
+    share_ranges.PASS,
     correct_bias.PASS,
     calibrate.PASS,
     *LOWER,

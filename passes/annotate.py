@@ -1,7 +1,8 @@
 """annotate: decide for every value whether it becomes an integer, and record for every operation why or why not.
 
 1. Each op family claims its operations: products (linear), pointwise (add), carries (reshape, cat, relu, max-pool).
-2. Carries tie values together: connected values form a group that shares one scale and zero point.
+2. Carries tie values together: connected values form a group that shares one scale and zero point. Not so a value that
+   is concatenated and that others read as well: it keeps a range of its own, as does the concatenation.
 3. A group is integer when some integer operation produces a value of it and only integer operations read it. Its values
    get one range, observed wherever a producer writes it.
 4. In any other group the values stay float, and each product that reads one quantizes it at its own edge. A product
@@ -41,7 +42,7 @@ from fxq.ops.activation import activation_of
 from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, Scheme, SharedSpec, WeightSpec
-from fxq.spelling import CONVS, LINEAR, float_bounds
+from fxq.spelling import CAT, CONVS, LINEAR, float_bounds
 from fxq.stages import Stage
 
 _PAYS = 4096
@@ -53,7 +54,8 @@ class Plan:
     """What is known of a graph while it is decided: claims, their schemes and refusals by node, swallowed clamps.
 
     integer_outputs: the graph's output reads integers. inner: the operations that count as one with another, which is
-    the last of them. to_float: operations that read integers where others do, and write float32.
+    the last of them. to_float: operations that read integers where others do, and write float32. untied: pairs of a
+    value and a concatenation that does not share its range.
     """
 
     claims: dict[Node, Claim] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Plan:
     integer_outputs: bool = False
     inner: dict[Node, Node] = field(default_factory=dict)
     to_float: set[Node] = field(default_factory=set)
+    untied: set[tuple[Node, Node]] = field(default_factory=set)
 
     def is_static(self, node: Node) -> bool:
         """Whether `node` is an operation that may read and write integers."""
@@ -72,6 +75,8 @@ class Plan:
     def produces(self, node: Node) -> bool:
         """Whether `node` is the result of an integer operation with a range of its own."""
         source = self.swallowed.get(node, node)
+        if any(cat is node for _, cat in self.untied):
+            return True
         return self.is_static(source) and self.claims[source].kind != "carry" and source not in self.to_float
 
     def carries(self, node: Node) -> bool:
@@ -206,13 +211,27 @@ def _groups(gm: GraphModule, plan: Plan) -> list[set[Node]]:
     inner = set(plan.swallowed.values()) | plan.inner.keys()
     ties.add_nodes_from(node for node in gm.graph.nodes if node not in inner)
     ties.add_edges_from(
-        (source, node) for node in gm.graph.nodes if plan.carries(node) for source in plan.claims[node].inputs
+        (source, node)
+        for node in gm.graph.nodes
+        if plan.carries(node)
+        for source in plan.claims[node].inputs
+        if (source, node) not in plan.untied
     )
     return list(nx.connected_components(ties))
 
 
 def _settle(gm: GraphModule, plan: Plan) -> list[set[Node]]:
-    """Give up pointwise operations that do not stand between integers, until none is left to give up."""
+    """Give up pointwise operations that do not stand between integers, until none is left to give up.
+
+    So too ranges of their own for what is concatenated, where it or the concatenation stays float.
+    """
+    plan.untied = {
+        (source, node)
+        for node in gm.graph.nodes
+        if node.target in CAT and plan.carries(node)
+        for source in plan.claims[node].inputs
+        if any(user is not node and _has_numbers(user) for user in source.users)
+    }
     while True:
         groups = _groups(gm, plan)
         writers = {
@@ -230,7 +249,9 @@ def _settle(gm: GraphModule, plan: Plan) -> list[set[Node]]:
                 lost[node] = Reason.FLOAT_READER if node in plan.to_float else Reason.FLOAT_OPERANDS
             elif result not in writers and node not in plan.to_float:
                 lost[node] = Reason.FLOAT_READER
-        if not lost:
+        bound = {(source, cat) for source, cat in plan.untied if source not in writers or cat not in writers}
+        plan.untied -= bound
+        if not lost and not bound:
             return groups
         for node, reason in lost.items():
             if reason is Reason.FLOAT_READER and plan.claims[node].to_float and node not in plan.to_float:
@@ -256,6 +277,8 @@ def _readers(node: Node, plan: Plan) -> Iterator[tuple[Node, bool]]:
         if not _has_numbers(user):
             continue  # asks for the shape only
         if plan.carries(user):
+            if (node, user) in plan.untied:
+                yield user, True
             continue
         user = plan.inner.get(user, user)
         if user in plan.to_float:

@@ -2,6 +2,7 @@
 
 quantize(dequantize(q, s, z), s, z)              ->  q
 quantize(move(dequantize(q, s, z)), s, z)        ->  move(q)                     reshape, cat, max-pool, ...
+quantize(cat(dequantize(q, s', z'), ...), s, z)  ->  cat(quantize(dequantize(q, s', z'), s, z), ...)
 quantize(pad(dequantize(q, s, z), ..., 0), s, z) ->  pad(q, ..., z)              the zero point stands for 0.0
 split(dequantize(q, s, z))[i]                    ->  dequantize(split(q)[i], s, z)         len(split) as it was
 quantize_weight(constant, scales)                ->  an int8 constant, one for all calls that share the weight
@@ -78,8 +79,12 @@ def _carry(gm: GraphModule, node: Node) -> int:
         return 0
     numbers = [n for n in move.all_input_nodes if is_float_tensor(n)]
     sources = {n: _dequantized(n) for n in numbers}
-    if not numbers or any(source is None or source[1] != node.args[1:] for source in sources.values()):
+    others = [n for n, source in sources.items() if source is None or source[1] != node.args[1:]]
+    if not numbers or (others and (move.target not in CAT or any(sources[n] is None for n in others))):
         return 0
+    for other in others:
+        with gm.graph.inserting_before(node):
+            sources[other] = call(gm, quantize, (other, *node.args[1:]), other, node.meta["qparams"]), node.args[1:]
 
     def integers(n: Node) -> Node:
         source = sources.get(n)
