@@ -201,6 +201,7 @@ def _carry(gm: GraphModule, node: Node, ctx: Context, grids: dict[Node, Grid], h
     claims = (family.claim(gm, node) for family in ctx.families)
     claim = next((claim for claim in claims if claim is not None), None)
     averages = not fused and isinstance(claim, Claim) and claim.kind == "pointwise" and len(claim.inputs) == 1
+    averages = averages and not (isinstance(claim, Claim) and claim.to_float)  # torch chooses a function's scale
     if not averages and not (isinstance(claim, Claim) and claim.kind == "carry"):
         raise QuantizationError(
             f"{place_of(node)}: {target_name(node.target)} reads the quantized %{held[0].name} and has no integer form "
