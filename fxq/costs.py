@@ -1,8 +1,9 @@
 """What an operation costs on this machine: timed once by itself, kept in a file, looked up from then on.
 
 A key is the operation with the dtypes and shapes of its tensors and what else shapes its work; scales and zero points
-do not. Beside it stands how much other data passes between two calls: the weights of a small model stay in the caches,
-those of a large one do not, and an operation that reads them waits for them. The file is JSON (key -> seconds) in the
+do not. Beside it stands what happens between two calls of the operation in a model: how much other data passes, since
+the weights of a large model do not stay in the caches, and whether many other operations run, since their code does not
+stay there either. The file is JSON (key -> seconds) in the
 cache folder of the kernels, one per fxq, torch, processor, instruction set and number of threads: read it, delete it,
 or look at it with `python -m fxq costs`.
 """
@@ -19,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -27,10 +29,12 @@ from fxq.errors import FileError
 from fxq.graph import submodule, target_name
 from fxq.kernels.binary import cache
 
-VERSION = 3
+VERSION = 5
 """Of the file's format and of the way of timing."""
 _ROUNDS, _SECONDS = (3, 25), 0.03
 """Calls of one operation that are timed: as many as fill these seconds, within the first."""
+MANY = 24
+"""Operations."""
 AMONG = 1 << 20, 1 << 25
 """Bytes of a model's constants: below the first they stay in the caches; more than the second make no difference."""
 _SMALL = frozenset({"zero_point", "low", "high", "z_x", "z_a", "z_b"})
@@ -111,11 +115,30 @@ def _describe(value: Any) -> str:
     return "" if isinstance(value, float) else repr(value)
 
 
-def among(gm: GraphModule) -> int:
-    """The bytes of the constants of `gm`, as a power of two within `AMONG`; 0 where the caches hold them."""
-    least, most = AMONG
-    size = sum(tensor.nbytes for tensor in (*gm.parameters(), *gm.buffers()) if tensor.layout is torch.strided)
-    return min(1 << (size.bit_length() - 1), most) if size >= least else 0
+class Others:
+    """What stands beside an operation in a graph, to be done between two calls so that they take what they do there.
+
+    size: the bytes of the graph's constants, as a power of two within `AMONG`; 0 where the caches hold them. many:
+    whether there are `MANY` operations, so that the code of one does not stay in the caches.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        least, most = AMONG
+        size = sum(tensor.nbytes for tensor in (*gm.parameters(), *gm.buffers()) if tensor.layout is torch.strided)
+        self.size = min(1 << (size.bit_length() - 1), most) if size >= least else 0
+        self.many = sum(node.op.startswith("call") for node in gm.graph.nodes) >= MANY
+        self._data = torch.empty(self.size, dtype=torch.uint8)
+        self._x = torch.rand(32, 32)
+
+    def __str__(self) -> str:
+        parts = [f"{self.size >> 20} MB"] * bool(self.size) + ["many operations"] * self.many
+        return f" among {' and '.join(parts)}" if parts else ""
+
+    def run(self) -> None:
+        """Let the caches forget what a call in a model does not find there."""
+        self._data.add_(1)
+        if self.many:
+            torch.cat([F.layer_norm(self._x, (32,)).softmax(-1), self._x]).relu()
 
 
 def _time(run: Callable[[], object], between: Callable[[], object]) -> float:

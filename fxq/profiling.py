@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.costs import Costs, among, key_of
+from fxq.costs import Costs, Others, key_of
 from fxq.graph import bind, is_call, line_of, module_of, mutations, submodule, target_name, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import tensors
@@ -121,7 +121,7 @@ class _Predictor(Interpreter):
         super().__init__(gm)
         self.costs, self.in_place, self.wanted = costs, in_place, wanted
         self.predicted: dict[Node, float | None] = {}
-        self.others = torch.empty(among(gm), dtype=torch.uint8)
+        self.others = Others(gm)
 
     def run_node(self, n: Node) -> Any:
         if not is_call(n) or n not in self.wanted:
@@ -142,13 +142,11 @@ class _Predictor(Interpreter):
         computed = list(tensors([self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]))
 
         def between() -> None:
-            self.others.add_(1)
+            self.others.run()
             for operand in computed:
                 operand.clone()
 
-        if len(self.others):
-            key = f"{key} among {len(self.others) >> 20} MB"
-        return self.costs.of(key, lambda: function(*args, **kwargs), between)
+        return self.costs.of(f"{key}{self.others}", lambda: function(*args, **kwargs), between)
 
 
 def predict(

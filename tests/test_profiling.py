@@ -126,3 +126,12 @@ def test_a_picture_by_time(qmodel, tmp_path):
     other = fxq.quantize(nn.Linear(4, 4).eval(), torch.randn(8, 4))
     with pytest.raises(fxq.InputError, match="which this graph does not have"):
         fxq.draw(other, tmp_path / "b.dot", profile=profile)
+
+
+def test_what_stands_beside_an_operation_is_a_part_of_its_key():
+    x = torch.randn(1, 600)
+    few = fxq.profile(fxq.trace(nn.Linear(600, 600).eval(), x), x)
+    many = fxq.profile(fxq.trace(nn.Sequential(*[nn.Linear(600, 600)] * 24).eval(), x), x)
+    assert len(few.timings) == 1 and len(many.timings) == 24
+    keys = json.loads(costs_path().read_text())["seconds"]
+    assert sorted(key.partition(" among ")[2] for key in keys) == ["1 MB", "1 MB and many operations"]
