@@ -211,6 +211,18 @@ def test_activations_take_a_third_of_the_memory():
     assert peak_bytes(fxq.quantize(model, x), x) <= peak_bytes(model, x) / 3
 
 
+def test_images_are_quantized_without_a_copy_in_either_order():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(2, 8, 32, 32)
+    q = fxq.quantize(model, x, on_low_sqnr="ignore")
+    most = (
+        x.numel() + 16 * 2 * 32 * 32,
+        16 * 2 * 32 * 32 + 4 * 4 * 2 * 32 * 32,
+    )  # bytes: both neighbours of an operation
+    for own in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert peak_bytes(q, own) <= max(most) < x.numel() * 4 + x.numel()
+
+
 def test_torch_compile_and_two_threads(model_of):
     _, q, x = quantized("squeeze and excite", model_of)
     assert torch.equal(torch.compile(q, backend="aot_eager")(x), q(x))

@@ -28,7 +28,7 @@ def main() -> int:
         sys.exit("no C++ compiler found")
     sources = [
         Path(__file__).with_suffix(".cpp"),
-        *(p for p in PACKAGE.glob("*.cpp") if '"checks.h"' not in p.read_text()),
+        *(p for p in PACKAGE.glob("*.cpp") if not p.name.startswith("ops_") and '"checks.h"' not in p.read_text()),
     ]
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
