@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench zoo observers weight-only conversion tracing-table pictures plots clean
+.PHONY: demo test lint check-types pytest sanitize bench zoo observers accuracy weight-only conversion tracing-table pictures plots clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -35,6 +35,9 @@ conversion: $(VENV)/ready
 
 observers: $(VENV)/ready
 	$(BIN)/python benchmarks/observers.py
+
+accuracy: $(VENV)/ready-bench
+	$(BIN)/python -m benchmarks.accuracy
 
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks.run

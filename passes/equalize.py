@@ -6,12 +6,11 @@ The value in between has one scale for all channels, so that small ones get few 
 those of the second weight w_k, and a in 0.25..1, s_k = x_k**a / w_k**(1 - a) (Nagel et al., Data-Free Quantization,
 2019, have a = 1/2 and the peaks of the first weight for x_k). Of these and none, on half of a sample of the calibration
 data, the smallest squared error of the second product wins, if it is at least 0.3 dB better on the other half as well.
-The first weight has a scale for each channel, so it rounds as before. The range of the scaled value is that of the
-sample, widened as far as all of the data went beyond the sample.
+The first weight has a scale for each channel, so it rounds as before. What the channels reach in all of the data is
+known of the sample only: the range of the scaled value goes a quarter beyond, which its gain has to pay for.
 
-Off by default: weights have a scale for each channel, and the batch norms of trained networks leave channels alike, so
-that no network of `make accuracy` gains 0.1 dB, and what the range of a sample lacks costs small ones more. It is for
-networks whose channels differ, and for weights with one scale in all.
+Off by default: weights have a scale for each channel, and batch norms leave the values' channels alike, so that no
+network of `make accuracy` gains by it. It is for networks whose channels differ, and for weights with one scale in all.
 
 Not where a clamp has an upper bound or another activation stands in between, which no factor passes; where something
 else reads the value, or the value shares its range; nor where a weight has other readers.
@@ -28,7 +27,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.graph import constant, erase_unused, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import OBSERVERS, Observer, WeightObserver
+from fxq.observers import OBSERVERS, MinMax, Observer, WeightObserver
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
 from fxq.simulation import Simulation, calibrated_products, rows_of
@@ -39,6 +38,7 @@ Option = tuple[Tensor | None, Observer]
 """Factors or none, and the observer of the value with them."""
 LEAST_GAIN = 0.3
 """dB."""
+MARGIN = 1.25
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 MOST_ROWS, MOST_IMAGES = 256, 2
 """Of each call, by which the error is measured."""
@@ -185,15 +185,12 @@ def _factors(x_peak: Tensor, w_peak: Tensor, exponent: float) -> Tensor:
 
 
 def _settled(old: Observer, values: list[Tensor], factors: Tensor, pair: Pair) -> Observer:
-    """One that has seen `values` scaled, and extremes as far beyond them as what `old` has seen is beyond `values`."""
-    new = type(old)(old.where)
+    """The range of `values` scaled, reaching `MARGIN` times as far, or as far as what `old` has seen is beyond them."""
+    new = MinMax(old.where)
     scaled = [value / _column(factors, pair.first) for value in values]
-    ends = []
-    for all_seen, bound in ((old.low, torch.amin), (old.high, torch.amax)):
+    for end, all_seen, bound in ((new.low, old.low, torch.amin), (new.high, old.high, torch.amax)):
         own, now = (bound(torch.stack([bound(value) for value in some])) for some in (values, scaled))
-        ends.append(now * (all_seen / own).clamp(min=1) if own != 0 else now)
-    for value in (*scaled, torch.stack(ends).float()):
-        new(value)
+        end.copy_(now * (all_seen / own).clamp(min=MARGIN) if own != 0 else now)
     return new
 
 
