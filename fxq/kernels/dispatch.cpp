@@ -12,7 +12,10 @@ namespace generic { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
-namespace avx512_vnni { extern const Kernels kernels; }
+namespace avx512_vnni {
+extern const Kernels kernels;
+void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+}
 namespace avx_vnni { extern const Kernels kernels; }
 #endif
 
@@ -41,6 +44,14 @@ static std::atomic<const Kernels*> in_use{nullptr};
 const Kernels& active() {
   const Kernels* kernels = in_use.load(std::memory_order_relaxed);
   return kernels ? *kernels : *available().front();
+}
+
+void (*brain_gemm())(const FloatGemm&, int64_t, int64_t, int64_t, int64_t) {
+#if defined(__x86_64__)
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  if (supported && &active() == &avx512_vnni::kernels) return avx512_vnni::brain_gemm;
+#endif
+  return nullptr;
 }
 
 bool use_isa(const char* isa) {

@@ -60,6 +60,7 @@ struct Gemm {
 // y = epilogue(x * weight^T): x and y float [rows, k] and [rows, n], weight and epilogue as for gemm's.
 struct FloatGemm {
   const float* x = nullptr;
+  const uint32_t* pairs = nullptr;  // instead of x: two bfloat16 each, the first k in the upper half, the last with a 0
   int64_t x_stride = 0, k = 0, n = 0;
   const int8_t* weight = nullptr;
   const float* scale = nullptr;  // [n]
@@ -177,6 +178,8 @@ void* scratch(int64_t bytes);
 
 // dispatch.cpp
 const Kernels& active();               // those in use
+// The product of FloatGemm::pairs, with the bits of float_gemm; null where the instruction set in use has none.
+void (*brain_gemm())(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
 bool use_isa(const char* isa);         // false where this processor or compiler lacks it
 const char* available_isas();          // names with commas between, best first
 

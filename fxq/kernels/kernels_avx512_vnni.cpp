@@ -50,6 +50,7 @@ static inline B narrow(I v) { return __builtin_convertvector(v, B); }
 
 #define PERMUTES_BYTES
 #include "body.h"
+#include "weight_only_bf16.h"
 
 }  // namespace fxq::avx512_vnni
 FXQ_TARGET_END

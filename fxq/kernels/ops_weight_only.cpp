@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -11,16 +12,52 @@
 namespace fxq {
 namespace {
 
-// All rows of x, widened; and the result, rounded. Activations only: no float weight is ever made.
+constexpr int64_t kBrainRows = 8;  // fewer rows cost less than what makes pairs of their weights
+
+// All rows of x as FloatGemm::pairs; nothing where a sum or product of theirs might overflow or be denormal, which
+// vdpbf16ps treats otherwise: it takes numbers between 2**-100 and 2**100, and zeros.
+std::vector<uint32_t> pairs_of(const c10::BFloat16* x, int64_t rows, const FloatGemm& g) {
+  const int64_t stride = ceil_div(g.k, 2);
+  std::vector<uint32_t> pairs(rows * stride);
+  std::atomic<bool> fits{true};
+  parallel(rows, std::max<int64_t>(1, kElementGrain / (g.k + 1)), [&](int64_t begin, int64_t end) {
+    bool all = true;
+    const auto bits = [&](uint16_t v) {
+      const uint32_t magnitude = v & 0x7FFF;
+      all &= magnitude == 0 || (magnitude >= (127 - 100) << 7 && magnitude < (127 + 100) << 7);
+      return uint32_t(v);
+    };
+    for (int64_t row = begin; row < end; ++row) {
+      const c10::BFloat16* from = x + row * g.x_stride;
+      uint32_t* to = pairs.data() + row * stride;
+      for (int64_t k = 0; k + 2 <= g.k; k += 2) to[k / 2] = bits(from[k].x) << 16 | bits(from[k + 1].x);
+      if (g.k % 2) to[g.k / 2] = bits(from[g.k - 1].x) << 16;
+    }
+    if (!all) fits = false;
+  });
+  if (!fits) pairs.clear();
+  return pairs;
+}
+std::vector<uint32_t> pairs_of(const c10::Half*, int64_t, const FloatGemm&) { return {}; }
+
+// All rows of x, widened or as pairs; and the result, rounded. Activations only: no float weight is ever made.
 template <class T>
 void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
-  std::vector<float> wide(rows * g.k), sums(rows * g.n);
-  parallel(rows, std::max<int64_t>(1, kElementGrain / (g.k + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t k = 0; k < g.k; ++k) wide[row * g.k + k] = x[row * g.x_stride + k];
-  });
-  g.x = wide.data();
-  g.x_stride = g.k;
+  std::vector<float> wide, sums(rows * g.n);
+  std::vector<uint32_t> pairs;
+  if (rows >= kBrainRows && brain_gemm()) pairs = pairs_of(x, rows, g);
+  if (pairs.empty()) {
+    wide.resize(rows * g.k);
+    parallel(rows, std::max<int64_t>(1, kElementGrain / (g.k + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t k = 0; k < g.k; ++k) wide[row * g.k + k] = x[row * g.x_stride + k];
+    });
+    g.x = wide.data();
+    g.x_stride = g.k;
+  } else {
+    g.pairs = pairs.data();
+    g.x_stride = ceil_div(g.k, 2);
+  }
   g.y = sums.data();
   run_float_gemm(g, rows);
   parallel(rows * g.n, kElementGrain, [&](int64_t begin, int64_t end) {

@@ -50,6 +50,8 @@ void run_gemms(const Gemm* parts, int64_t count, int64_t rows) {
   });
 }
 
-void run_float_gemm(const FloatGemm& g, int64_t rows) { share_out(g, rows, active().float_gemm); }
+void run_float_gemm(const FloatGemm& g, int64_t rows) {
+  share_out(g, rows, g.pairs ? brain_gemm() : active().float_gemm);
+}
 
 }  // namespace fxq

@@ -102,10 +102,25 @@ static void widen_weights(const int8_t* weight, int64_t step, int64_t count, int
   }
 }
 
+// The sums of `rows` rows of channels, scaled, with the bias.
+static void finish_floats(const FloatGemm& g, int64_t row, int64_t rows, int64_t channel, int64_t width,
+                          const float* sums) {
+  const int64_t valid = g.n - channel < width ? g.n - channel : width;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* y = g.y + (row + r) * g.y_stride + channel;
+    for (int64_t c = 0; c < valid; c += W) {
+      const F sum = g.k ? load<F>(sums + r * width + c) : F{};
+      F value = sum * load_some<F>(g.scale + channel + c, valid - c);
+      if (g.bias) value += load_some<F>(g.bias + channel + c, valid - c);
+      store_some(y + c, value, valid - c);
+    }
+  }
+}
+
 // A strip of the output: `rows` rows of `columns` vectors of channels, in the memory of `sums` until all k are summed.
 static void float_strip(const FloatGemm& g, int64_t row, int64_t rows, int64_t channel, int64_t columns,
                         const int8_t* weight, int64_t step, float* wide, float* sums) {
-  const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
+  const int64_t width = columns * W;
   const bool widen = rows > kRows;  // each weight is then widened once for all rows
   FloatPlace at = {};
   at.x_stride = g.x_stride;
@@ -124,15 +139,7 @@ static void float_strip(const FloatGemm& g, int64_t row, int64_t rows, int64_t c
       (widen ? float_tile_of<true>(height, columns) : float_tile_of<false>(height, columns))(at);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* y = g.y + (row + r) * g.y_stride + channel;
-    for (int64_t c = 0; c < valid; c += W) {
-      const F sum = g.k ? load<F>(sums + r * width + c) : F{};
-      F value = sum * load_some<F>(g.scale + channel + c, valid - c);
-      if (g.bias) value += load_some<F>(g.bias + channel + c, valid - c);
-      store_some(y + c, value, valid - c);
-    }
-  }
+  finish_floats(g, row, rows, channel, width, sums);
 }
 
 static void float_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {

@@ -72,6 +72,24 @@ def test_narrow_activations(on_isa, m, dtype):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("k", [1, 2, 67, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize(("m", "n"), [(8, 5), (13, 70), (200, 130)])
+def test_bfloat16_by_pairs(on_isa, m, n, k):
+    """Processors with vdpbf16ps take it for several rows, where no sum of theirs can leave the normal numbers."""
+    x, w, s_w, bias = operands(m, n, k)
+    x = torch.from_numpy(x).bfloat16()
+    x[::3, ::2] = 0
+    for scale in (1.0, 2.0**-90, 2.0**90, 2.0**-125, 2.0**-131, 2.0**124):
+        own = (x.float() * scale).bfloat16()
+        expected = numerics.linear_weight_only(own.float().numpy(), w, s_w, bias)
+        expected_without = numerics.linear_weight_only(own.float().numpy(), w, np.ones_like(s_w))
+        for found, wanted in (
+            (run(on_isa, own, w, s_w, bias), expected),
+            (run(on_isa, own, w, np.ones_like(s_w)), expected_without),
+        ):
+            same(found.float().numpy(), torch.from_numpy(wanted).bfloat16().float().numpy())
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 0, 3)])
 def test_leading_dimensions_strides_and_opcheck(on_isa, leading):
     _, w, s_w, bias = operands(0, 20, 13)
@@ -83,12 +101,15 @@ def test_leading_dimensions_strides_and_opcheck(on_isa, leading):
     torch.library.opcheck(linear_weight_only, arguments)
 
 
-def test_what_is_not_finite_stays_in_its_row(on_isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_row(on_isa, dtype):
     x, w, s_w, bias = operands(9, 20, 13)
+    x = torch.from_numpy(x).to(dtype).float().numpy()
     w[3, 4] = 0
     x[1, 4], x[2, 5], x[7, 0] = np.nan, np.inf, -np.inf
-    found = run(on_isa, x, w, s_w, bias).numpy()
-    same(found, numerics.linear_weight_only(x, w, s_w, bias))
+    found = run(on_isa, torch.from_numpy(x).to(dtype), w, s_w, bias).float().numpy()
+    expected = torch.from_numpy(numerics.linear_weight_only(x, w, s_w, bias)).to(dtype)
+    same(found, expected.float().numpy())
     assert np.isfinite(found[[0, 3, 4, 5, 6, 8]]).all()
     assert np.isnan(found[1]).all()
 
