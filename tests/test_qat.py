@@ -378,6 +378,25 @@ class TestTraining:
             assert torch.equal(as_qdq(qat)(x), fake)
             assert (qmodel(x) - fake).abs().max() < 0.02 * fake.abs().max()
 
+    @pytest.mark.parametrize("recipe", [Recipe(), LEARNED], ids=["ranges", "steps"])
+    def test_a_transformer_block(self, recipe):
+        """Its linears train as int8; its norms and its attention stay float, which the report says."""
+        torch.manual_seed(2)
+        block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
+        x = torch.randn(32, 4, 16)
+        y = (x.mean(1) @ torch.randn(16, 3)).argmax(1)
+        qat = fxq.prepare_qat(nn.Sequential(block, nn.Flatten(), nn.Linear(64, 3)), x, recipe=recipe)
+        losses = train(qat, [(x, y)] * 30)
+        assert losses[-1] < 0.3 * losses[0]
+        qmodel = fxq.convert(qat)
+        with torch.no_grad():
+            fake = qat.eval()(x)
+            assert (qmodel(x) - fake).abs().max() < 0.05 * fake.abs().max()
+        forms = {(d.module, d.form) for d in fxq.report(qmodel).decisions if d.macs}
+        linears = ("0.self_attn", "0.linear1", "0.linear2", "2")
+        assert forms == {*((name, "int8") for name in linears), ("0.self_attn", "float")}
+        assert any("attention that was trained" in d.detail for d in fxq.report(qmodel).kept_float())
+
     def test_a_deepcopy_trains_alike(self):
         qat = fxq.prepare_qat(classifier(), torch.randn(32, 8))
         train(qat, batches(2))
