@@ -97,7 +97,8 @@ class Attention:
         if node.op != "call_function":
             return None
         if node.target is F.scaled_dot_product_attention:
-            return Refusal(Reason.NO_INTEGER_OP, "attention that was trained, with dropout, or with both a mask and is_causal")
+            why = "attention that was trained, with dropout, or with both a mask and is_causal"
+            return Refusal(Reason.NO_INTEGER_OP, why)
         if node.target is not ATTENTION:
             return None
         q, k, v, mask = node.args[:4]
