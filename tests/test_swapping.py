@@ -74,11 +74,12 @@ def test_swap():
 
 
 def test_tinyq_scale_times_the_difference():
-    """TinyQ: q * s + z where s * (q - z) is meant. A symmetric weight and rows with a large offset show it."""
+    """TinyQ: q * s + z where s * (q - z) is meant. Rows with a large offset, to where the zero point is not 0, show it."""
     linear = nn.Linear(32, 16)
-    x = torch.randn(8, 32) + 100
-    for kind in (W8A32Linear, W8A8Linear):
-        assert sqnr(linear(x), kind.from_float(linear)(x)) > 30
+    for offset in (100, 0, -1, -100):
+        x = torch.randn(8, 32) + offset
+        for kind in (W8A32Linear, W8A8Linear):
+            assert sqnr(linear(x), kind.from_float(linear)(x)) > 25
 
 
 def test_tinyq_zero_rows_are_not_nan():
@@ -87,7 +88,9 @@ def test_tinyq_zero_rows_are_not_nan():
     x = torch.randn(3, 8)
     x[1] = 0
     for kind in (W8A32Linear, W8A8Linear):
-        y = kind.from_float(linear)(x)
+        layer = kind.from_float(linear)
+        assert (layer.weight_scale > 0).all()
+        y = layer(x)
         assert torch.equal(y[1], linear.bias)
         assert torch.equal(y[:, 2], linear.bias[2].expand(3))
 
