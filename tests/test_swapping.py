@@ -74,7 +74,7 @@ def test_swap():
 
 
 def test_tinyq_scale_times_the_difference():
-    """TinyQ: q * s + z where s * (q - z) is meant. Rows with a large offset, to where the zero point is not 0, show it."""
+    """TinyQ: q * s + z where s * (q - z) is meant. Rows far from 0, on either side of it, show it."""
     linear = nn.Linear(32, 16)
     for offset in (100, 0, -1, -100):
         x = torch.randn(8, 32) + offset
