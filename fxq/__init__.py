@@ -15,17 +15,12 @@ if TYPE_CHECKING:
         AccuracyWarning,
         KeptFloatWarning,
         calibrate,
-        compare,
         convert,
         freeze_batch_norm,
         freeze_observers,
-        from_torch,
-        golden,
         prepare,
         prepare_qat,
-        profile,
         quantize,
-        report,
         trace,
     )
     from fxq.decisions import Decision, Reason, Report
@@ -46,6 +41,8 @@ if TYPE_CHECKING:
     )
     from fxq.expansion import expand
     from fxq.golden_model import GoldenModel
+    from fxq.importing import from_torch
+    from fxq.inspection import compare, golden, profile, report
     from fxq.profiling import Profile
     from fxq.quantized import QuantizedModule, load, save
     from fxq.recipe import FLOAT, Recipe, Rule
@@ -59,19 +56,16 @@ _HOMES = {
         "AccuracyWarning",
         "KeptFloatWarning",
         "calibrate",
-        "compare",
         "convert",
         "freeze_batch_norm",
         "freeze_observers",
-        "from_torch",
-        "golden",
         "prepare",
-        "profile",
         "prepare_qat",
         "quantize",
-        "report",
         "trace",
     ),
+    "fxq.importing": ("from_torch",),
+    "fxq.inspection": ("compare", "golden", "profile", "report"),
     "fxq.drawing": ("draw", "to_networkx"),
     "fxq.errors": (
         "CalibrationError",

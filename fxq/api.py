@@ -1,46 +1,38 @@
-"""The public functions: each is a few steps over the layers below."""
+"""From a float model to integers: each public function is a few steps over the layers below."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxq import drawing, dump, numerics, pipeline, tracing
+from fxq import drawing, dump, tracing
 from fxq import leaves as inside
 from fxq.batch_norm import BatchNorm
-from fxq.comparison import Comparison, compare_graphs, output_sqnr
-from fxq.costs import Costs
+from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
-from fxq.engine import Engine
-from fxq.errors import CalibrationError, FileError, FxqError, GoldenError, InputError, QuantizationError, RecipeError
+from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
-from fxq.golden_model import GoldenModel, build
-from fxq.graph import bind, find_state, mutations, place_of, propagate, target_name, unchanged
+from fxq.graph import find_state, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.observers import learning, paused, sample_of
-from fxq.ops import FAMILIES, carry, clamp, linear
+from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
-from fxq.profiling import Profile, measure
-from fxq.quantized import QuantizedModule, encode, weight_bytes
+from fxq.quantized import QuantizedModule
 from fxq.recipe import Recipe
-from fxq.remedies import find_remedies
 from fxq.stages import Stage
-from fxq.torch_quantized import StandIn, stand_ins
-from fxq.tracing.values import tensors
+from passes import CONVERT, PREPARE, PREPARE_QAT
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MIN_SQNR = 15.0
@@ -70,7 +62,7 @@ def trace(
     it is, and what becomes int8 are the modules that it calls. Raises `InputError`, `TraceError`.
     """
     call = as_call(example_inputs, example_kwargs)
-    _check_model(model, call)
+    check_model(model, call)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     own = call.clone()
     find_state(gm, own.args, own.kwargs)
@@ -98,20 +90,18 @@ def prepare(
     check: every pass is held to the numbers that it promises on the examples.
     Raises `InputError`, `RecipeError`, `TraceError`, `CalibrationError` (weights that are not finite).
     """
-    from passes import PREPARE
-
     recipe = Recipe.of(recipe)
     if recipe.learn_steps:
         raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
     call = as_call(example_inputs, example_kwargs)
-    _check_model(model, call, narrow="w8a16" in recipe.schemes)
+    check_model(model, call, narrow="w8a16" in recipe.schemes)
     if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not _is_narrow(model, call):
         raise InputError(
             "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
             "inputs with .to(torch.bfloat16), or use the recipe w8a32"
         )
     recipe = _resolve(recipe, model, families)
-    folder = _folder(dump)
+    folder = dump_folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.title
@@ -141,81 +131,19 @@ def prepare_qat(
     `Recipe(learn_steps=True)`, the step sizes are parameters. What the user's own code does in training mode only
     (`if self.training`) is not in the graph. Arguments and errors as in `prepare`.
     """
-    from passes import PREPARE_QAT
-
     recipe = Recipe.of(recipe)
     if recipe.scheme != "w8a8":
         raise RecipeError(f"fxq.prepare_qat trains for the recipe 'w8a8', not {recipe.scheme!r}")
     call = as_call(example_inputs, example_kwargs)
-    _check_model(model, call)
+    check_model(model, call)
     recipe = _resolve(recipe, model, families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)
         gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
-    ctx = Context(recipe, families, call.clone(), check=check, dump=_folder(dump))
+    ctx = Context(recipe, families, call.clone(), check=check, dump=dump_folder(dump))
     ctx.report.recipe = recipe.scheme
     gm = inside.prepare_graph(gm, ctx, PREPARE_QAT if passes is None else passes)
     return calibrate(gm, [call.args or call.kwargs], progress=False).train()
-
-
-@torch.inference_mode(False)
-def from_torch(
-    model: nn.Module,
-    example_inputs: Examples,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    exact: Literal["fbgemm", "onednn", "qnnpack"] | None = None,
-    frontend: tracing.Frontend = "auto",
-    dump: str | Path | None = None,
-    check: bool = False,
-) -> QuantizedModule:
-    """An int8 GraphModule of a model that torch.ao has quantized, by its eager or FX workflow or `quantize_dynamic`.
-
-    Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
-    are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
-    as "fbgemm"); None computes as docs/numerics.md has it. The report says how many outputs on the examples differ from
-    torch's. example_inputs and the other arguments: as in `quantize`. The model is not touched.
-    Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
-    """
-    from passes import IMPORT, IMPORT_EXACT
-
-    if exact not in (None, *numerics.ENGINES):
-        raise InputError(
-            f"fxq.from_torch: exact is {exact!r}; there are None, {', '.join(map(repr, numerics.ENGINES))}"
-        )
-    call = as_call(example_inputs, example_kwargs)
-    _check_model(model, call)
-    own = stand_ins(model)
-    gm = tracing.trace(own.eval(), call.args, call.kwargs, leaves=(StandIn,), frontend=frontend)
-    families = FAMILIES if exact is None else (Engine(exact), linear.FAMILY, clamp.FAMILY, carry.FAMILY)
-    ctx = Context(Recipe(), families, call.clone(), check=check, dump=_folder(dump))
-    ctx.report.recipe = "torch's own" if exact is None else f"torch's own, as {exact} computes it"
-    gm = inside.prepare_graph(gm, ctx, IMPORT if exact is None else IMPORT_EXACT)
-    result = QuantizedModule.of(gm, ctx.report)
-    result.report.weight_bytes = (weight_bytes(own), weight_bytes(result))
-    result.report.notes.append(_differences(model, result, call))
-    return result
-
-
-def _differences(model: nn.Module, result: QuantizedModule, call: Call) -> str:
-    """How the outputs on the examples differ from those of torch's engine."""
-    mine, theirs = call.clone(), call.clone()
-    engine = torch.backends.quantized.engine
-    with torch.no_grad(), unchanged(result):
-        try:
-            outputs = model(*theirs.args, **theirs.kwargs), result(*mine.args, **mine.kwargs)
-        except Exception as error:
-            raise InputError(
-                f"fxq.from_torch: torch's {engine} cannot run the model on the examples: {error}"
-            ) from error
-    pairs = list(zip(*map(tensors, outputs), strict=True))
-    total = sum(a.numel() for a, _ in pairs)
-    differences = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
-    different = int((differences != 0).sum())
-    if not different:
-        return f"all {total} outputs on the examples are those of torch's {engine}"
-    most = f"by {differences.max():.3g} at most"
-    return f"{different} of {total} outputs on the examples differ from those of torch's {engine}, {most}"
 
 
 def freeze_observers(model: nn.Module, after: int = 0) -> None:
@@ -290,8 +218,6 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
 
     Raises `CalibrationError` naming the first value that no data has reached.
     """
-    from passes import CONVERT
-
     _context(prepared, Stage.OBSERVED, "fxq.convert")
     gm = copy.deepcopy(prepared).eval()
     ctx = cast(Context, gm.meta["fxq"])
@@ -356,150 +282,8 @@ def quantize(
         )
     _judge(prepared, result, ctx.examples, min_sqnr, on_low_sqnr)
     if ctx.dump is not None:
-        ctx.dump.write_text("report.txt", str(report(result)))
+        ctx.dump.write_text("report.txt", str(result.report))
     return result
-
-
-def report(qmodel: nn.Module) -> Report:
-    """What runs int8 in a quantized or prepared model, what stayed float, and why; prints as a table."""
-    if isinstance(qmodel, QuantizedModule):
-        return qmodel.report
-    if isinstance(qmodel, GraphModule) and isinstance(qmodel.meta.get("fxq"), Context):
-        return cast(Context, qmodel.meta["fxq"]).report
-    raise InputError(f"fxq.report: {type(qmodel).__name__} was not made by fxq.quantize, prepare or convert")
-
-
-@torch.inference_mode(False)
-def compare(
-    model: nn.Module,
-    qmodel: GraphModule,
-    inputs: Examples,
-    *,
-    kwargs: Mapping[str, Any] | None = None,
-    leaves: tuple[type[nn.Module] | str, ...] = (),
-    calibration_data: Iterable[Any] | None = None,
-    recipe: str | Recipe = "w8a8",
-    seconds: float = 60.0,
-    progress: bool | None = None,
-) -> Comparison:
-    """Each integer layer's SQNR in dB against the float model: with exact inputs (alone), and as it runs (accumulated).
-
-    The layers inside leaves come last, as their module is called first.
-
-    calibration_data, recipe: what `quantize` was given; with them, remedies for the three layers that lose most are
-    tried, each by quantizing the model anew, and the best stands in the result as a recipe to paste. seconds: after
-    which no further one is tried. Raises `InputError` where `qmodel` was not made of `model`, or by another recipe.
-    """
-    from passes import PREPARE
-
-    call = as_call(inputs, kwargs)
-    if not isinstance(qmodel, QuantizedModule):
-        raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    _check_model(model, call, narrow=any(decision.scheme == "w8a16" for decision in qmodel.report.decisions))
-    same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-
-    def against(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Comparison:
-        gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
-        ctx = Context(Recipe(), (), exact.clone())
-        pipeline.begin(gm, ctx)
-        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached)
-
-    result = against(model, qmodel, call, call)
-    inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
-    if inner:
-        plain = {path: path.removeprefix(f"{tracing.WHOLE}.") for path in inner}
-        evaluated = copy.deepcopy(model).eval()
-        exact = inside.first_calls(evaluated, list(plain.values()), call)
-        reached = inside.first_calls(copy.deepcopy(qmodel), list(inner), call)
-        for path in [path for path in inner if path in reached and plain[path] in exact]:
-            module = evaluated.get_submodule(plain[path])
-            result.layers.extend(against(module, inner[path], exact[plain[path]], reached[path]).layers)
-    if calibration_data is None:
-        return result
-    base, data = Recipe.of(recipe), list(calibration_data)
-    if base.title != qmodel.report.recipe:
-        raise InputError(f"fxq.compare: qmodel was quantized by {qmodel.report.recipe!r}, recipe is {base.title!r}")
-
-    def attempt(changed: Recipe) -> float:
-        again = quantize(
-            model,
-            inputs,
-            example_kwargs=kwargs,
-            calibration_data=data,
-            recipe=changed,
-            on_low_sqnr="ignore",
-            leaves=leaves,
-            progress=False,
-        )
-        return cast(float, again.report.sqnr)
-
-    return replace(result, suspects=find_remedies(result, qmodel.report, base, attempt, seconds, progress))
-
-
-@torch.inference_mode(False)
-def profile(gm: GraphModule, inputs: Examples, *, kwargs: Mapping[str, Any] | None = None) -> Profile:
-    """The microseconds of every operation of a graph on these inputs, measured in place beside predicted alone.
-
-    gm: what `fxq.quantize`, `prepare` or `trace` returns. What the file of costs (`fxq.costs`) did not know is measured
-    and added to it. Threads: `torch.get_num_threads()`.
-    """
-    if not isinstance(gm, GraphModule):
-        raise InputError(f"fxq.profile takes what fxq.quantize or fxq.trace returns, not a {type(gm).__name__}")
-    call, costs = as_call(inputs, kwargs), Costs()
-    result = measure(gm, call, costs)
-    costs.save()
-    return result
-
-
-def golden(
-    qmodel: nn.Module,
-    *,
-    islands: Literal["refuse", "torch"] = "refuse",
-    ops: Mapping[str, Callable[..., Any]] | None = None,
-) -> GoldenModel:
-    """A NumPy program of a quantized model, with the same bits and every intermediate integer: `GoldenModel`.
-
-    islands: what to do about float operations whose bits NumPy cannot promise (softmax, layer norm, a linear kept
-    float): "refuse" raises `GoldenError`, which lists them; "torch" takes their values from `qmodel`, run on the same
-    call, and computes all the rest. ops: NumPy functions for ops of the user's own families, by name (`mylib.myop`).
-    """
-    if not isinstance(qmodel, QuantizedModule):
-        raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    flat = QuantizedModule.of(expand(qmodel), qmodel.report)
-    try:
-        plain = encode(flat)
-    except FileError as error:
-        raise GoldenError(f"the model cannot be written down as a program: {error}") from error
-    constants = {name: value.numpy() for name, value in plain["constants"].items() if isinstance(value, Tensor)}
-    named = zip(flat.graph.nodes, plain["nodes"], strict=True)
-    types = {entry["target"]: node.target for node, entry in named if isinstance(node.target, type)}
-    program = build(plain, constants, types, ops or ())
-    names = {step.name for step in program.steps if not step.op}
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
-        changed = [
-            f"{place_of(node)}: {target_name(node.target)}"
-            for node, held in mutations(flat, *call).items()
-            if any(reader.name not in names for holder in held for reader in holder.users)
-        ]
-        if changed:
-            raise GoldenError(
-                f"{', '.join(changed)} works in place, which a golden model cannot; write it out of place"
-            )
-        interpreter = Interpreter(flat, garbage_collect_values=False)
-        with torch.no_grad():
-            interpreter.run(*bind(flat, *call))
-        found = {node.name: value for node, value in interpreter.env.items() if node.name in names}
-        return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
-
-    return GoldenModel(program, ops=ops, types=types, record=record if islands == "torch" else None)
-
-
-def _frontend_of(made: QuantizedModule) -> tracing.Frontend:
-    """The front end that captured the model: the same gives the same names again."""
-    served = made.report.frontend
-    return "export" if served.startswith("torch.export") else "leaf" if served == tracing.AS_LEAF else "trace"
 
 
 def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
@@ -509,7 +293,8 @@ def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
     return ctx
 
 
-def _folder(path: str | Path | None) -> dump.Folder | None:
+def dump_folder(path: str | Path | None) -> dump.Folder | None:
+    """Where the steps of a pipeline are written; None where they are not."""
     return None if path is None else dump.Folder(path, drawing.draw_step)
 
 
@@ -528,8 +313,11 @@ def _is_narrow(model: nn.Module, call: Call) -> bool:
     return any(tensor.dtype in _NARROW for tensor in tensors)
 
 
-def _check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
-    """narrow: whether the recipe has a scheme for bfloat16 and float16."""
+def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
+    """Raise `InputError` for what cannot be quantized.
+
+    narrow: whether the recipe has a scheme for bfloat16 and float16.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
     if isinstance(model, QuantizedModule):

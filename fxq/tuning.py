@@ -27,11 +27,12 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fxq import __version__
-from fxq.api import KeptFloatWarning, prepare, quantize, report, trace
+from fxq.api import KeptFloatWarning, prepare, quantize, trace
 from fxq.costs import Costs
 from fxq.decisions import Decision
 from fxq.errors import FileError, InputError, TuningError
 from fxq.inputs import as_call
+from fxq.inspection import report
 from fxq.profiling import predict
 from fxq.qtypes import Scheme
 from fxq.quantized import QuantizedModule

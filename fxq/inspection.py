@@ -1,0 +1,173 @@
+"""What a quantized model is like: its report, its noise, its times, its integers in NumPy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
+from torch.utils import _pytree as pytree
+
+from fxq import leaves as inside
+from fxq import pipeline, tracing
+from fxq.api import Examples, check_model, quantize
+from fxq.comparison import Comparison, compare_graphs
+from fxq.costs import Costs
+from fxq.decisions import Report
+from fxq.errors import FileError, GoldenError, InputError
+from fxq.expansion import expand
+from fxq.golden_model import GoldenModel, build
+from fxq.graph import bind, mutations, place_of, target_name
+from fxq.inputs import Call, as_call
+from fxq.pipeline import Context
+from fxq.profiling import Profile, measure
+from fxq.quantized import QuantizedModule, encode
+from fxq.recipe import Recipe
+from fxq.remedies import find_remedies
+from fxq.stages import Stage
+from passes import PREPARE
+
+
+def report(qmodel: nn.Module) -> Report:
+    """What runs int8 in a quantized or prepared model, what stayed float, and why; prints as a table."""
+    if isinstance(qmodel, QuantizedModule):
+        return qmodel.report
+    if isinstance(qmodel, GraphModule) and isinstance(qmodel.meta.get("fxq"), Context):
+        return cast(Context, qmodel.meta["fxq"]).report
+    raise InputError(f"fxq.report: {type(qmodel).__name__} was not made by fxq.quantize, prepare or convert")
+
+
+@torch.inference_mode(False)
+def compare(
+    model: nn.Module,
+    qmodel: GraphModule,
+    inputs: Examples,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    leaves: tuple[type[nn.Module] | str, ...] = (),
+    calibration_data: Iterable[Any] | None = None,
+    recipe: str | Recipe = "w8a8",
+    seconds: float = 60.0,
+    progress: bool | None = None,
+) -> Comparison:
+    """Each integer layer's SQNR in dB against the float model: with exact inputs (alone), and as it runs (accumulated).
+
+    The layers inside leaves come last, as their module is called first.
+
+    calibration_data, recipe: what `quantize` was given; with them, remedies for the three layers that lose most are
+    tried, each by quantizing the model anew, and the best stands in the result as a recipe to paste. seconds: after
+    which no further one is tried. Raises `InputError` where `qmodel` was not made of `model`, or by another recipe.
+    """
+    call = as_call(inputs, kwargs)
+    if not isinstance(qmodel, QuantizedModule):
+        raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    check_model(model, call, narrow=any(decision.scheme == "w8a16" for decision in qmodel.report.decisions))
+    same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
+
+    def against(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Comparison:
+        gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
+        ctx = Context(Recipe(), (), exact.clone())
+        pipeline.begin(gm, ctx)
+        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached)
+
+    result = against(model, qmodel, call, call)
+    inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
+    if inner:
+        plain = {path: path.removeprefix(f"{tracing.WHOLE}.") for path in inner}
+        evaluated = copy.deepcopy(model).eval()
+        exact = inside.first_calls(evaluated, list(plain.values()), call)
+        reached = inside.first_calls(copy.deepcopy(qmodel), list(inner), call)
+        for path in [path for path in inner if path in reached and plain[path] in exact]:
+            module = evaluated.get_submodule(plain[path])
+            result.layers.extend(against(module, inner[path], exact[plain[path]], reached[path]).layers)
+    if calibration_data is None:
+        return result
+    base, data = Recipe.of(recipe), list(calibration_data)
+    if base.title != qmodel.report.recipe:
+        raise InputError(f"fxq.compare: qmodel was quantized by {qmodel.report.recipe!r}, recipe is {base.title!r}")
+
+    def attempt(changed: Recipe) -> float:
+        again = quantize(
+            model,
+            inputs,
+            example_kwargs=kwargs,
+            calibration_data=data,
+            recipe=changed,
+            on_low_sqnr="ignore",
+            leaves=leaves,
+            progress=False,
+        )
+        return cast(float, again.report.sqnr)
+
+    return replace(result, suspects=find_remedies(result, qmodel.report, base, attempt, seconds, progress))
+
+
+@torch.inference_mode(False)
+def profile(gm: GraphModule, inputs: Examples, *, kwargs: Mapping[str, Any] | None = None) -> Profile:
+    """The microseconds of every operation of a graph on these inputs, measured in place beside predicted alone.
+
+    gm: what `fxq.quantize`, `prepare` or `trace` returns. What the file of costs (`fxq.costs`) did not know is measured
+    and added to it. Threads: `torch.get_num_threads()`.
+    """
+    if not isinstance(gm, GraphModule):
+        raise InputError(f"fxq.profile takes what fxq.quantize or fxq.trace returns, not a {type(gm).__name__}")
+    call, costs = as_call(inputs, kwargs), Costs()
+    result = measure(gm, call, costs)
+    costs.save()
+    return result
+
+
+def golden(
+    qmodel: nn.Module,
+    *,
+    islands: Literal["refuse", "torch"] = "refuse",
+    ops: Mapping[str, Callable[..., Any]] | None = None,
+) -> GoldenModel:
+    """A NumPy program of a quantized model, with the same bits and every intermediate integer: `GoldenModel`.
+
+    islands: what to do about float operations whose bits NumPy cannot promise (softmax, layer norm, a linear kept
+    float): "refuse" raises `GoldenError`, which lists them; "torch" takes their values from `qmodel`, run on the same
+    call, and computes all the rest. ops: NumPy functions for ops of the user's own families, by name (`mylib.myop`).
+    """
+    if not isinstance(qmodel, QuantizedModule):
+        raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    flat = QuantizedModule.of(expand(qmodel), qmodel.report)
+    try:
+        plain = encode(flat)
+    except FileError as error:
+        raise GoldenError(f"the model cannot be written down as a program: {error}") from error
+    constants = {name: value.numpy() for name, value in plain["constants"].items() if isinstance(value, Tensor)}
+    named = zip(flat.graph.nodes, plain["nodes"], strict=True)
+    types = {entry["target"]: node.target for node, entry in named if isinstance(node.target, type)}
+    program = build(plain, constants, types, ops or ())
+    names = {step.name for step in program.steps if not step.op}
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
+        changed = [
+            f"{place_of(node)}: {target_name(node.target)}"
+            for node, held in mutations(flat, *call).items()
+            if any(reader.name not in names for holder in held for reader in holder.users)
+        ]
+        if changed:
+            raise GoldenError(
+                f"{', '.join(changed)} works in place, which a golden model cannot; write it out of place"
+            )
+        interpreter = Interpreter(flat, garbage_collect_values=False)
+        with torch.no_grad():
+            interpreter.run(*bind(flat, *call))
+        found = {node.name: value for node, value in interpreter.env.items() if node.name in names}
+        return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
+
+    return GoldenModel(program, ops=ops, types=types, record=record if islands == "torch" else None)
+
+
+def _frontend_of(made: QuantizedModule) -> tracing.Frontend:
+    """The front end that captured the model: the same gives the same names again."""
+    served = made.report.frontend
+    return "export" if served.startswith("torch.export") else "leaf" if served == tracing.AS_LEAF else "trace"
