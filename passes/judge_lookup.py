@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxq.comparison import sqnr
 from fxq.decisions import Reason
 from fxq.elementwise import Span, span_of
+from fxq.fake_quantize import FakeQuantize
 from fxq.graph import bind, erase_unused, submodule, unchanged
 from fxq.observers import Observer, paused
 from fxq.ops.lookup import lookup, lookup_channels
@@ -79,7 +80,8 @@ class JudgeLookup:
 
 def _observer(gm: GraphModule, node: Node) -> Observer | None:
     module = submodule(gm, node) if node.op == "call_module" else None
-    return module if isinstance(module, Observer) and module.seen else None
+    trained = isinstance(module, FakeQuantize)  # its rounding is a part of what was trained
+    return module if isinstance(module, Observer) and module.seen and not trained else None
 
 
 def _find(gm: GraphModule) -> list[Span]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from fxq.fake_quantize import FakeQuantize
 from fxq.graph import submodule
 from fxq.observers import Observer
 from fxq.pipeline import Context, Numbers
@@ -45,7 +46,8 @@ class ShareRanges:
 
 def _observer(gm: GraphModule, node: Node) -> Observer | None:
     module = submodule(gm, node) if node.op == "call_module" else None
-    return module if isinstance(module, Observer) and module.seen else None
+    trained = isinstance(module, FakeQuantize)  # its rounding is a part of what was trained
+    return module if isinstance(module, Observer) and module.seen and not trained else None
 
 
 def _may_share(gm: GraphModule, source: Node, common: Node) -> bool:

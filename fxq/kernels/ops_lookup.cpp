@@ -15,6 +15,12 @@ void map(const uint8_t* q, const T* table, T* y, int64_t count) {
 }
 
 template <class T>
+void map_innermost(const uint8_t* q, const T* table, T* __restrict y, int64_t count, int64_t channels) {
+  for (int64_t i = 0; i < count; ++i, q += channels, y += channels)
+    for (int64_t c = 0; c < channels; ++c) y[c] = table[256 * c + q[c]];
+}
+
+template <class T>
 Tensor lookup_as(const Tensor& q, const Tensor& table) {
   const Contiguous from(q, true), entries(table);
   Tensor y = q.empty_like(table.dtype());
@@ -56,14 +62,12 @@ Tensor lookup_channels_as(const Tensor& q, const Tensor& table, int64_t dim) {
   T* target = y.data<T>();
   const int64_t grain = std::max<int64_t>(1, kElementGrain / (channels * inner));
   parallel(q.numel() / (channels * inner), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * channels * inner; i < end * channels * inner;)
-      for (int64_t c = 0; c < channels; ++c, i += inner) {
-        const T* of_channel = values + 256 * c;
-        if (inner == 1)
-          target[i] = of_channel[source[i]];
-        else
-          map(source + i, of_channel, target + i, inner);
-      }
+    const int64_t first = begin * channels * inner, count = end - begin;
+    if (inner == 1)
+      map_innermost(source + first, values, target + first, count, channels);
+    else
+      for (int64_t run = 0; run < count * channels; ++run)
+        map(source + first + run * inner, values + 256 * (run % channels), target + first + run * inner, inner);
   });
   return y;
 }
