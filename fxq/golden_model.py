@@ -281,7 +281,10 @@ def build(
         elif i >= len(placeholders) - keyword:
             kind = inspect.Parameter.KEYWORD_ONLY
         default = _tagged(entry["args"][0]) if entry["args"] else None
-        inputs.append(Input(entry["target"], int(kind), bool(entry["args"]), default, _dtype(entry["value"])))
+        dtype = _dtype(entry["value"])
+        if dtype == "bfloat16":
+            raise GoldenError(f"{entry['target']} is bfloat16, which NumPy does not have; quantize in float32")
+        inputs.append(Input(entry["target"], int(kind), bool(entry["args"]), default, dtype))
     rename = {entry["name"]: entry["target"] for entry in placeholders}
     rename |= {entry["name"]: f"constant {entry['target']}" for entry in nodes if entry["op"] == "get_attr"}
     counts: Counter[str] = Counter()

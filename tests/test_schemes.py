@@ -1,0 +1,117 @@
+"""Models in the schemes beside w8a8: what works with one recipe works with all."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxq
+from fxq import kernels
+from fxq.comparison import sqnr
+from fxq.swapping import swap_linears
+
+SCHEMES = ["w8a8-dynamic", "w8a32", "w8a16"]
+OPS = {"w8a8-dynamic": "qlinear_dynamic", "w8a32": "linear_weight_only", "w8a16": "linear_weight_only"}
+X = torch.randn(6, 16)
+
+
+class Net(nn.Module):
+    """A residual, epilogues, a weight that two layers share, a layer without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(24, 16, bias=False), nn.Linear(16, 24)
+        self.c.weight = self.a.weight
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        y = x + self.b(torch.relu(self.a(x)))
+        return self.head(nn.functional.gelu(self.c(y)))
+
+
+def quantized(scheme, **options):
+    torch.manual_seed(1)
+    model = Net().eval()
+    x = X
+    if scheme == "w8a16":
+        model, x = model.bfloat16(), X.bfloat16()
+    return model, x, fxq.quantize(model, x, recipe=scheme, **options)
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request):
+    return request.param
+
+
+def test_report_draw_dump_compare_save(scheme, tmp_path):
+    model, x, qmodel = quantized(scheme, check=True, dump=tmp_path / "dump", strict=True)
+    forms = {d.form for d in fxq.report(qmodel).decisions if d.macs}
+    assert forms == {"int8" if scheme == "w8a8-dynamic" else "weight"}
+    assert qmodel.code.count(f"fxq.{OPS[scheme]}.") == 4
+    y = qmodel(x)
+    assert y.dtype == x.dtype
+    assert sqnr(model(x), y) > 25
+    assert OPS[scheme] in fxq.draw(qmodel, tmp_path / "model.dot").read_text()
+    assert fxq.compare(model, qmodel, x).output > 25
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    again = copy.deepcopy(qmodel)
+    again.load_state_dict(qmodel.state_dict())
+    for other in (fxq.load(tmp_path / "model.fxq"), again, torch.compile(qmodel, backend="eager")):
+        assert torch.equal(other(x[:3]), y[:3])
+    floats = [t for t in qmodel.state_dict().values() if t.is_floating_point()]
+    assert max(t.numel() for t in floats) <= 24  # scales and biases, and no weight
+
+
+def test_golden(scheme):
+    _, x, qmodel = quantized(scheme)
+    if scheme == "w8a16":
+        with pytest.raises(fxq.GoldenError, match="is bfloat16, which NumPy does not have"):
+            fxq.golden(qmodel, islands="torch")
+        return
+    golden = fxq.golden(qmodel, islands="torch")
+    for isa in kernels.info().available:
+        with kernels.use_isa(isa):
+            assert np.array_equal(golden(x.numpy()), qmodel(x).numpy())
+
+
+def test_shapes_and_strides(scheme):
+    _, x, qmodel = quantized(scheme)
+    y = qmodel(x)
+    wide = torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    assert not wide.is_contiguous()
+    assert torch.equal(qmodel(wide), y)
+    assert torch.equal(qmodel(x.t().contiguous().t()), y)
+    assert qmodel(x[:0]).shape == (0, 5)
+    for leading in ((), (6,), (2, 3), (1, 2, 3), (1, 3, 1, 2)):
+        own = x[0] if leading == () else x.reshape(*leading, 16)
+        model, _, _ = quantized(scheme)
+        found = fxq.quantize(model, own, recipe=scheme)(own)
+        assert torch.equal(found.reshape(-1, 5), y[:1] if leading == () else y)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_keep_to_themselves(scheme, value):
+    _, x, qmodel = quantized(scheme)
+    y = qmodel(x)
+    mates = x.clone()
+    mates[1, 3], mates[2], mates[3] = value, 0, mates[3] * 1000
+    found = qmodel(mates)
+    assert torch.equal(found[[0, 4, 5]], y[[0, 4, 5]])
+    assert not found[1].isfinite().any()
+    assert found[2].isfinite().all()
+
+
+def test_activations_of_another_dtype(scheme):
+    _, x, qmodel = quantized(scheme)
+    with pytest.raises((fxq.InputError, TypeError, RuntimeError), match=r"(?i)float32|bfloat16|dtype"):
+        qmodel(x.double())
+
+
+def test_the_layers_compute_the_same(scheme):
+    """`swap_linears` and `quantize` round weights alike, and call the same ops."""
+    linear = nn.Linear(16, 5).to(torch.bfloat16 if scheme == "w8a16" else torch.float32)
+    x = X.to(linear.weight.dtype)
+    swapped, _ = swap_linears(nn.Sequential(linear), scheme)
+    assert torch.equal(swapped(x), fxq.quantize(nn.Sequential(linear).eval(), x, recipe=scheme)(x))
