@@ -142,8 +142,9 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     yield f"| CPU ms per product | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"
     for step in TIMED:
-        times = [1000 * results[name]["seconds"].get(step, 0) / results[name]["products"] for name in names]
-        yield f"| {step.replace('-', '_')} | {' | '.join(f'{value:.0f}' for value in times)} |"
+        times = [(results[name]["seconds"].get(step), results[name]["products"]) for name in names]
+        cells = ("" if seconds is None else f"{1000 * seconds / count:.0f}" for seconds, count in times)
+        yield f"| {step.replace('-', '_')} | {' | '.join(cells)} |"
 
 
 def main() -> None:
