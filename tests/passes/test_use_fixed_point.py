@@ -193,7 +193,7 @@ def test_a_convolutional_network_is_integer_only(recipe, tmp_path):
         *("qavg_pool_fixed", "qconv_fixed", "qupsample_nearest", "qadaptive_avg_pool_fixed", "qlinear_float"),
     ]
     floats = [name for name, tensor in qmodel.state_dict().items() if tensor.is_floating_point()]
-    assert floats == ["10.multiplier"]
+    assert len(floats) == 1 and floats[0].startswith("10.") and floats[0].endswith("multiplier")
     golden = fxq.golden(qmodel)
     expected = golden(IMAGES.numpy())
     for isa in kernels.info().available:
