@@ -88,7 +88,6 @@ def publish(results: Any, folder: Path, readme: Path) -> None:
     """Write the tables, the plot and README's part."""
     (folder / "bench.md").write_text(report.markdown(results))
     text = report.snippet(results)
-    (folder / "readme.md").write_text(f"{text}\n")
     report.plot(results, folder / "bench.svg")
     if not report.insert(text, readme):
         print(f"{readme} has no markers {report.BEGIN} and {report.END}: left as it is")
