@@ -121,9 +121,13 @@ def main() -> None:
     print(
         f"\nEvery step on the way, in {FOLDER}: the graph as text (.txt), what changed (.diff), a picture ({kind()}):\n"
     )
-    steps = {str(path.with_suffix(kind())): path.read_text() for path in sorted(FOLDER.glob("*-*.txt"))}
-    for picture, text in steps.items():
-        print(f"  {picture.ljust(max(map(len, steps)))}  {text.partition(chr(10))[0].removeprefix('# ')}")
+    texts = {str(path.with_suffix(kind())): path.read_text() for path in sorted(FOLDER.glob("*-*.txt"))}
+    steps = {picture: text.partition("\n")[0].removeprefix("# ") for picture, text in texts.items()}
+    for picture, title in steps.items():
+        if ", 0 rewrites" not in title:
+            print(f"  {picture.ljust(max(map(len, steps)))}  {title}")
+    idle = sum(", 0 rewrites" in title for title in steps.values())
+    print(f"\nand {idle} passes that found nothing to do in this model.")
 
 
 def kind() -> str:
