@@ -19,7 +19,7 @@ check-types: $(VENV)/ready
 	$(BIN)/mypy
 
 pytest: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/kernels/sanitize.py
