@@ -68,11 +68,12 @@ def _differences(model: nn.Module, result: QuantizedModule, call: Call) -> str:
     engine = torch.backends.quantized.engine
     with torch.no_grad(), unchanged(result):
         try:
-            outputs = model(*theirs.args, **theirs.kwargs), result(*mine.args, **mine.kwargs)
+            expected = model(*theirs.args, **theirs.kwargs)
         except Exception as error:
             raise InputError(
                 f"fxq.from_torch: torch's {engine} cannot run the model on the examples: {error}"
             ) from error
+        outputs = expected, result(*mine.args, **mine.kwargs)
     pairs = list(zip(*map(tensors, outputs), strict=True))
     total = sum(a.numel() for a, _ in pairs)
     differences = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
