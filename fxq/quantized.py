@@ -12,6 +12,7 @@ import operator
 import pickle
 import zipfile
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -113,7 +114,9 @@ class QuantizedModule(GraphModule):
         scope = dict(code.globals)
         exec(compile(source, f"<fxq {id(self)}>", "exec"), scope)
         type(self).forward = scope["forward"]
-        type(self).__call__ = _call  # type: ignore[method-assign]
+        # torch.compile counts compilations per code object and stops at eight: each model has its own.
+        call = FunctionType(_call.__code__.replace(), globals(), "__call__")
+        type(self).__call__ = call  # type: ignore[method-assign]
         return code
 
     def _direct(self, path: str) -> str:

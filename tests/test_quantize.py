@@ -170,6 +170,12 @@ class TestResult:
             assert torch.equal(compiled(X), qmodel(X))
             assert torch.equal(compiled(X[:7]), qmodel(X[:7]))
 
+    def test_compile_more_models_than_torch_compiles_versions_of_one_function(self):
+        for _ in range(torch._dynamo.config.recompile_limit + 1):
+            qmodel = fxq.quantize(nn.Linear(8, 8).eval(), X[:, :8])
+            compiled = torch.compile(qmodel, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(X[:, :8]), qmodel(X[:, :8]))
+
     def test_export(self, zoo):
         qmodel = fxq.quantize(zoo.model, zoo.inputs)
         exported = torch.export.export(qmodel, zoo.inputs, strict=False).module()
