@@ -40,11 +40,12 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from fxq.expansion import expand
+    from fxq.files import load, save
     from fxq.golden_model import GoldenModel
     from fxq.importing import from_torch
     from fxq.inspection import compare, golden, profile, report
     from fxq.profiling import Profile
-    from fxq.quantized import QuantizedModule, load, save
+    from fxq.quantized import QuantizedModule
     from fxq.recipe import FLOAT, Recipe, Rule
     from fxq.swapping import swap_linears
     from fxq.tuning import Tuning, tune
@@ -84,7 +85,8 @@ _HOMES = {
     "fxq.expansion": ("expand",),
     "fxq.golden_model": ("GoldenModel",),
     "fxq.profiling": ("Profile",),
-    "fxq.quantized": ("QuantizedModule", "load", "save"),
+    "fxq.files": ("load", "save"),
+    "fxq.quantized": ("QuantizedModule",),
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.tuning": ("Tuning", "tune"),
     "fxq.swapping": ("swap_linears",),

@@ -28,7 +28,7 @@ FORMAT, VERSION = "fxq-golden", 1
 
 
 def canonical(target: str, *, on_tensors: bool) -> str:
-    """The name in the tables of a target as `fxq.quantized.encode` writes it; "" for what can have no row.
+    """The name in the tables of a target as `fxq.encoding.encode` writes it; "" for what can have no row.
 
     on_tensors: whether a tensor goes in or comes out, so that `operator.add` is torch's.
     """
@@ -265,7 +265,7 @@ class GoldenModel:
 def build(
     plain: Mapping[str, Any], constants: Mapping[str, Array], types: Iterable[str], ops: Iterable[str]
 ) -> Program:
-    """The program of a graph written down by `fxq.quantized.encode`, its constants as arrays.
+    """The program of a graph written down by `fxq.encoding.encode`, its constants as arrays.
 
     types: targets that are classes; ops: names of ops that the caller brings. A step that has no op here gets "".
     """

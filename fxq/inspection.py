@@ -19,6 +19,7 @@ from fxq.api import Examples, check_model, quantize
 from fxq.comparison import Comparison, compare_graphs
 from fxq.costs import Costs
 from fxq.decisions import Report
+from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
 from fxq.expansion import expand
 from fxq.golden_model import GoldenModel, build
@@ -26,7 +27,7 @@ from fxq.graph import bind, mutations, place_of, target_name
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure
-from fxq.quantized import QuantizedModule, encode
+from fxq.quantized import QuantizedModule
 from fxq.recipe import Recipe
 from fxq.remedies import find_remedies
 from fxq.stages import Stage

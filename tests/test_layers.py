@@ -40,6 +40,8 @@ LAYERS = [
         "fxq.comparison",
         "fxq.costs",
         "fxq.profiling",
+        "fxq.encoding",
+        "fxq.files",
         "fxq.quantized",
         "fxq.remedies",
     },

@@ -1,0 +1,90 @@
+"""Files of quantized models: plain data and tensors, so that to read one runs no code from it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxq.decisions import Report
+from fxq.encoding import decode, encode
+from fxq.errors import FileError
+from fxq.quantized import QuantizedModule
+
+FORMAT, VERSION = "fxq", 1
+
+
+def save(qmodel: nn.Module, path: str | Path) -> None:
+    """Write a quantized model to a file that `load` reads without running code from it.
+
+    Raises `FileError` where the graph holds what cannot be written down.
+    """
+    if not isinstance(qmodel, QuantizedModule):
+        raise FileError(f"fxq.save writes what fxq.quantize returns, not a {type(qmodel).__name__}")
+    torch.save({"format": FORMAT, "version": VERSION, **_plain(qmodel)}, path)
+
+
+def _plain(qmodel: QuantizedModule) -> dict[str, Any]:
+    """`encode`, with the modules that it calls, out of which those that fxq made are taken and encoded likewise."""
+    modules: dict[str, nn.Module] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, module in qmodel.named_modules_called():
+        made = {name: m for name, m in module.named_modules(prefix=path) if isinstance(m, QuantizedModule)}
+        outermost = {name: m for name, m in made.items() if not any(name.startswith(f"{other}.") for other in made)}
+        modules[path] = copy.deepcopy(module, {id(m): nn.Module() for m in outermost.values()})
+        inner |= {name: _plain(m) for name, m in outermost.items()}
+    return {**encode(qmodel), "report": qmodel.report.to_dict(), "modules": modules, "inner": inner}
+
+
+def _from_plain(data: dict[str, Any], trust: bool) -> QuantizedModule:
+    inner = {path: _from_plain(part, trust) for path, part in data.get("inner", {}).items()}
+    modules = {path: inner.get(path, module) for path, module in data["modules"].items()}
+    qmodel = QuantizedModule.of(decode(data, modules, trust=trust), Report.from_dict(data["report"]))
+    for path in inner.keys() - modules.keys():
+        qmodel.set_submodule(path, inner[path])
+    return qmodel
+
+
+def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
+    """Read a model that `save` wrote. trust: also unpickle modules and call functions that are not torch's.
+
+    Raises `FileError` for a missing, damaged or foreign file, and for one that needs trust.
+    """
+    if not Path(path).is_file():
+        raise FileError(f"{path}: no such file")
+    _check_archive(path)
+    classes = [c for c in vars(nn.modules).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+    try:
+        with torch.serialization.safe_globals([*classes, set]):
+            data = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "global" in str(error):
+            raise FileError(
+                f"{path} holds modules that are not torch's own; pass trust=True if you trust it: {error}"
+            ) from error
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FileError(f"{path} is not an fxq file")
+    if data["version"] != VERSION:
+        raise FileError(
+            f"{path} has format version {data['version']}, this fxq reads {VERSION}; write it again with fxq.save"
+        )
+    return _from_plain(data, trust)
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise `FileError` unless the file is an archive all of whose checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
+    if broken is not None:
+        raise FileError(f"{path} is damaged: the checksum of {broken} is wrong")
