@@ -51,6 +51,23 @@ def test_f32_rounds_half_to_even(value):
     assert Fraction(numerics.f32(value)) == f32(Fraction(value))
 
 
+moderate = st.floats(-(2.0**60), 2.0**60, width=32)
+
+
+@given(moderate, moderate, moderate)
+@example(1 + 2.0**-23, 127.0, -127.0)
+@example((1 + 2.0**-12) * 2.0**-24, 1 - 2.0**-12 + 2.0**-24, 1.0)  # the sum is above half way between two float32,
+@example((1 + 2.0**-23) * 2.0**-24, 1 - 2.0**-23, 1 + 2.0**-23)  # or below, by less than float64 tells apart
+@example(2.0**-60, 2.0**-60, 1 + 2.0**-23)
+@example(2.0**-100, 2.0**-40, 2.0**-149)
+@example(0.0, -1.0, 0.0)
+def test_fused_multiply_add(a, b, c):
+    for addend in (c, -c):
+        found = numerics.fused_multiply_add(*(np.array([v], np.float32) for v in (a, b, addend)))
+        assert found.dtype == np.float32
+        assert Fraction(float(found[0])) == f32(Fraction(a) * Fraction(b) + Fraction(addend))
+
+
 @given(st.floats(-(2.0**80), 2.0**80), st.floats(-(2.0**80), 2.0**80))
 @example(0.0, 0.0)
 @example(3.0, 5.0)

@@ -1,6 +1,6 @@
 // The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its
 // own, after defining
-//   W, I, B, L               lanes in a vector; vectors of int32, uint8 and int64 (`Vectors<W>`)
+//   W, I, B, L, F            lanes in a vector; vectors of int32, uint8, int64 and float (`Vectors<W>`)
 //   Bytes                    4 * W uint8
 //   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
 //   Weights, weights(p)      4 * W int8: four k of W channels
@@ -8,6 +8,7 @@
 //   input_lanes(I)           the same, other four in every lane
 //   spread(p, I index)       int32 at p + 4 * index[lane] in each lane; reads W bytes
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
+//   fused(F a, F b, F c)     a * b + c, rounded once
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
@@ -18,9 +19,7 @@
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
-// to fused multiply-add (-ffp-contract=off), which would change bits.
-
-using F = Vectors<W>::F;
+// to fused multiply-add (-ffp-contract=off), which would change bits; `fused` is one wherever it runs.
 
 #define UNROLL _Pragma("GCC unroll 32")
 

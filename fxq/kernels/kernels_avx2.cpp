@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-FXQ_TARGET("avx2")
+FXQ_TARGET("avx2,fma")
 namespace fxq::avx2 {
 
 constexpr const char* kIsa = "avx2";
@@ -16,6 +16,7 @@ using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
+using F = Vectors<W>::F;
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): what vpmaddwd multiplies and adds, without saturation.
 struct Pairs {
@@ -54,6 +55,8 @@ static inline I dot(I acc, Input a, Weights b) {
       : "x"(a.even), "x"(b.even), "x"(a.odd), "x"(b.odd));
   return acc;
 }
+
+static inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 static inline L multiply_even(I a, I b) { return (L)_mm256_mul_epi32((__m256i)a, (__m256i)b); }
 

@@ -16,6 +16,7 @@ using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
+using F = Vectors<W>::F;
 
 struct Pairs {  // of int16: (k0, k2) and (k1, k3)
   __m512i even, odd;
@@ -48,6 +49,8 @@ static inline I dot(I acc, Input a, Weights b) {
   acc += (I)_mm512_madd_epi16(a.even, b.even);
   return acc + (I)_mm512_madd_epi16(a.odd, b.odd);
 }
+
+static inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
 

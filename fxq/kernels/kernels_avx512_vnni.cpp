@@ -16,6 +16,7 @@ using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
+using F = Vectors<W>::F;
 using Input = __m512i;
 using Weights = __m512i;
 
@@ -39,6 +40,8 @@ static inline I dot(I acc, Input a, Weights b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   return acc;
 }
+
+static inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
 

@@ -12,6 +12,7 @@ using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
+using F = Vectors<W>::F;
 typedef int16_t H __attribute__((vector_size(4 * W)));
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): a product of uint8 and int8 fits int16.
@@ -49,6 +50,11 @@ static inline Weights weights(const int8_t* p) {
 static inline I sum(H products) { return ((I)products << 16 >> 16) + ((I)products >> 16); }
 
 static inline I dot(I acc, Input a, Weights b) { return acc + sum(a.even * b.even) + sum(a.odd * b.odd); }
+
+static inline F fused(F a, F b, F c) {
+  for (int lane = 0; lane < W; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+}
 
 static inline L multiply_even(I a, I b) { return ((L)a << 32 >> 32) * ((L)b << 32 >> 32); }
 

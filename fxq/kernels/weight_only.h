@@ -1,6 +1,6 @@
 // The product of float rows with int8 weights, widened in registers, step by step as `numerics.linear_weight_only`: in
-// every output, blocks of kBlock products are summed in the order of k, and then the blocks; nothing is fused. A part of
-// body.h, compiled once per instruction set.
+// every output, blocks of kBlock products are summed by fused multiply-adds in the order of k, and then the blocks. A
+// part of body.h, compiled once per instruction set.
 
 constexpr int64_t kBlock = 512;
 
@@ -34,7 +34,7 @@ static void float_tile(const FloatPlace& at) {
       UNROLL for (int c = 0; c < C; ++c) b[c] = load<F>(w + c * W);
       UNROLL for (int r = 0; r < R; ++r) {
         const F a = splat(x[r * at.x_stride + k]);
-        UNROLL for (int c = 0; c < C; ++c) acc[r][c] += a * b[c];
+        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = fused(a, b[c], acc[r][c]);
       }
     }
   } else {
@@ -46,14 +46,14 @@ static void float_tile(const FloatPlace& at) {
       UNROLL for (int j = 0; j < 4; ++j) {
         UNROLL for (int c = 0; c < C; ++c) {
           const F b = widened(group[c], j);
-          UNROLL for (int r = 0; r < R; ++r) acc[r][c] += splat(x[r * at.x_stride + k + j]) * b;
+          UNROLL for (int r = 0; r < R; ++r) acc[r][c] = fused(splat(x[r * at.x_stride + k + j]), b, acc[r][c]);
         }
       }
     }
     for (int j = 0; k + j < at.count; ++j) {  // x ends within the last group
       UNROLL for (int c = 0; c < C; ++c) {
         const F b = widened(load<I>(w + 4 * W * c), j);
-        UNROLL for (int r = 0; r < R; ++r) acc[r][c] += splat(x[r * at.x_stride + k + j]) * b;
+        UNROLL for (int r = 0; r < R; ++r) acc[r][c] = fused(splat(x[r * at.x_stride + k + j]), b, acc[r][c]);
       }
     }
   }

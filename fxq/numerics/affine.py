@@ -76,6 +76,32 @@ def dequantize_weight(q: I8, scales: F32) -> F32:
     return q.astype(np.float32) * scales.reshape(-1, *[1] * (q.ndim - 1))
 
 
+def fused_multiply_add(a: F32, b: F32 | np.float32, c: F32 | np.float32) -> F32:
+    """f32(a * b + c), rounded once.
+
+    The product is exact in float64. A second rounding of the sum goes astray only where the first has ended half way
+    between two float32; there it is rounded to odd instead, which is never half way.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = a.astype(np.float64) * b
+        total = product + c
+        half = ((total.view(np.int64) & (2**29 - 1)) == 2**28) | (np.abs(total) < 2.0**-125)
+        if half.any():
+            total[half] = _add_to_odd(product[half], np.broadcast_to(c, total.shape)[half])
+        return total.astype(np.float32)
+
+
+def _add_to_odd(a: npt.NDArray[np.float64], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """a + b, where it is not exact the one of its two neighbours whose last bit is set."""
+    total = a + b
+    back = total - a
+    lost = (a - (total - back)) + (b - back)
+    bits = total.view(np.int64)
+    inexact = (lost != 0) & (bits & 1 == 0)
+    bits += np.where((lost > 0) == (total > 0), inexact, -1 * inexact)
+    return total
+
+
 def round_clamp(steps: F32, zero_point: int, low: int, high: int) -> U8:
     """clamp(rne(steps) + zero_point, low, high) as uint8, clamped in float so that no conversion overflows."""
     clamped = np.clip(np.rint(steps), np.float32(low - zero_point), np.float32(high - zero_point))

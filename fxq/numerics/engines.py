@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fxq.numerics.affine import F32, I8, U8
+from fxq.numerics.affine import F32, I8, U8, fused_multiply_add
 from fxq.numerics.linear import accumulate
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
@@ -50,7 +50,9 @@ def qnnpack_constants(bias: F32 | None, s_x: float, s_w: F32, s_y: float) -> tup
 
 def quantize_fused(x: F32, scale: float, zero_point: int) -> U8:
     """q = clamp(rne(fma(x, f32(1 / scale), zero_point)), 0, 255); NaN becomes 0."""
-    return _clamp(_fused(np.asarray(x, np.float32), np.float32(1) / np.float32(scale), np.float32(zero_point)))
+    return _clamp(
+        fused_multiply_add(np.asarray(x, np.float32), np.float32(1) / np.float32(scale), np.float32(zero_point))
+    )
 
 
 def quantize_onednn(x: F32, factor: F32, bias: F32, relu: bool, scale: float, zero_point: int) -> U8:
@@ -116,7 +118,7 @@ def engine_result(sums: F32, s_x: float, scale: F32, bias: F32 | None, engine: s
             return y if bias is None else y + bias
         step = np.float32(s_x) * scale
         if engine == "fbgemm" and bias is not None:
-            return _fused(sums, step, bias)
+            return fused_multiply_add(sums, step, bias)
         return sums * step if bias is None else sums * step + bias
 
 
@@ -125,18 +127,6 @@ def qlinear_dynamic_engine(x: F32, q_w: I8, scale: F32, bias: F32 | None, engine
     q, s_x, z_x = quantize_engine(x, engine, steps)
     acc = accumulate(q, q_w) - z_x * q_w.sum(1, dtype=np.int32)
     return engine_result(acc.astype(np.float32), s_x, scale, bias, engine)
-
-
-def _fused(x: F32, factor: F32 | np.float32, addend: F32 | np.float32) -> F32:
-    """fma(x, factor, addend): in float64, rounded to odd, so that the rounding to float32 is the only one."""
-    product = x.astype(np.float64) * np.asarray(factor, np.float64)  # exact
-    total = product + addend
-    with np.errstate(over="ignore", invalid="ignore"):
-        back = total - product
-        lost = (product - (total - back)) + (addend - back)
-        inexact = np.isfinite(total) & (lost != 0) & (total.view(np.int64) & 1 == 0)
-        odd = np.where(inexact, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
-        return odd.astype(np.float32)
 
 
 def _clamp(steps: F32) -> U8:

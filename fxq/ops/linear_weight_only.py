@@ -3,8 +3,8 @@
     y[m, n] = f32(f32(sum_k x[m, k] * q_w[n, k]) * scale[n]), then f32(y + bias[n]) where one is given
 
 x: float32, bfloat16 or float16 [..., K], and y likewise [..., N]; weight: int8, packed; scale, bias: float32 [N]. The
-sum is float32 in one fixed order, without fused multiply-adds, so that every instruction set and NumPy agree bit for
-bit; 16-bit activations are widened, which is exact, and the result is rounded once more. NumPy truth:
+sum is float32 in one fixed order, by fused multiply-adds, so that every instruction set and NumPy agree bit for bit;
+16-bit activations are widened, which is exact, and the result is rounded once more. NumPy truth:
 `numerics.linear_weight_only`.
 """
 
