@@ -102,8 +102,9 @@ class Operands:
         bias = numerics.fold_bias(self.bias.numpy(), w.reshape(len(w), -1), self.s_x, self.z_x, s_w).astype("int32")
         multiplier = numerics.requantize_multiplier(self.s_x, s_w, self.s_y)
         packed = numerics.pack_conv(w, (1, 1), layer.groups)
-        square = [layer.kernel] * 2, [layer.stride] * 2, [layer.padding] * 4, [1, 1], layer.groups, self.z_x
-        return (self.x, *map(torch.from_numpy, (packed, bias, multiplier)), *square, 0, 0, 255)
+        square = (layer.kernel,) * 2, (layer.stride,) * 2, (layer.padding,) * 4, (1, 1), layer.groups
+        window = str(numerics.Window(*square))
+        return (self.x, *map(torch.from_numpy, (packed, bias, multiplier)), window, self.z_x, 0, 0, 255)
 
 
 def fxq_call(operands: Operands) -> Callable[[], Tensor]:

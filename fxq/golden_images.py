@@ -16,76 +16,112 @@ from fxq.numerics import F32, I8, I32, U8, Array
 Ints = Sequence[int]
 
 
-def _conv(
-    x: U8,
-    weight: I8,
-    bias: I32,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    z_x: int,
-) -> tuple[I8, numerics.Conv]:
+def _conv(x: U8, weight: I8, bias: I32, window: str, z_x: int) -> tuple[I8, numerics.Conv]:
     """The weight [N, C / groups, *kernel], and how it goes over the input."""
-    n, channels = len(bias), x.shape[1] // groups
-    if weight.shape != (numerics.packed_conv_size(n, channels, kernel, dilation, groups),):
+    own = numerics.Window.parse(window)
+    n, channels = len(bias), x.shape[1] // own.groups
+    geometry = n, channels, own.kernel, own.dilation, own.groups
+    if weight.shape != (numerics.packed_conv_size(*geometry),):
         raise ValueError(f"its input has {x.shape[1]} channels, which is not what its weight takes")
-    w = numerics.unpack_conv(weight, n, channels, kernel, dilation, groups)
-    return w, numerics.Conv(stride, padding, dilation, groups, z_x)
+    conv = numerics.Conv(own.stride, own.padding, own.dilation, own.groups, z_x)
+    return numerics.unpack_conv(weight, *geometry), conv
 
 
 def qconv(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, zero_point: int, low: int, high: int,
-) -> U8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> U8:
     """`numerics.qconv`."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    w, conv = _conv(x, weight, bias, window, z_x)
     return numerics.qconv(x, w, bias, multiplier, conv, zero_point, low, high)
 
 
 def qconv_fixed(
-    x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, kernel: Ints, stride: Ints, padding: Ints,
-    dilation: Ints, groups: int, z_x: int, zero_point: int, low: int, high: int, rounding: str = "single",
-) -> U8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: I32,
+    shift: I32,
+    window: str,
+    z_x: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
     """`numerics.qconv_fixed`."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    w, conv = _conv(x, weight, bias, window, z_x)
     return numerics.qconv_fixed(x, w, bias, multiplier, shift, conv, zero_point, low, high, rounding)
 
 
 def qconv_float(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, addend: F32 | None = None,
-) -> F32:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    addend: F32 | None = None,
+) -> F32:
     """`numerics.qconv_float`."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    w, conv = _conv(x, weight, bias, window, z_x)
     return numerics.qconv_float(x, w, bias, multiplier, conv, addend)
 
 
 def qconv_act_quantize(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, activation: str, scale: float, zero_point: int,
-) -> U8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    activation: str,
+    scale: float,
+    zero_point: int,
+) -> U8:
     """`numerics.qconv_act_quantize`."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    w, conv = _conv(x, weight, bias, window, z_x)
     return numerics.qconv_act_quantize(x, w, bias, multiplier, conv, activation, scale, zero_point)
 
 
 def qconv_add(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, addend: U8, m_b: float, z_b: int, zero_point: int, low: int, high: int,
-) -> U8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    addend: U8,
+    m_b: float,
+    z_b: int,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> U8:
     """`numerics.qconv_add`."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
+    w, conv = _conv(x, weight, bias, window, z_x)
     return numerics.qconv_add(x, w, bias, multiplier, conv, addend, m_b, z_b, zero_point, low, high)
 
 
 def conv_weight(
-    x: U8, weight: I8, bias: I32, multiplier: Array, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, *rest: object, **named: object,
-) -> I8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: Array,
+    window: str,
+    z_x: int,
+    *rest: object,
+    **named: object,
+) -> I8:
     """The weight [N, C / groups, *kernel]."""
-    return _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)[0]
+    return _conv(x, weight, bias, window, z_x)[0]
 
 
 def conv_fixed_weight(x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, *rest: Any) -> I8:
@@ -99,58 +135,73 @@ def conv_fixed_parts(x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, 
 
 
 def conv_parts(
-    x: U8, weight: I8, bias: I32, multiplier: Array, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int, *rest: object, **named: object,
-) -> dict[str, Array]:  # fmt: skip
-    """What lies inside a convolution: its input, the integer sums, and those with the folded bias."""
-    w, conv = _conv(x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
-    acc = conv.accumulate(x, w)
-    return {"x_q": x, "acc": acc, "acc+bias": acc + bias.reshape(-1, *[1] * len(kernel))}
-
-
-def _transposed(
     x: U8,
     weight: I8,
-    multiplier: F32,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    output_padding: Ints,
-    dilation: Ints,
-    groups: int,
+    bias: I32,
+    multiplier: Array,
+    window: str,
     z_x: int,
-) -> tuple[I8, numerics.ConvTranspose]:
-    n, channels = len(multiplier), x.shape[1] // groups
-    if weight.shape != (numerics.packed_transposed_size(n, channels, kernel, stride, padding, dilation, groups),):
+    *rest: object,
+    **named: object,
+) -> dict[str, Array]:
+    """What lies inside a convolution: its input, the integer sums, and those with the folded bias."""
+    w, conv = _conv(x, weight, bias, window, z_x)
+    acc = conv.accumulate(x, w)
+    return {"x_q": x, "acc": acc, "acc+bias": acc + bias.reshape(-1, *[1] * (x.ndim - 2))}
+
+
+def _transposed(x: U8, weight: I8, multiplier: F32, window: str, z_x: int) -> tuple[I8, numerics.ConvTranspose]:
+    own = numerics.Window.parse(window)
+    n, channels = len(multiplier), x.shape[1] // own.groups
+    geometry = n, channels, own.kernel, own.stride, own.padding, own.dilation, own.groups
+    if weight.shape != (numerics.packed_transposed_size(*geometry),):
         raise ValueError(f"its input has {x.shape[1]} channels, which is not what its weight takes")
-    w = numerics.unpack_transposed(weight, n, channels, kernel, stride, padding, dilation, groups)
-    return w, numerics.ConvTranspose(stride, padding, output_padding, dilation, groups, z_x)
+    conv = numerics.ConvTranspose(own.stride, own.padding, own.output_padding, own.dilation, own.groups, z_x)
+    return numerics.unpack_transposed(weight, *geometry), conv
 
 
 def qconv_transpose(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, output_padding: Ints,
-    dilation: Ints, groups: int, z_x: int, zero_point: int, low: int, high: int,
-) -> U8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> U8:
     """`numerics.qconv_transpose`."""
-    w, conv = _transposed(x, weight, multiplier, kernel, stride, padding, output_padding, dilation, groups, z_x)
+    w, conv = _transposed(x, weight, multiplier, window, z_x)
     return numerics.qconv_transpose(x, w, bias, multiplier, conv, zero_point, low, high)
 
 
 def qconv_transpose_float(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, output_padding: Ints,
-    dilation: Ints, groups: int, z_x: int, addend: F32 | None = None,
-) -> F32:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    addend: F32 | None = None,
+) -> F32:
     """`numerics.qconv_transpose_float`."""
-    w, conv = _transposed(x, weight, multiplier, kernel, stride, padding, output_padding, dilation, groups, z_x)
+    w, conv = _transposed(x, weight, multiplier, window, z_x)
     return numerics.qconv_transpose_float(x, w, bias, multiplier, conv, addend)
 
 
 def conv_transpose_weight(
-    x: U8, weight: I8, bias: I32, multiplier: F32, kernel: Ints, stride: Ints, padding: Ints, output_padding: Ints,
-    dilation: Ints, groups: int, z_x: int, *rest: object, **named: object,
-) -> I8:  # fmt: skip
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: F32,
+    window: str,
+    z_x: int,
+    *rest: object,
+    **named: object,
+) -> I8:
     """The weight [C, N / groups, *kernel]."""
-    return _transposed(x, weight, multiplier, kernel, stride, padding, output_padding, dilation, groups, z_x)[0]
+    return _transposed(x, weight, multiplier, window, z_x)[0]
 
 
 def conv_transpose_parts(x: U8, *rest: object, **named: object) -> dict[str, Array]:

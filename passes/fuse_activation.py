@@ -64,7 +64,7 @@ class FuseActivation:
                 count += 1
             elif node.target is quantize and (conv := _activated_conv(gm, source)) is not None:
                 fused.add(source.meta.get("source"))
-                operands, activation = conv.args[:10], activation_of(gm, source)
+                operands, activation = conv.args[:6], activation_of(gm, source)
                 scale, zero_point = node.args[1:]
                 assert isinstance(scale, float) and isinstance(zero_point, int)
                 qparams = scale, zero_point
@@ -84,7 +84,7 @@ def _activated_conv(gm: GraphModule, activation: Node) -> Node | None:
     conv = activation.args[0] if activation.args else None
     if not isinstance(conv, Node) or conv.target is not qconv_float or len(conv.users) != 1:
         return None
-    return None if conv.args[10] is not None or activation_of(gm, activation) is None else conv
+    return None if conv.args[6] is not None or activation_of(gm, activation) is None else conv
 
 
 PASS = FuseActivation()

@@ -50,7 +50,7 @@ def _fuse(gm: GraphModule, node: Node) -> int:
         steps = (constant(gm, multiplier).double() * ratio).to(torch.float32)
         with gm.graph.inserting_before(node):
             own = get_attr(gm, set_constant(gm, f"{multiplier.target}_added", steps), conv)
-        operands = (*conv.args[:3], own, *conv.args[4:10], other, m, z, *epilogue)
+        operands = (*conv.args[:3], own, *conv.args[4:6], other, m, z, *epilogue)
         replace(gm, node, qconv_add, operands, node.meta["qparams"], like=conv)
         return 1
     return 0

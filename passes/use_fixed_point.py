@@ -59,7 +59,7 @@ _INTEGER_ONLY = frozenset(
         lookup_channels,
     }
 )
-_TO_FLOAT: dict[object, int] = {qlinear_float: 4, qconv_float: 10, qconv_transpose_float: 11}
+_TO_FLOAT: dict[object, int] = {qlinear_float: 4, qconv_float: 6, qconv_transpose_float: 6}
 """Products that dequantize, with the place of their addend."""
 _NO_ARITHMETIC = MOVES | MAX_POOLS | SPLITS | CAT | {GETITEM, CLAMP, RELU}
 

@@ -5,11 +5,10 @@
 #include "channels_last.h"
 #include "checks.h"
 #include "conv.h"
+#include "window.h"
 
 namespace fxq {
 namespace {
-
-using Ints = std::vector<int64_t>;
 
 struct Operands {
   const Tensor &x, &weight, &bias, &multiplier;
@@ -140,27 +139,18 @@ class Epilogue {
   std::optional<Added<uint8_t>> residual_;
 };
 
-void expect_entries(const char* op, const char* name, const Ints& list, size_t count, int64_t least) {
-  if (list.size() != count) fail(op, ": ", name, " has ", list.size(), " entries, expected ", count);
-  for (const int64_t entry : list)
-    if (entry < least) fail(op, ": ", name, " holds ", entry, ", expected at least ", least);
-}
-
 int32_t result_dtype(const Gemm& g) {
   return g.output == Output::kFloat ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8();
 }
 
 // What the convolutions share; the caller has set the epilogue in c.product.
-Tensor conv(const char* op, const Operands& o, const Ints& kernel, const Ints& stride, const Ints& padding,
-            const Ints& dilation, int64_t groups, int64_t z_x, const Tensor* addend, const Tensor* residual, Conv c) {
+Tensor conv(const char* op, const Operands& o, const std::string& window, int64_t z_x, const Tensor* addend,
+            const Tensor* residual, Conv c) {
   expect_operands(op, o);
   expect_range(op, z_x, 0, 255);
-  const size_t rank = kernel.size();
-  expect_entries(op, "kernel", kernel, rank, 1);
-  expect_entries(op, "stride", stride, rank, 1);
-  expect_entries(op, "padding", padding, 2 * rank, INT32_MIN);
-  expect_entries(op, "dilation", dilation, rank, 1);
-  const ChannelsLast<uint8_t> x(op, o.x, int64_t(rank));
+  const Window own(op, window);
+  const int64_t rank = own.rank, groups = own.groups;
+  const ChannelsLast<uint8_t> x(op, o.x, rank);
   const int64_t n = o.bias.numel();
   if (groups < 1 || x.channels % groups || n % groups)
     fail(op, ": groups = ", groups, " does not divide the channels of x", o.x.shape(), " and N = ", n);
@@ -172,15 +162,16 @@ Tensor conv(const char* op, const Operands& o, const Ints& kernel, const Ints& s
   std::copy(x.size, x.size + 3, c.size);
   std::copy(x.step, x.step + 4, c.x_step);
   int64_t sizes[5] = {x.batch, n};
-  for (size_t i = 0; i < rank; ++i) {
-    const size_t at = 3 - rank + i;
-    c.kernel[at] = kernel[i];
-    c.stride[at] = stride[i];
-    c.before[at] = padding[2 * i];
-    c.dilation[at] = dilation[i];
-    const int64_t room = c.size[at] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1;
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t at = 3 - rank + i;
+    c.kernel[at] = own.kernel[i];
+    c.stride[at] = own.stride[i];
+    c.before[at] = own.padding[2 * i];
+    c.dilation[at] = own.dilation[i];
+    const int64_t padded = c.size[at] + own.padding[2 * i] + own.padding[2 * i + 1];
+    const int64_t room = padded - own.dilation[i] * (own.kernel[i] - 1) - 1;
     if (room < 0) fail(op, ": the kernel, dilated and without the padding, is larger than x", o.x.shape());
-    sizes[2 + i] = c.out[at] = room / stride[i] + 1;
+    sizes[2 + i] = c.out[at] = room / own.stride[i] + 1;
   }
   c.product.n = n / groups;
   if (o.weight.dim() != 1 || o.weight.numel() != c.weight_bytes())
@@ -196,7 +187,7 @@ Tensor conv(const char* op, const Operands& o, const Ints& kernel, const Ints& s
   else
     c.product.multiplier = m.data<float>();
 
-  const Shape shape = {sizes, int64_t(rank) + 2};
+  const Shape shape = {sizes, rank + 2};
   Tensor y = Tensor::empty_channels_last(shape, result_dtype(c.product));
   set_result(c, y);
   const Epilogue epilogue(op, c.product, addend, residual, shape, n);
@@ -221,58 +212,49 @@ Conv requantized(const char* op, int64_t zero_point, int64_t low, int64_t high) 
   return c;
 }
 
-Tensor qconv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier, const Ints& kernel,
-             const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, int64_t z_x,
-             int64_t zero_point, int64_t low, int64_t high) {
-  return conv("qconv", {x, weight, bias, multiplier}, kernel, stride, padding, dilation, groups, z_x, nullptr, nullptr,
+Tensor qconv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+             const std::string& window, int64_t z_x, int64_t zero_point, int64_t low, int64_t high) {
+  return conv("qconv", {x, weight, bias, multiplier}, window, z_x, nullptr, nullptr,
               requantized("qconv", zero_point, low, high));
 }
 
 Tensor qconv_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                   const Tensor& shift, const Ints& kernel, const Ints& stride, const Ints& padding,
-                   const Ints& dilation, int64_t groups, int64_t z_x, int64_t zero_point, int64_t low, int64_t high,
-                   const std::string& rounding) {
+                   const Tensor& shift, const std::string& window, int64_t z_x, int64_t zero_point, int64_t low,
+                   int64_t high, const std::string& rounding) {
   constexpr const char* op = "qconv_fixed";
   std::optional<Contiguous> shifts;
   Conv c = requantized(op, zero_point, low, high);
   c.product.output = Output::kFixed;
   c.product.twice = rounds_twice(op, rounding);
   c.product.shift = shifts_of(op, shift, bias.numel(), shifts);
-  return conv(op, {x, weight, bias, multiplier, aoti_torch_dtype_int32()}, kernel, stride, padding, dilation, groups,
-              z_x, nullptr, nullptr, c);
+  return conv(op, {x, weight, bias, multiplier, aoti_torch_dtype_int32()}, window, z_x, nullptr, nullptr, c);
 }
 
 Tensor qconv_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                   const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                   int64_t z_x, const std::optional<Tensor>& addend) {
+                   const std::string& window, int64_t z_x, const std::optional<Tensor>& addend) {
   Conv c;
   c.product.output = Output::kFloat;
-  return conv("qconv_float", {x, weight, bias, multiplier}, kernel, stride, padding, dilation, groups, z_x,
-              addend ? &*addend : nullptr, nullptr, c);
+  return conv("qconv_float", {x, weight, bias, multiplier}, window, z_x, addend ? &*addend : nullptr, nullptr, c);
 }
 
 Tensor qconv_act_quantize(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                          const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
-                          int64_t groups, int64_t z_x, const std::string& activation, double scale,
+                          const std::string& window, int64_t z_x, const std::string& activation, double scale,
                           int64_t zero_point) {
   Conv c = requantized("qconv_act_quantize", zero_point, 0, 255);
   c.product.output = Output::kActivationUint8;
   c.product.activation = activation_named("qconv_act_quantize", activation);
   c.product.inverse = 1.0f / float(scale);
-  return conv("qconv_act_quantize", {x, weight, bias, multiplier}, kernel, stride, padding, dilation, groups, z_x,
-              nullptr, nullptr, c);
+  return conv("qconv_act_quantize", {x, weight, bias, multiplier}, window, z_x, nullptr, nullptr, c);
 }
 
 Tensor qconv_add(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                 const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                 int64_t z_x, const Tensor& addend, double m_b, int64_t z_b, int64_t zero_point, int64_t low,
-                 int64_t high) {
+                 const std::string& window, int64_t z_x, const Tensor& addend, double m_b, int64_t z_b,
+                 int64_t zero_point, int64_t low, int64_t high) {
   expect_range("qconv_add (z_b)", z_b, 0, 255);
   Conv c = requantized("qconv_add", zero_point, low, high);
   c.product.residual_zero_point = int32_t(z_b);
   c.product.residual_multiplier = float(m_b);
-  return conv("qconv_add", {x, weight, bias, multiplier}, kernel, stride, padding, dilation, groups, z_x, nullptr,
-              &addend, c);
+  return conv("qconv_add", {x, weight, bias, multiplier}, window, z_x, nullptr, &addend, c);
 }
 
 // Along one dimension: the outputs first, first + stride, ..., which all see the same taps, as an ordinary convolution.
@@ -291,28 +273,23 @@ Phase phase_of(int64_t first, int64_t kernel, int64_t stride, int64_t before, in
   return phase;
 }
 
-Tensor conv_transpose(const char* op, const Operands& o, const Ints& kernel, const Ints& stride, const Ints& padding,
-                      const Ints& output_padding, const Ints& dilation, int64_t groups, int64_t z_x,
-                      const Tensor* addend, Conv c) {
+Tensor conv_transpose(const char* op, const Operands& o, const std::string& window, int64_t z_x, const Tensor* addend,
+                      Conv c) {
   expect_operands(op, o);
   expect_range(op, z_x, 0, 255);
-  const size_t rank = kernel.size();
-  expect_entries(op, "kernel", kernel, rank, 1);
-  expect_entries(op, "stride", stride, rank, 1);
-  expect_entries(op, "padding", padding, 2 * rank, INT32_MIN);
-  expect_entries(op, "output_padding", output_padding, rank, 0);
-  expect_entries(op, "dilation", dilation, rank, 1);
-  const ChannelsLast<uint8_t> x(op, o.x, int64_t(rank));
+  const Window own(op, window);
+  const int64_t rank = own.rank, groups = own.groups;
+  const ChannelsLast<uint8_t> x(op, o.x, rank);
   const int64_t n = o.multiplier.numel();
   if (groups < 1 || x.channels % groups || n % groups)
     fail(op, ": groups = ", groups, " does not divide the channels of x", o.x.shape(), " and N = ", n);
   int64_t full[3] = {1, 1, 1}, step[3] = {1, 1, 1}, sizes[5] = {x.batch, n}, phases = 1;
-  for (size_t i = 0; i < rank; ++i) {
-    const size_t at = 3 - rank + i;
-    step[at] = stride[i];
-    phases *= stride[i];
-    sizes[2 + i] = full[at] = (x.size[at] - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
-                              dilation[i] * (kernel[i] - 1) + output_padding[i] + 1;
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t at = 3 - rank + i;
+    step[at] = own.stride[i];
+    phases *= own.stride[i];
+    sizes[2 + i] = full[at] = (x.size[at] - 1) * own.stride[i] - own.padding[2 * i] - own.padding[2 * i + 1] +
+                              own.dilation[i] * (own.kernel[i] - 1) + own.output_padding[i] + 1;
     if (full[at] < 0) fail(op, ": the result would have a negative size for x", o.x.shape());
   }
   if (o.multiplier.dim() != 1 || o.bias.dim() != 2 || o.bias.shape().sizes[0] != phases || o.bias.shape().sizes[1] != n)
@@ -327,7 +304,7 @@ Tensor conv_transpose(const char* op, const Operands& o, const Ints& kernel, con
   std::copy(x.step, x.step + 4, c.x_step);
   c.product.n = n / groups;
   const Contiguous w(o.weight), b(o.bias), m(o.multiplier);
-  const Shape shape = {sizes, int64_t(rank) + 2};
+  const Shape shape = {sizes, rank + 2};
   Tensor y = Tensor::empty_channels_last(shape, result_dtype(c.product));
   const Epilogue epilogue(op, c.product, addend, nullptr, shape, n);
   const int64_t row = full[2] * n, plane = full[1] * row;
@@ -338,61 +315,59 @@ Tensor conv_transpose(const char* op, const Operands& o, const Ints& kernel, con
   std::vector<int8_t> zeros;
   int64_t weight = 0;
   for (int64_t phase = 0; phase < phases; ++phase) {
-    Conv own = c;
+    Conv part = c;
     int64_t rest = phase, offset = 0;
     bool empty = false;
     const int64_t distance[3] = {plane, row, n};
     for (int at = 2; at >= 0; --at) {
-      const int64_t i = at + int64_t(rank) - 3;
+      const int64_t i = at + rank - 3;
       const Phase p = i < 0 ? Phase{0, 1, 1, 0, 1}
-                            : phase_of(rest % step[at], kernel[i], step[at], padding[2 * i], dilation[i], full[at]);
+                            : phase_of(rest % step[at], own.kernel[i], step[at], own.padding[2 * i], own.dilation[i],
+                                     full[at]);
       rest /= step[at];
-      own.kernel[at] = p.taps;
-      own.before[at] = -p.start;
-      own.dilation[at] = p.dilation;
-      own.out[at] = p.count;
+      part.kernel[at] = p.taps;
+      part.before[at] = -p.start;
+      part.dilation[at] = p.dilation;
+      part.out[at] = p.count;
       offset += p.first * distance[at];
       empty = empty || p.taps == 0;
     }
-    own.product.bias = b.data<int32_t>() + phase * n;
-    own.product.multiplier = m.data<float>();
-    const bool is_float = own.product.output == Output::kFloat;
-    own.product.y = y.data<uint8_t>() + offset * (is_float ? sizeof(float) : 1);
-    if (own.product.addend_stride) own.product.addend += offset;
+    part.product.bias = b.data<int32_t>() + phase * n;
+    part.product.multiplier = m.data<float>();
+    const bool is_float = part.product.output == Output::kFloat;
+    part.product.y = y.data<uint8_t>() + offset * (is_float ? sizeof(float) : 1);
+    if (part.product.addend_stride) part.product.addend += offset;
     if (empty) {  // outputs that no tap reaches: a weight of zeros says so
-      std::fill_n(own.kernel, 3, 1);
-      zeros.resize(std::max<size_t>(zeros.size(), own.weight_bytes()));
+      std::fill_n(part.kernel, 3, 1);
+      zeros.resize(std::max<size_t>(zeros.size(), part.weight_bytes()));
     } else {
-      own.product.weight = w.data<int8_t>() + weight;
-      weight += own.weight_bytes();
+      part.product.weight = w.data<int8_t>() + weight;
+      weight += part.weight_bytes();
     }
-    parts.push_back(own);
+    parts.push_back(part);
   }
   if (o.weight.dim() != 1 || o.weight.numel() != weight)
     fail(op, ": a packed weight of shape ", o.weight.shape(), ", expected [", weight, "] for N = ", n, ", x",
          o.x.shape(), " and groups = ", groups);
-  for (Conv& own : parts) {
-    if (!own.product.weight) own.product.weight = zeros.data();
-    run(own);
+  for (Conv& part : parts) {
+    if (!part.product.weight) part.product.weight = zeros.data();
+    run(part);
   }
   return y;
 }
 
 Tensor qconv_transpose(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                       const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& output_padding,
-                       const Ints& dilation, int64_t groups, int64_t z_x, int64_t zero_point, int64_t low,
-                       int64_t high) {
-  return conv_transpose("qconv_transpose", {x, weight, bias, multiplier}, kernel, stride, padding, output_padding,
-                        dilation, groups, z_x, nullptr, requantized("qconv_transpose", zero_point, low, high));
+                       const std::string& window, int64_t z_x, int64_t zero_point, int64_t low, int64_t high) {
+  return conv_transpose("qconv_transpose", {x, weight, bias, multiplier}, window, z_x, nullptr,
+                        requantized("qconv_transpose", zero_point, low, high));
 }
 
 Tensor qconv_transpose_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
-                             const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& output_padding,
-                             const Ints& dilation, int64_t groups, int64_t z_x, const std::optional<Tensor>& addend) {
+                             const std::string& window, int64_t z_x, const std::optional<Tensor>& addend) {
   Conv c;
   c.product.output = Output::kFloat;
-  return conv_transpose("qconv_transpose_float", {x, weight, bias, multiplier}, kernel, stride, padding,
-                        output_padding, dilation, groups, z_x, addend ? &*addend : nullptr, c);
+  return conv_transpose("qconv_transpose_float", {x, weight, bias, multiplier}, window, z_x,
+                        addend ? &*addend : nullptr, c);
 }
 
 }  // namespace

@@ -115,6 +115,7 @@ from fxq.numerics.pooling import (
 )
 from fxq.numerics.upsampling import qupsample_bilinear, qupsample_nearest, source_step
 from fxq.numerics.weight_only import linear_weight_only
+from fxq.numerics.window import Window
 
 __all__ = [
     "ACTIVATIONS",
@@ -131,6 +132,7 @@ __all__ = [
     "ConvTranspose",
     "Phase",
     "Rounding",
+    "Window",
     "accumulate",
     "accumulate_conv",
     "accumulator_bounds",

@@ -8,8 +8,8 @@
     qconv_add           q_y = clamp(rne(f32(acc + bias_i32) * m + f32((q_b - z_b) * m_b)) + z_y, low, high)    -> uint8
 
 x: uint8 [B, C, *spatial]; weight: int8, packed (`numerics.pack_conv`); bias: int32 [N] (`numerics.fold_bias` over the
-whole kernel); multiplier: float32 [N]; padding: two numbers per spatial dimension, before and after, where x holds z_x;
-addend: float32 [N] or of the shape of the result; scale, whose multiplier and shift are int32 [N]:
+whole kernel); multiplier: float32 [N]; window: how windows lie on x, as text (`numerics.Window`); what they see outside
+of x is z_x; addend: float32 [N] or of the shape of the result; scale, whose multiplier and shift are int32 [N]:
 `fxq.ops.fixed_point`. kernel * C / groups <= 66311. Results are channels-last in memory, x is best so too
 (`fxq.layout`). NumPy truth: the functions of the same names in `fxq.numerics`.
 """
@@ -54,32 +54,27 @@ def _accumulate(
     weight: Tensor,
     bias: Tensor,
     multiplier: Tensor,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
+    window: str,
     z_x: int,
 ) -> Tensor:
     """f32(acc + bias) * multiplier, channels-last."""
     expect_dtype(op, "multiplier", multiplier, torch.float32)
     if multiplier.shape != bias.shape:
         raise ValueError(f"fxq::{op}: multiplier has shape {list(multiplier.shape)}, bias {list(bias.shape)}")
-    sums = _sums(op, x, weight, bias, kernel, stride, padding, dilation, groups, z_x)
-    return sums.to(torch.float32) * multiplier.view(-1, *[1] * len(kernel))
+    sums = _sums(op, x, weight, bias, window, z_x)
+    return sums.to(torch.float32) * multiplier.view(-1, *[1] * (x.dim() - 2))
 
 
-def _sums(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, z_x: int,
-) -> Tensor:  # fmt: skip
+def _sums(op: str, x: Tensor, weight: Tensor, bias: Tensor, window: str, z_x: int) -> Tensor:
     """acc + bias, int64, channels-last; summed in float64, which holds every sum."""
     expect_dtype(op, "x", x, torch.uint8)
     expect_dtype(op, "weight", weight, torch.int8)
     expect_dtype(op, "bias", bias, torch.int32)
+    own = numerics.Window.parse(window)
+    kernel, padding, dilation, groups = own.kernel, own.padding, own.dilation, own.groups
     n, rank = bias.shape[0], len(kernel)
-    if x.dim() != rank + 2 or len(padding) != 2 * rank or x.shape[1] % groups or n % groups:
-        raise ValueError(f"fxq::{op}: x {list(x.shape)}, kernel {kernel}, padding {padding}, groups {groups}, N {n}")
+    if x.dim() != rank + 2 or x.shape[1] % groups or n % groups:
+        raise ValueError(f"fxq::{op}: x {list(x.shape)}, window {window!r}, groups {groups}, N {n}")
     channels = x.shape[1] // groups
     size = numerics.packed_conv_size(n, channels, kernel, dilation, groups)
     if weight.dim() != 1 or weight.numel() != size:
@@ -88,7 +83,7 @@ def _sums(
     widths = [edge for i in reversed(range(rank)) for edge in padding[2 * i : 2 * i + 2]]
     padded = F.pad(x.to(torch.float64), widths, value=float(z_x))
     convolve = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    acc = convolve(padded, w.to(torch.float64), None, stride, 0, dilation, groups)
+    acc = convolve(padded, w.to(torch.float64), None, own.stride, 0, dilation, groups)
     return channels_last((acc + bias.view(-1, *[1] * rank)).to(torch.int64))
 
 
@@ -98,26 +93,24 @@ def _qconv(*args: Any) -> Tensor:
 
 
 def _qconv_fixed(
-    x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, shift: Tensor, kernel: Ints, stride: Ints,
-    padding: Ints, dilation: Ints, groups: int, z_x: int, zero_point: int, low: int, high: int,
-    rounding: str = "single",
+    x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, shift: Tensor, window: str, z_x: int,
+    zero_point: int, low: int, high: int, rounding: str = "single",
 ) -> Tensor:  # fmt: skip
     op, n = "qconv_fixed", bias.numel()
-    geometry = kernel, stride, padding, dilation, groups, z_x
     for name, operand in (("multiplier", multiplier), ("shift", shift)):
         expect_dtype(op, name, operand, torch.int32)
         if operand.shape != (n,):
             raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
     if n:
         expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
-    sums = _sums(op, x, weight, bias, *geometry).movedim(1, -1).numpy()
+    sums = _sums(op, x, weight, bias, window, z_x).movedim(1, -1).numpy()
     steps = numerics.ROUNDINGS[rounding](sums, multiplier.numpy(), shift.numpy())
     return torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1)
 
 
 def _qconv_float(*args: Any) -> Tensor:
-    addend = args[10] if len(args) > 10 else None  # the dispatcher drops what equals its default
-    y = _accumulate("qconv_float", *args[:10])
+    addend = args[6] if len(args) > 6 else None  # the dispatcher drops what equals its default
+    y = _accumulate("qconv_float", *args[:6])
     if addend is None:
         return y
     added: Tensor = addend.view(-1, *[1] * (y.dim() - 2)) if addend.dim() == 1 else addend
@@ -146,12 +139,12 @@ def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype, fixed: 
     tensors = 5 if fixed else 4
 
     def fake(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        kernel, stride, padding, dilation = rest[tensors - 3 : tensors + 1]
-        return empty(x, bias.shape[0], numerics.conv_sizes(x.shape[2:], kernel, stride, padding, dilation), dtype)
+        own = numerics.Window.parse(rest[tensors - 3])
+        sizes = numerics.conv_sizes(x.shape[2:], own.kernel, own.stride, own.padding, own.dilation)
+        return empty(x, bias.shape[0], sizes, dtype)
 
     operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier" + ", Tensor shift" * fixed
-    geometry = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, int z_x"
-    return kernels.define(f"{name}({operands}, {geometry}, {epilogue}) -> Tensor", portable, fake)
+    return kernels.define(f"{name}({operands}, str window, int z_x, {epilogue}) -> Tensor", portable, fake)
 
 
 qconv = _define("qconv", _qconv, "int zero_point, int low, int high", torch.uint8)
@@ -257,7 +250,8 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
 
     constants = product.derive(gm, match, conv, root, fold, pack, notes)
     x, padding = _padded(match)
-    operands = (x, *constants.operands, kernel, match["stride"], padding, dilation, groups, match["z_x"])
+    window = str(numerics.Window(kernel, match["stride"], padding, dilation, groups))
+    operands = (x, *constants.operands, window, match["z_x"])
     bounds = (match["low"], match["high"]) if conv.target is conv_clamp else (None, None)
     if constants.to_uint8:
         qparams = match["s_y"], match["z_y"]

@@ -6,14 +6,13 @@
 
 x: uint8 [B, C, *spatial]; weight: int8, packed (`numerics.pack_transposed`); bias: int32 [phases, N]
 (`numerics.fold_transposed_bias`): the outputs o with one o mod stride, a phase, all see the same taps, and only those
-are folded; multiplier: float32 [N]; padding: two numbers per spatial dimension. Results are channels-last in memory.
+are folded; multiplier: float32 [N]; window: `numerics.Window` as text. Results are channels-last in memory.
 NumPy truth: the functions of the same names in `fxq.numerics`.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +31,6 @@ from fxq.pattern import Const, Match, Op
 from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
 from fxq.spelling import CLAMP, CONV_TRANSPOSE, RELU, float_bounds
 
-Ints = Sequence[int]
-
 
 def _accumulate(
     op: str,
@@ -41,12 +38,7 @@ def _accumulate(
     weight: Tensor,
     bias: Tensor,
     multiplier: Tensor,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    output_padding: Ints,
-    dilation: Ints,
-    groups: int,
+    window: str,
     z_x: int,
 ) -> Tensor:
     """f32(acc + bias[phase]) * multiplier, in float64 up to the one rounding to float32.
@@ -57,9 +49,11 @@ def _accumulate(
     expect_dtype(op, "weight", weight, torch.int8)
     expect_dtype(op, "bias", bias, torch.int32)
     expect_dtype(op, "multiplier", multiplier, torch.float32)
+    own = numerics.Window.parse(window)
+    kernel, stride, padding, dilation, groups = own.kernel, own.stride, own.padding, own.dilation, own.groups
     n, rank = multiplier.shape[0], len(kernel)
-    if x.dim() != rank + 2 or len(padding) != 2 * rank or x.shape[1] % groups or n % groups:
-        raise ValueError(f"fxq::{op}: x {list(x.shape)}, kernel {kernel}, padding {padding}, groups {groups}, N {n}")
+    if x.dim() != rank + 2 or x.shape[1] % groups or n % groups:
+        raise ValueError(f"fxq::{op}: x {list(x.shape)}, window {window!r}, groups {groups}, N {n}")
     if bias.shape != (math.prod(stride), n):
         raise ValueError(f"fxq::{op}: bias has shape {list(bias.shape)}, expected {[math.prod(stride), n]}")
     geometry = (n, x.shape[1] // groups, kernel, stride, padding, dilation, groups)
@@ -67,11 +61,11 @@ def _accumulate(
     if weight.dim() != 1 or weight.numel() != size:
         raise ValueError(f"fxq::{op}: a packed weight of shape {list(weight.shape)}, expected [{size}]")
     q_w = numerics.unpack_transposed(weight.numpy(), *geometry)
-    y = torch.zeros(x.shape[0], n, *_sizes(x, kernel, stride, padding, output_padding, dilation))
+    y = torch.zeros(x.shape[0], n, *_sizes(x, own))
     ones = [1] * rank
     column = (-1, *ones)
-    parts = numerics.phases(x.shape[2:], kernel, stride, padding, output_padding, dilation)
-    for phase, own in zip(parts, bias, strict=True):
+    parts = numerics.phases(x.shape[2:], kernel, stride, padding, own.output_padding, dilation)
+    for phase, biases in zip(parts, bias, strict=True):
         if not all(phase.sizes):
             continue
         acc = torch.zeros(x.shape[0], n, *phase.sizes, dtype=torch.float64)
@@ -81,12 +75,13 @@ def _accumulate(
             padded = F.pad(x.to(torch.float64), widths, value=float(z_x))
             acc = (F.conv1d, F.conv2d, F.conv3d)[rank - 1](padded, w, None, ones, 0, phase.dilation, groups)
         where: list[Any] = [slice(first, None, s) for first, s in zip(phase.first, stride, strict=True)]
-        y[(..., *where)] = (acc + own.view(column)).to(torch.float32) * multiplier.view(column)
+        y[(..., *where)] = (acc + biases.view(column)).to(torch.float32) * multiplier.view(column)
     return channels_last(y)
 
 
-def _sizes(x: Tensor, kernel: Ints, stride: Ints, padding: Ints, output_padding: Ints, dilation: Ints) -> list[int]:
-    return numerics.transposed_sizes(x.shape[2:], kernel, stride, padding, output_padding, dilation)
+def _sizes(x: Tensor, own: numerics.Window) -> list[int]:
+    geometry = own.kernel, own.stride, own.padding, own.output_padding, own.dilation
+    return numerics.transposed_sizes(x.shape[2:], *geometry)
 
 
 def _qconv_transpose(*args: Any) -> Tensor:
@@ -95,8 +90,8 @@ def _qconv_transpose(*args: Any) -> Tensor:
 
 
 def _qconv_transpose_float(*args: Any) -> Tensor:
-    addend = args[11] if len(args) > 11 else None  # the dispatcher drops what equals its default
-    y = _accumulate("qconv_transpose_float", *args[:11])
+    addend = args[6] if len(args) > 6 else None  # the dispatcher drops what equals its default
+    y = _accumulate("qconv_transpose_float", *args[:6])
     if addend is None:
         return y
     added: Tensor = addend.view(-1, *[1] * (y.dim() - 2)) if addend.dim() == 1 else addend
@@ -105,11 +100,10 @@ def _qconv_transpose_float(*args: Any) -> Tensor:
 
 def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype) -> torch._ops.OpOverload:
     def fake(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, *rest: Any) -> Tensor:
-        return empty(x, multiplier.shape[0], _sizes(x, *rest[:5]), dtype)
+        return empty(x, multiplier.shape[0], _sizes(x, numerics.Window.parse(rest[0])), dtype)
 
     operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier"
-    geometry = "int[] kernel, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int z_x"
-    return kernels.define(f"{name}({operands}, {geometry}, {epilogue}) -> Tensor", portable, fake)
+    return kernels.define(f"{name}({operands}, str window, int z_x, {epilogue}) -> Tensor", portable, fake)
 
 
 qconv_transpose = _define("qconv_transpose", _qconv_transpose, "int zero_point, int low, int high", torch.uint8)
@@ -207,8 +201,8 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
         return numerics.pack_transposed(w, stride, padding, dilation, groups)
 
     constants = product.derive(gm, match, conv, root, fold, pack, notes)
-    geometry = kernel, stride, padding, match["output_padding"], dilation, groups, match["z_x"]
-    operands = (match.node("x"), *constants.operands, *geometry)
+    window = numerics.Window(kernel, stride, padding, dilation, groups, match["output_padding"])
+    operands = (match.node("x"), *constants.operands, str(window), match["z_x"])
     bounds = (match["low"], match["high"]) if conv.target is conv_transpose_clamp else (None, None)
     if constants.to_uint8:
         qparams = match["s_y"], match["z_y"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fxq import numerics
 from fxq.layout import channels_last
-from fxq.numerics import Conv, ConvTranspose
+from fxq.numerics import Conv, ConvTranspose, Window
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
 from fxq.qdq import quantize_channels_last
@@ -154,7 +154,7 @@ def check(run, rng, case, z_x=9, extreme=False):
     arrays = operands(rng, batch, sizes, channels, n, kernel, groups, extreme)
     x, *rest = tensors(*arrays, dilation, groups)
     conv = Conv(stride, padding, dilation, groups, z_x)
-    geometry = (kernel, stride, padding, dilation, groups, z_x)
+    geometry = (str(Window(kernel, stride, padding, dilation, groups)), z_x)
     expected = numerics.qconv(*arrays, conv, 100, 20, 240)
     same(run(qconv, channels_last(x), *rest, *geometry, 100, 20, 240), expected)
     expected_float = numerics.qconv_float(*arrays, conv)
@@ -204,7 +204,7 @@ def test_transposed_shapes(on_isa, case):
     packed = numerics.pack_transposed(w, stride, padding, dilation, groups)
     conv = ConvTranspose(stride, padding, output_padding, dilation, groups, 9)
     rest = [torch.from_numpy(a) for a in (packed, bias, multiplier)]
-    geometry = (kernel, stride, padding, output_padding, dilation, groups, 9)
+    geometry = (str(Window(kernel, stride, padding, dilation, groups, output_padding)), 9)
     for own in (torch.from_numpy(x), channels_last(torch.from_numpy(x))):
         expected = numerics.qconv_transpose(x, w, bias, multiplier, conv, 100, 20, 240)
         same(on_isa(qconv_transpose, own, *rest, *geometry, 100, 20, 240), expected)
@@ -240,6 +240,21 @@ def test_packing_of_transposed_weights_and_back(case):
     assert np.array_equal(numerics.unpack_transposed(packed, *geometry), w)
 
 
+@given(st.integers(1, 3).flatmap(lambda rank: st.tuples(
+    *[st.tuples(*[st.integers(low, 3)] * (rank * many)) for low, many in ((1, 1), (1, 1), (-2, 2), (1, 1), (0, 1))]
+)), st.integers(1, 20))  # fmt: skip
+def test_a_window_is_what_its_text_says(entries, groups):
+    *window, output_padding = entries
+    own = Window(*window, groups, output_padding)
+    assert Window.parse(str(own)) == own
+
+
+def test_the_text_of_a_window():
+    assert str(Window((3, 3), (1, 1), (0,) * 4, (1, 1))) == "3x3"
+    assert str(Window((5,), (2,), (2, 1), (3,), 8, (1,))) == "5 stride 2 pad 2,1 output pad 1 dilation 3 groups 8"
+    assert str(Window((3, 7), (2, 2), (1, 1, 3, 3), (1, 2), 4)) == "3x7 stride 2 pad 1,1,3,3 dilation 1x2 groups 4"
+
+
 def test_first_layers_waste_little():
     """A row of 7 pixels of 3 channels takes 24 bytes, where 7 padded pixels would take 28."""
     assert numerics.packed_conv_size(64, 3, [7, 7], [1, 1], 1) == 64 * 7 * 24
@@ -251,7 +266,7 @@ def test_memory_in_any_order(on_isa):
     packed, b, m = (torch.from_numpy(a) for a in (numerics.pack_conv(w, (1, 1), 1), bias, multiplier))
     whole = torch.from_numpy(rng.integers(0, 256, (2, 6, 7, 20), np.uint8))
     conv = Conv((1, 1), (1, 1, 1, 1), (1, 1), 1, 9)
-    geometry = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 9)
+    geometry = ("3x3 pad 1", 9)
     views = [
         whole.permute(0, 3, 1, 2)[:, :5],  # channels-last rows at a distance
         whole.permute(0, 3, 1, 2)[:, 15:, 1:],
@@ -293,15 +308,24 @@ def test_threads_return_the_same_bits():
         ({0: torch.zeros(1, 9, 5, 5, dtype=torch.uint8)}, "packed"),
         ({1: torch.zeros(5, dtype=torch.int8)}, "packed"),
         ({3: torch.zeros(5)}, "multiplier"),
-        ({6: (1, 1, 1)}, "padding"),
-        ({8: 3}, "groups"),
+        ({4: "3x3 groups 3"}, "groups"),
+        ({4: "3 pad 1"}, "x"),
+        ({4: "3x3x3x3"}, "window|x"),
+        ({4: "3x3 pad 1,1,1"}, "window"),
+        ({4: "3x3 stride 0"}, "window"),
+        ({4: "3x3 groups 1x1"}, "window"),
+        ({4: "3x0"}, "window"),
+        ({4: "3x3 dilation"}, "window"),
+        ({4: "3x3 pad 1 stride 2"}, "window"),
+        ({4: "3x3 "}, "window"),
+        ({4: ""}, "window"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused_by_name(on_isa, change, message):
     _, w, bias, multiplier = operands(np.random.default_rng(0), 1, (5, 5), 4, 6, (3, 3))
     x = torch.zeros(1, 4, 5, 5, dtype=torch.uint8)
     args = [x, *tensors(x.numpy(), w, bias, multiplier, (1, 1), 1)[1:]]
-    args += [(3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 0, 0, 0, 255]
+    args += ["3x3 pad 1", 0, 0, 0, 255]
     for i, value in change.items():
         args[i] = value
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
@@ -311,7 +335,7 @@ def test_operands_that_do_not_fit_are_refused_by_name(on_isa, change, message):
 def test_opcheck():
     x, w, bias, multiplier = operands(np.random.default_rng(0), 2, (5, 6), 4, 6, (3, 3))
     rest = tensors(x, w, bias, multiplier, (1, 1), 1)
-    geometry = ((3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 1, 9)
+    geometry = ("3x3 stride 2x1 pad 1", 9)
     added = torch.zeros(2, 6, 3, 6, dtype=torch.uint8)
     torch.library.opcheck(qconv, (*rest, *geometry, 3, 0, 255))
     torch.library.opcheck(qconv_float, (*rest, *geometry))
@@ -319,7 +343,7 @@ def test_opcheck():
     torch.library.opcheck(qconv_add, (*rest, *geometry, added, 0.5, 3, 3, 0, 255))
     packed = torch.from_numpy(numerics.pack_transposed(w, (2, 2), (1, 1, 1, 1), (1, 1), 1))
     operands_ = (rest[0], packed, rest[2].expand(4, 6).contiguous(), rest[3])
-    geometry = ((3, 3), (2, 2), (1, 1, 1, 1), (1, 0), (1, 1), 1, 9)
+    geometry = ("3x3 stride 2 pad 1 output pad 1x0", 9)
     torch.library.opcheck(qconv_transpose, (*operands_, *geometry, 3, 0, 255))
     torch.library.opcheck(qconv_transpose_float, (*operands_, *geometry))
     torch.library.opcheck(quantize_channels_last, (torch.randn(2, 3, 4, 5), 0.5, 9))
