@@ -68,7 +68,7 @@ class Window:
             entries("stride", 1, rank, 1),
             entries("pad", 0, 2 * rank, -(2**31)),
             entries("dilation", 1, rank, 1),
-            *entries("groups", 1, 1, 1),
+            entries("groups", 1, 1, 1)[0],
             entries("output", 0, rank, 0),
         )
 
