@@ -147,7 +147,7 @@ class WeightFakeQuantize(WeightObserver):
 
     def __init__(self, where: str, granularity: Granularity, w: Tensor) -> None:
         super().__init__(where, granularity)
-        super().forward(w)
+        self.scales = WeightObserver.scales_of(self, w)
 
     def forward(self, w: Tensor) -> Tensor:
         """w^ of w (float32 [N, ...])."""
@@ -161,6 +161,10 @@ class LearnedWeightFakeQuantize(WeightFakeQuantize):
     def __init__(self, where: str, granularity: Granularity, w: Tensor) -> None:
         super().__init__(where, granularity, w)
         self.log_scales = nn.Parameter(self.scales.log())
+
+    def scales_of(self, w: Tensor) -> Tensor:
+        """The scales that were learned."""
+        return _exp(self.log_scales).detach()
 
     def forward(self, w: Tensor) -> Tensor:
         """w^ of w (float32 [N, ...])."""

@@ -1,8 +1,9 @@
 """Tools on a `torch.fx` graph that every layer above shares: constants by path, rewriting with provenance, values.
 
 A node's `meta` holds `origin` (where in the user's program it comes from), `source` (the node of the normalised float
-graph whose value it stands for), `value` (what it computed on the examples: `Value`, or a plain Python object), on
-quantized uint8 `qparams` (scale, zero point), and, where the graph modifies its memory in place, `aliases` (what does).
+graph whose value it stands for), `value` (what it computed on the examples: `Value`, or a plain Python object), `guess`
+where that is but a guess until the graph is run, on quantized uint8 `qparams` (scale, zero point), and, where the graph
+modifies its memory in place, `aliases` (what does).
 """
 
 from __future__ import annotations
@@ -127,18 +128,30 @@ def call(
     args: tuple[Argument, ...],
     like: Node,
     qparams: tuple[float, int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Node:
     """A call of a function, or of the module at the path `target`, with the provenance of `like`.
 
-    qparams: scale and zero point of a result that is quantized uint8.
+    qparams: scale and zero point of a result that is quantized uint8. dtype: of a tensor of the shape of `like`. Where
+    neither is given, the value of `like` stands in until the graph is run.
     """
     op = "call_module" if isinstance(target, str) else "call_function"
     name = f"{module_of(like)}_{target_name(target).rpartition('.')[2]}".replace(".", "_").lstrip("_")
     node = gm.graph.create_node(op, target, args, name=name)
     node.meta = {key: value for key, value in like.meta.items() if key in ("origin", "source", "value")}
     if qparams is not None:
-        node.meta["qparams"] = qparams
+        node.meta["qparams"], dtype = qparams, torch.uint8
+    value = node.meta.get("value")
+    if dtype is not None and isinstance(value, Value):
+        node.meta["value"] = Value(dtype, value.shape)
+    else:
+        node.meta["guess"] = True
     return node
+
+
+def is_known(gm: GraphModule) -> bool:
+    """Whether the `value` of every node is what it computes."""
+    return all("value" in node.meta and "guess" not in node.meta for node in gm.graph.nodes)
 
 
 def replace(
@@ -155,7 +168,8 @@ def replace(
     """
     with gm.graph.inserting_before(node):
         new = call(gm, target, args, like or node, qparams)
-    new.meta.update({key: node.meta[key] for key in ("source", "value") if key in node.meta})
+    new.meta.pop("guess", None)
+    new.meta.update({key: node.meta[key] for key in ("source", "value", "guess") if key in node.meta})
     bypass(gm, node, new)
     return new
 
@@ -196,10 +210,8 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         self.failed = n
         result = super().run_node(n)
-        if isinstance(result, Tensor):
-            n.meta["value"] = Value(result.dtype, tuple(result.shape))
-        else:
-            n.meta["value"] = _describe(result)
+        n.meta["value"] = _describe(result)
+        n.meta.pop("guess", None)
         self.failed = None
         return result
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fxq.graph import bind, unchanged
+from fxq.graph import bind, is_call, unchanged
 from fxq.inputs import Call
 
 # What torch's own table of products lacks on CPUs; formulas take shapes and return operations, two per product.
@@ -27,6 +27,8 @@ class _Counter(Interpreter):
         self.counts: dict[Node, int] = {}
 
     def run_node(self, n: Node) -> Any:
+        if not is_call(n):
+            return super().run_node(n)
         with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
             result = super().run_node(n)
         operations = counter.get_total_flops()

@@ -68,17 +68,17 @@ def _activation(gm: GraphModule, node: Node, observer: Observer) -> Node:
     operands = (qparams.scale, qparams.zero_point)
     with gm.graph.inserting_before(node):
         q = call(gm, quantize, (node.args[0], *operands), node, operands)
-        return call(gm, dequantize, (q, *operands), node)
+        return call(gm, dequantize, (q, *operands), node, dtype=torch.float32)
 
 
 def _weight(gm: GraphModule, node: Node) -> Node:
     observer, w = submodule(gm, node), node.args[0]
     assert isinstance(observer, WeightObserver) and isinstance(w, Node)
     with gm.graph.inserting_before(node):
-        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales.detach().clone()), node)
-        q = call(gm, quantize_weight, (w, scales), node)
+        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales_of(constant(gm, w)).clone()), node)
+        q = call(gm, quantize_weight, (w, scales), node, dtype=torch.int8)
         dtype = constant(gm, w).dtype
-        return call(gm, dequantize_weight, (q, scales, *([] if dtype == torch.float32 else [dtype])), node)
+        return call(gm, dequantize_weight, (q, scales, *([] if dtype == torch.float32 else [dtype])), node, dtype=dtype)
 
 
 PASS = Calibrate()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
@@ -113,7 +114,7 @@ def _carry_split(gm: GraphModule, node: Node) -> int:
     for piece in pieces:
         with gm.graph.inserting_before(piece):
             part = call(gm, GETITEM, (split, piece.args[1]), piece, q.meta["qparams"])
-            bypass(gm, piece, call(gm, dequantize, (part, *qparams), piece))
+            bypass(gm, piece, call(gm, dequantize, (part, *qparams), piece, dtype=torch.float32))
     return 1
 
 

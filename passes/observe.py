@@ -64,7 +64,7 @@ def _insert(gm: GraphModule, value: Node, readers: list[Node], path: str, *, at_
     """
     first = min(readers, key=lambda node: node._sort_key) if at_edge else None
     with gm.graph.inserting_before(first) if first is not None else gm.graph.inserting_after(value):
-        observer = call(gm, path, (value,), value)
+        observer = call(gm, path, (value,), value, dtype=value.meta["value"].dtype)
     for reader in readers:
         reader.replace_input_with(value, observer)
 
