@@ -2,55 +2,52 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <sstream>
-#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "tensor.h"
 
 namespace fxq {
 
+// A word, a number or a shape in an error message.
+class Part {
+ public:
+  Part(const char* text) : text_(text) {}
+  Part(const std::string& text) : text_(text.c_str()) {}
+  Part(Shape shape) : shape_(shape) {}
+  template <class Integer, class = std::enable_if_t<std::is_integral_v<Integer>>>
+  Part(Integer number) : number_(int64_t(number)) {}
+  void append_to(std::string& message) const;
+
+ private:
+  const char* text_ = nullptr;
+  Shape shape_ = {nullptr, -1};
+  int64_t number_ = 0;
+};
+
+[[noreturn]] void fail_with(const Part* parts, size_t count);
+
+// Throws "fxq::" and the parts, one after the other.
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "fxq::";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+[[noreturn, gnu::noinline]] void fail(const Parts&... parts) {
+  const Part all[] = {parts...};
+  fail_with(all, sizeof...(parts));
 }
 
-inline void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected) {
-  if (t.dtype() != dtype) fail(op, ": ", name, " has the wrong dtype, expected ", expected);
-}
+void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected);
+void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high);
 
-inline void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high) {
-  if (zero_point < 0 || zero_point > 255 || low < 0 || low > high || high > 255)
-    fail(op, ": zero_point = ", zero_point, ", low = ", low, ", high = ", high, ", expected 0 <= low <= high <= 255");
-}
+// A list of `count` entries, none below `least`.
+void expect_entries(const char* op, const char* name, const std::vector<int64_t>& list, size_t count, int64_t least);
 
 // Whether `rounding` is TFLite's, in two steps.
-inline bool rounds_twice(const char* op, const std::string& rounding) {
-  if (rounding != "single" && rounding != "tflite") fail(op, ": rounding '", rounding, "', expected single or tflite");
-  return rounding == "tflite";
-}
+bool rounds_twice(const char* op, const std::string& rounding);
 
 // The shifts of a fixed-point op, one for each of `count` channels; `held` keeps them alive.
-inline const int32_t* shifts_of(const char* op, const Tensor& shift, int64_t count, std::optional<Contiguous>& held) {
-  expect_dtype(op, "shift", shift, aoti_torch_dtype_int32(), "int32");
-  if (shift.dim() != 1 || shift.numel() != count) fail(op, ": shift", shift.shape(), ", expected [", count, "]");
-  const int32_t* own = held.emplace(shift).data<int32_t>();
-  for (int64_t n = 0; n < count; ++n)
-    if (own[n] < 0 || own[n] > 62) fail(op, ": shift of channel ", n, " is ", own[n], ", expected 0..62");
-  return own;
-}
+const int32_t* shifts_of(const char* op, const Tensor& shift, int64_t count, std::optional<Contiguous>& held);
 
-inline Activation activation_named(const char* op, const std::string& name) {
-  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu",        "tanh",
-                                    "sigmoid", "relu", "hardsigmoid", "hardswish"};
-  for (int i = 0; i < 8; ++i)
-    if (name == kNames[i]) return Activation(i);
-  fail(op, ": activation '", name, "', expected one of fxq.numerics.ACTIVATIONS");
-}
+Activation activation_named(const char* op, const std::string& name);
 
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
 template <class Function>

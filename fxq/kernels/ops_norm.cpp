@@ -9,11 +9,11 @@ namespace fxq {
 namespace {
 
 // What the three operators share: x beside the operands of `norm`.
-struct Operands : NormRows {
+struct NormOperands : NormRows {
   const Contiguous x;
 
-  Operands(const char* op, const Tensor& x, const std::string& kind, const std::optional<Tensor>& weight,
-           const std::optional<Tensor>& bias, double eps)
+  NormOperands(const char* op, const Tensor& x, const std::string& kind, const std::optional<Tensor>& weight,
+               const std::optional<Tensor>& bias, double eps)
       : NormRows(op, width(op, x), kind, weight, bias, eps), x(x) {}
 
   void run(int64_t count, float* y, uint8_t* q) const {
@@ -35,7 +35,7 @@ struct Operands : NormRows {
 
 Tensor norm(const Tensor& x, const std::string& kind, const std::optional<Tensor>& weight,
             const std::optional<Tensor>& bias, double eps) {
-  const Operands operands("norm", x, kind, weight, bias, eps);
+  const NormOperands operands("norm", x, kind, weight, bias, eps);
   Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_float32());
   operands.run(x.numel(), y.data<float>(), nullptr);
   return y;
@@ -44,7 +44,7 @@ Tensor norm(const Tensor& x, const std::string& kind, const std::optional<Tensor
 Tensor norm_quantize(const Tensor& x, const std::string& kind, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& bias, double eps, double scale, int64_t zero_point,
                      const std::optional<Tensor>& factor) {
-  Operands operands("norm_quantize", x, kind, weight, bias, eps);
+  NormOperands operands("norm_quantize", x, kind, weight, bias, eps);
   operands.quantized(scale, zero_point, factor);
   Tensor q = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());
   operands.run(x.numel(), nullptr, q.data<uint8_t>());
@@ -55,7 +55,7 @@ std::pair<Tensor, Tensor> norm_and_quantize(const Tensor& x, const std::string& 
                                             const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                             double eps, double scale, int64_t zero_point,
                                             const std::optional<Tensor>& factor) {
-  Operands operands("norm_and_quantize", x, kind, weight, bias, eps);
+  NormOperands operands("norm_and_quantize", x, kind, weight, bias, eps);
   operands.quantized(scale, zero_point, factor);
   Tensor y = Tensor::empty(x.shape(), aoti_torch_dtype_float32());
   Tensor q = Tensor::empty(x.shape(), aoti_torch_dtype_uint8());

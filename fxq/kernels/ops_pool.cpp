@@ -43,12 +43,6 @@ void for_each_row(const Image& image, const Tensor& y, int64_t work, const Funct
   });
 }
 
-void expect_entries(const char* op, const char* name, const Ints& list, size_t count, int64_t least) {
-  if (list.size() != count) fail(op, ": ", name, " has ", list.size(), " entries, expected ", count);
-  for (const int64_t entry : list)
-    if (entry < least) fail(op, ": ", name, " holds ", entry, ", expected at least ", least);
-}
-
 int64_t pooled_size(const char* op, int64_t size, int64_t k, int64_t s, int64_t p, int64_t d, bool ceil_mode) {
   const int64_t room = size + 2 * p - d * (k - 1) - 1;
   if (room < 0) fail(op, ": a window of ", k, " does not fit into ", size, " with padding ", p);

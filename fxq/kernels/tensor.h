@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <ostream>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -16,12 +14,6 @@ struct Shape {
   const int64_t* sizes;
   int64_t dim;
 };
-
-inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-  out << '[';
-  for (int64_t i = 0; i < shape.dim; ++i) out << (i ? ", " : "") << shape.sizes[i];
-  return out << ']';
-}
 
 class Tensor {  // owns its handle, a reference to the tensor
  public:
@@ -35,31 +27,9 @@ class Tensor {  // owns its handle, a reference to the tensor
   }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
-  static Tensor empty(Shape shape, int32_t dtype) {  // contiguous, on the CPU
-    int64_t strides[kMaxDim], step = 1;
-    for (int64_t i = shape.dim - 1; i >= 0; --i) {
-      strides[i] = step;
-      if (shape.sizes[i] > 1) step *= shape.sizes[i];
-    }
-    return empty(shape, strides, dtype);
-  }
-
-  static Tensor empty(Shape shape, const int64_t* strides, int32_t dtype) {
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-  }
-  static Tensor empty_channels_last(Shape shape, int32_t dtype) {  // [B, C, *spatial], the channels innermost
-    int64_t strides[kMaxDim], step = shape.sizes[1];
-    for (int64_t i = shape.dim - 1; i >= 2; --i) {
-      strides[i] = step;
-      step *= shape.sizes[i];
-    }
-    strides[1] = 1;
-    strides[0] = step;
-    return empty(shape, strides, dtype);
-  }
+  static Tensor empty(Shape shape, int32_t dtype);  // contiguous, on the CPU
+  static Tensor empty(Shape shape, const int64_t* strides, int32_t dtype);
+  static Tensor empty_channels_last(Shape shape, int32_t dtype);  // [B, C, *spatial], the channels innermost
 
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
@@ -68,31 +38,13 @@ class Tensor {  // owns its handle, a reference to the tensor
   const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
   bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   // [B, C, *spatial] with the channels of every pixel, and the pixels, side by side, and not contiguous as well.
-  bool is_channels_last() const {
-    const Shape own = shape();
-    if (own.dim < 3 || is_contiguous()) return false;
-    const int64_t* steps = strides();
-    int64_t step = own.sizes[1];
-    bool dense = step == 1 || steps[1] == 1;
-    for (int64_t i = own.dim - 1; i >= 2; step *= own.sizes[i--]) dense = dense && (own.sizes[i] == 1 || steps[i] == step);
-    return dense && (own.sizes[0] == 1 || steps[0] == step);
-  }
+  bool is_channels_last() const;
   // Of the same shape, and channels-last where this one is.
-  Tensor empty_like(int32_t dtype) const {
-    return is_channels_last() ? empty_channels_last(shape(), dtype) : empty(shape(), dtype);
-  }
+  Tensor empty_like(int32_t dtype) const;
+  Tensor contiguous() const;
   template <class T>
   T* data() const {
     return static_cast<T*>(get<void*>(aoti_torch_get_data_ptr));
-  }
-
-  Tensor contiguous() const {
-    AtenTensorHandle self = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &self));
-    StableIValue stack[2] = {torch::stable::detail::from(self),
-                             torch::stable::detail::from(torch::headeronly::MemoryFormat::Contiguous)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::contiguous", "", stack, TORCH_ABI_VERSION));
-    return Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
   }
 
  private:
@@ -110,10 +62,7 @@ class Tensor {  // owns its handle, a reference to the tensor
 // of `Tensor::empty_like` where elements may come channels-last.
 class Contiguous {
  public:
-  explicit Contiguous(const Tensor& tensor, bool or_channels_last = false) {
-    if (!tensor.is_contiguous() && !(or_channels_last && tensor.is_channels_last())) copy_.emplace(tensor.contiguous());
-    data_ = (copy_ ? *copy_ : tensor).data<void>();
-  }
+  explicit Contiguous(const Tensor& tensor, bool or_channels_last = false);
   template <class T>
   const T* data() const {
     return static_cast<const T*>(data_);
@@ -125,22 +74,7 @@ class Contiguous {
 };
 
 // Whether x lies in rows of adjacent values, each at the same distance `stride` from the one before.
-inline bool is_rows(const Tensor& x, int64_t* stride) {
-  const int64_t *sizes = x.shape().sizes, *strides = x.strides();
-  const int64_t last = x.dim() - 1;
-  bool regular = strides[last] == 1 || sizes[last] <= 1;
-  int64_t expected = -1;  // distance that the next dimension outwards must have
-  *stride = sizes[last];
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (sizes[i] == 1) continue;
-    if (expected < 0)
-      *stride = strides[i];
-    else
-      regular = regular && strides[i] == expected;
-    expected = strides[i] * sizes[i];
-  }
-  return regular;
-}
+bool is_rows(const Tensor& x, int64_t* stride);
 
 // Arguments arrive on a stack of 64-bit values, tensors as handles that now belong to the kernel.
 template <class T>
@@ -160,37 +94,24 @@ T argument(StableIValue value) {
   }
 }
 
-template <class... Arguments, std::size_t... I>
-void call_boxed(Tensor (*function)(Arguments...), StableIValue* stack, std::index_sequence<I...>) {
-  const std::tuple<std::decay_t<Arguments>...> arguments{argument<std::decay_t<Arguments>>(stack[I])...};
-  stack[0] = torch::stable::detail::from(std::apply(function, arguments).release());
+// What an operator returns, on the stack.
+inline void give(StableIValue* stack, Tensor result) { stack[0] = torch::stable::detail::from(result.release()); }
+inline void give(StableIValue* stack, std::pair<Tensor, Tensor> results) {
+  give(stack, std::move(results.first));
+  give(stack + 1, std::move(results.second));
 }
-template <class... Arguments>
-void call_boxed(Tensor (*function)(Arguments...), StableIValue* stack) {
-  call_boxed(function, stack, std::index_sequence_for<Arguments...>{});
-}
-
-template <class... Arguments, std::size_t... I>
-void call_boxed(std::pair<Tensor, Tensor> (*function)(Arguments...), StableIValue* stack, std::index_sequence<I...>) {
-  const std::tuple<std::decay_t<Arguments>...> arguments{argument<std::decay_t<Arguments>>(stack[I])...};
-  std::pair<Tensor, Tensor> results = std::apply(function, arguments);
-  stack[0] = torch::stable::detail::from(results.first.release());
-  stack[1] = torch::stable::detail::from(results.second.release());
-}
-template <class... Arguments>
-void call_boxed(std::pair<Tensor, Tensor> (*function)(Arguments...), StableIValue* stack) {
-  call_boxed(function, stack, std::index_sequence_for<Arguments...>{});
-}
-
-template <class... Arguments, std::size_t... I>
-void call_boxed(std::vector<Tensor> (*function)(Arguments...), StableIValue* stack, std::index_sequence<I...>) {
-  const std::tuple<std::decay_t<Arguments>...> arguments{argument<std::decay_t<Arguments>>(stack[I])...};
+inline void give(StableIValue* stack, std::vector<Tensor> results) {
   std::vector<AtenTensorHandle> handles;
-  for (Tensor& result : std::apply(function, arguments)) handles.push_back(result.release());
+  for (Tensor& result : results) handles.push_back(result.release());
   stack[0] = torch::stable::detail::from(handles);
 }
-template <class... Arguments>
-void call_boxed(std::vector<Tensor> (*function)(Arguments...), StableIValue* stack) {
+
+template <class Result, class... Arguments, std::size_t... I>
+void call_boxed(Result (*function)(Arguments...), StableIValue* stack, std::index_sequence<I...>) {
+  give(stack, function(argument<std::decay_t<Arguments>>(stack[I])...));
+}
+template <class Result, class... Arguments>
+void call_boxed(Result (*function)(Arguments...), StableIValue* stack) {
   call_boxed(function, stack, std::index_sequence_for<Arguments...>{});
 }
 
