@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench zoo observers accuracy weight-only conversion tracing-table pictures plots clean
+.PHONY: demo test lint check-types pytest sanitize bench zoo zoo-peers observers accuracy weight-only conversion tracing-table pictures plots clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -59,6 +59,9 @@ clean:
 
 zoo: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks.zoo
+
+zoo-peers: $(VENV)/ready-bench
+	$(BIN)/python -m benchmarks.zoo_peers
 
 pictures: $(VENV)/ready
 	$(BIN)/python docs/pictures.py

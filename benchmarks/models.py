@@ -190,14 +190,14 @@ def run(full: bool = False, seconds: float = 4.0, threads: tuple[int, ...] = (1,
 def _run_workload(workload: Workload, folder: Path, full: bool, seconds: float, threads: tuple[int, ...]) -> list[Any]:
     print(f"  {workload.name}", flush=True)
     calibration = workload.inputs(False, workload.calibrated_on, workload.batches)
-    with _silence():
+    with silence():
         model = Model(workload.name, workload.module(), calibration, folder, workload.dynamic)
     torch.set_num_threads(max(threads))
     loads, failed = {}, {}
     for name, prepare in (PEERS | (SLOW_TO_BUILD if full else {})).items():
         start = time.perf_counter()
         try:
-            with _silence():
+            with silence():
                 loads[name] = prepare(model)
         except Exception as error:  # a peer may fail in any way; the table says so
             failed[name] = _reason(error)
@@ -210,7 +210,7 @@ def _run_workload(workload: Workload, folder: Path, full: bool, seconds: float, 
         for name, count in itertools.product(loads, threads):
             torch.set_num_threads(count)
             try:
-                with _silence():
+                with silence():
                     binds[name, count] = loads[name](held_out[0], count)
             except Exception as error:
                 row["failed"][name] = _reason(error)
@@ -260,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Peers talk much; what matters they say by failing."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with (

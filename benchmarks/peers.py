@@ -27,13 +27,17 @@ Load = Callable[[Inputs, int], Bind]
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A float model in eval mode and batches to calibrate on; its first `dynamic` dimensions vary in size."""
+    """A float model in eval mode and batches to calibrate on; its first `dynamic` dimensions vary in size.
+
+    dynamic: more than 1 is that of a transformer. fixed: no size varies.
+    """
 
     name: str
     module: nn.Module
     calibration: list[Inputs]
     folder: Path
     dynamic: int = 1
+    fixed: bool = False
     _made: dict[str, Any] = field(default_factory=dict)
 
     def once(self, make: Callable[[Model], Any]) -> Any:
@@ -42,8 +46,10 @@ class Model:
             self._made[make.__name__] = make(self)
         return self._made[make.__name__]
 
-    def sizes(self) -> tuple[dict[int, Any], ...]:
+    def sizes(self) -> tuple[dict[int, Any], ...] | None:
         """The dimensions that may vary, input by input, as torch.export wants them."""
+        if self.fixed:
+            return None
         dims = {i: torch.export.Dim(f"size{i}") for i in range(self.dynamic)}
         return (dims,) * len(self.calibration[0])
 
@@ -74,7 +80,7 @@ def fxq_w8a8(model: Model) -> Load:
     )
 
 
-def torch_static(model: Model) -> Load:
+def torch_quantized(model: Model) -> nn.Module:
     """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, linear by linear."""
     import torch.ao.quantization as ao
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -83,12 +89,18 @@ def torch_static(model: Model) -> Load:
     if model.dynamic == 1:
         graph = prepare_fx(model.module, ao.get_default_qconfig_mapping("x86"), model.calibration[0])
         _observe(graph, model.calibration)
-        return _module(convert_fx(graph))
+        return convert_fx(graph)
     module = copy.deepcopy(model.module)
     ao.propagate_qconfig_(module, {nn.Linear: ao.get_default_qconfig("x86")})  # type: ignore[no-untyped-call]
     ao.prepare(ao.add_quant_dequant(module), inplace=True)  # type: ignore[no-untyped-call]
     _observe(module, model.calibration)
-    return _module(ao.convert(module))  # type: ignore[no-untyped-call]
+    converted: nn.Module = ao.convert(module)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def torch_static(model: Model) -> Load:
+    """torch.ao, static."""
+    return _module(model.once(torch_quantized))
 
 
 def _observe(module: Callable[..., Any], calibration: list[Inputs]) -> None:
@@ -184,8 +196,8 @@ def ort_float(model: Model) -> Load:
     return _session(model.once(onnx_file))
 
 
-def ort_static(model: Model) -> Load:
-    """ONNX Runtime, static, QDQ, uint8 activations and int8 weights per channel.
+def onnx_quantized(model: Model) -> Path:
+    """ONNX Runtime's static quantization, QDQ, uint8 activations and int8 weights per channel.
 
     Of a transformer the matrix products only; of a convolutional network all that it can quantize.
     """
@@ -212,7 +224,12 @@ def ort_static(model: Model) -> Load:
         op_types_to_quantize=None if convolves(model.module) else ["MatMul", "Gemm"],
         extra_options={"MatMulConstBOnly": True},
     )
-    return _session(path)
+    return path
+
+
+def ort_static(model: Model) -> Load:
+    """ONNX Runtime, static."""
+    return _session(model.once(onnx_quantized))
 
 
 def ort_dynamic(model: Model) -> Load:
@@ -259,14 +276,19 @@ def openvino_default(model: Model) -> Load:
     return _compiled(model.once(openvino_model))
 
 
-def openvino_int8(model: Model) -> Load:
-    """OpenVINO, quantized by NNCF."""
+def openvino_quantized(model: Model) -> Any:
+    """OpenVINO's conversion, quantized by NNCF."""
     import nncf
 
     data = nncf.Dataset([[value.numpy() for value in inputs] for inputs in model.calibration])
     kind = nncf.ModelType.TRANSFORMER if model.dynamic > 1 else None
     graph = model.once(openvino_model).clone()
-    return _compiled(nncf.quantize(graph, data, model_type=kind, subset_size=len(model.calibration)))
+    return nncf.quantize(graph, data, model_type=kind, subset_size=len(model.calibration))
+
+
+def openvino_int8(model: Model) -> Load:
+    """OpenVINO, int8."""
+    return _compiled(model.once(openvino_quantized))
 
 
 PEERS: dict[str, Callable[[Model], Load]] = {

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
+from fxq.comparison import sqnr
 from fxq.observers import Edge, Fixed
 from fxq.pipeline import run
 from fxq.recipe import Recipe
@@ -61,6 +62,17 @@ def test_it_pays_and_can_be_switched_off():
     assert balanced > plain + 6
     assert "factors" not in fxq.quantize(model, x, recipe=Recipe(balance=False)).code
     assert "factors" in fxq.quantize(model, x).code
+
+
+def test_ranges_that_few_rows_have_shown_reach_further():
+    few, many = torch.randn(24, 32), torch.randn(2000, 32)
+    channels = torch.randn(32).exp2()
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)).eval()
+    model[0].weight.data *= channels
+    model[1].weight.data /= channels
+    recipes = (Recipe(balance=on, judge_costs=False) for on in (True, False))
+    balanced, plain = (sqnr(model(many), fxq.quantize(model, few, recipe=recipe)(many)) for recipe in recipes)
+    assert balanced > plain + 0.5
 
 
 def test_a_weight_with_another_reader_keeps_its_values(staged, model_of):

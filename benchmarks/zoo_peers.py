@@ -1,0 +1,221 @@
+"""Models that no one here wrote: the default recipe's accuracy beside that of the peers with static int8.
+
+    make zoo-peers                            all of them, some half an hour of one core; needs the peers installed
+    python -m benchmarks.zoo_peers --only X   those whose name holds X
+
+Each model of tests/zoo is quantized by fxq (without choices by time, which would keep layers float) and by each peer
+from the same batches. SQNR is that of the worst float output, over batches that none has seen. Beside it stands how
+many products (two for an attention) and embedding tables are int8: who leaves some in float has it easier.
+Exits with 1 where a peer is ahead by more than `NOISE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxq
+from benchmarks import peers
+from benchmarks.models import silence
+from benchmarks.peers import Bind, Inputs, Model
+from benchmarks.zoo import ROWS, zoo
+from fxq.comparison import sqnr
+from fxq.inputs import Call, as_call
+from fxq.tracing.values import tensors
+
+NOISE = 0.3
+"""dB."""
+BATCHES = 8
+"""To calibrate on, and as many to measure with."""
+RECIPE = fxq.Recipe(judge_costs=False)
+
+
+class Plain(nn.Module):
+    """A model whose arguments are the tensors inside of `call`, one after the other; it returns its float tensors."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self.structure = pytree.tree_structure((call.args, call.kwargs))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same numbers."""
+        args, kwargs = pytree.tree_unflatten(inputs, self.structure)
+        return tuple(x for x in tensors(self.model(*args, **kwargs)) if x.is_floating_point())
+
+
+def leaves(inputs: Any) -> Inputs:
+    """The tensors inside of what a model of the zoo is called with."""
+    call = as_call(inputs)
+    return tuple(pytree.tree_leaves((call.args, call.kwargs)))
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The float tensors that any contestant returns, copied."""
+    if isinstance(output, np.ndarray | Tensor):
+        tensor = torch.as_tensor(output)
+        return [tensor.clone()] if tensor.is_floating_point() else []
+    values = output.values() if isinstance(output, Mapping) else output
+    return [tensor for value in values for tensor in floats(value)]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """SQNR in dB, and how many products and embeddings are int8."""
+
+    sqnr: float
+    int8: int
+
+    def __str__(self) -> str:
+        return f"{self.sqnr:6.1f} dB {self.int8:3d}"
+
+
+def torch_products(model: nn.Module) -> int:
+    """Products and embeddings in int8 of a model that torch.ao has quantized."""
+    kinds = ("linear", "conv", "embedding_ops", "linear_relu", "conv_relu", "conv_fused", "linear_fused")
+    packed = ("LinearPackedParams", "EmbeddingPackedParams")
+    names = [type(m).__module__.split(".") for m in model.modules() if type(m).__name__ not in packed]
+    return sum("quantized" in name and name[-1] in kinds for name in names)
+
+
+def onnx_products(path: Path) -> int:
+    """The same of an ONNX file; an attention is two products."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    kinds = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")
+    return sum(makers.get(n.input[0]) == "DequantizeLinear" for n in graph.node if n.op_type in kinds)
+
+
+def openvino_products(graph: Any) -> int:
+    """The same of an OpenVINO model."""
+    products = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+    moves = (
+        "Reshape",
+        "Transpose",
+        "Unsqueeze",
+        "Squeeze",
+        "Concat",
+        "VariadicSplit",
+        "Convert",
+        "Multiply",
+        "Subtract",
+    )
+    count = 0
+    for op in graph.get_ops():
+        if op.get_type_name() in (*products, "Gather"):
+            source = op.input_value(0).get_node()
+            while source.get_type_name() in moves:
+                source = source.input_value(0).get_node()
+            table = op.get_type_name() == "Gather" and source.get_type_name() == "Constant"
+            count += source.get_type_name() == "FakeQuantize" or (table and "8" in str(source.get_element_type()))
+    return count
+
+
+@dataclass(frozen=True)
+class Peer:
+    """prepare: as in `peers.PEERS`; quantized: what it keeps; products: counts those of that."""
+
+    prepare: Callable[[Model], peers.Load]
+    quantized: Callable[[Model], Any]
+    products: Callable[[Any], int]
+
+    def reach(self, model: Model, held_out: list[Inputs], expected: list[Tensor]) -> Reached:
+        """Quantize and measure."""
+        bind: Bind = self.prepare(model)(held_out[0], 1)
+        reached = worst(expected, [floats(bind(inputs)()) for inputs in held_out])
+        return Reached(reached, self.products(model.once(self.quantized)))
+
+
+PEERS = {
+    "torch.ao": Peer(peers.torch_static, peers.torch_quantized, torch_products),
+    "ORT": Peer(peers.ort_static, peers.onnx_quantized, onnx_products),
+    "OpenVINO": Peer(peers.openvino_int8, peers.openvino_quantized, openvino_products),
+}
+
+
+def joined(outputs: list[list[Tensor]]) -> list[Tensor]:
+    """Output by output what all batches gave."""
+    return [torch.cat([value.flatten() for value in values]) for values in zip(*outputs, strict=True)]
+
+
+def worst(expected: list[Tensor], outputs: list[list[Tensor]]) -> float:
+    """The SQNR in dB of the worst output, at most 200."""
+    return min(min(sqnr(x, y), 200.0) for x, y in zip(expected, joined(outputs), strict=True))
+
+
+def by_fxq(model: nn.Module, data: list[Any], held_out: list[Any], expected: list[Tensor]) -> Reached:
+    """`fxq.quantize`."""
+    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    calls = [as_call(inputs) for inputs in held_out]
+    int8 = [d for d in qmodel.report.decisions if d.form == "int8" and (d.macs or "embedding" in d.op)]
+    outputs = [floats(list(tensors(qmodel(*call.args, **call.kwargs)))) for call in calls]
+    attention = sum(decision.op == "attention" for decision in int8)  # two products, as the peers count them
+    return Reached(worst(expected, outputs), len(int8) + attention)
+
+
+def compete(name: str, kind: str, make: Callable[[], nn.Module], inputs: Callable[[int], Any]) -> Iterator[str]:
+    """Columns for the terminal, contestant by contestant; the last says whether a peer is ahead."""
+    torch.manual_seed(1)
+    model = make().eval()
+    data, held_out = ([inputs(ROWS[kind]) for _ in range(BATCHES)] for _ in range(2))
+    plain = Plain(model, as_call(data[0]))
+    tuples = [[leaves(batch) for batch in batches] for batches in (data, held_out)]
+    expected = joined([list(plain(*batch)) for batch in tuples[1]])
+    own = by_fxq(model, data, held_out, expected)
+    yield str(own)
+    ahead = []
+    with tempfile.TemporaryDirectory() as folder:
+        module, dynamic = (plain, 2) if kind == "transformers" else (model, 1)
+        given = Model(name, module, tuples[0], Path(folder), dynamic, fixed=True)
+        for peer, how in PEERS.items():
+            try:
+                with silence():
+                    reached = how.reach(given, tuples[1], expected)
+            except Exception as error:  # a peer may fail in any way; the table says so
+                yield f"{type(error).__name__:>17.17}"
+                continue
+            yield str(reached)
+            if reached.sqnr > own.sqnr + NOISE:
+                fewer = own.int8 - reached.int8
+                ahead.append(f"{peer} ({fewer} fewer in int8)" if fewer > 0 else peer)
+    yield f"ahead: {', '.join(ahead)}" if ahead else ""
+
+
+def main() -> int:
+    """Print the table; 1 where a peer is ahead."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name holds this")
+    only = parser.parse_args().only
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lost = 0
+    for kind in ROWS:
+        for short, (make, inputs) in zoo(kind).items():
+            name = f"{kind}/{short}"
+            if only in name:
+                print(f"{name:40}", end="", flush=True)
+                with torch.no_grad():
+                    for column in compete(name, kind, make, inputs):
+                        print(f"  {column}", end="", flush=True)
+                        lost += column.startswith("ahead")
+                print(flush=True)
+    return int(lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
