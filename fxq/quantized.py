@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +27,7 @@ class QuantizedModule(GraphModule):
     """A GraphModule made by fxq; `report` says what became of every operation."""
 
     report: Report
+    _run: Callable[..., Any]
 
     @classmethod
     def of(cls, gm: GraphModule, report: Report) -> QuantizedModule:
@@ -64,7 +67,7 @@ class QuantizedModule(GraphModule):
         return "\n".join(lines)
 
     def recompile(self) -> PythonCode:
-        """As fx does it, but with a shorter way to `forward` and to the constants: of a small model, half the time.
+        """As fx does it, but with a shorter way to operators and constants: of a small model, half the time.
 
         `code` shows `self.fc1.weight_packed`; what runs is `self._modules["fc1"]._buffers["weight_packed"]`, the same
         object without the search that `nn.Module.__getattr__` makes for each part of a path.
@@ -78,6 +81,11 @@ class QuantizedModule(GraphModule):
         scope = dict(code.globals)
         exec(compile(source, f"<fxq {id(self)}>", "exec"), scope)
         type(self).forward = scope["forward"]
+        # An overload is a Python object that calls one of C++; torch.compile knows the former only.
+        direct = {name: getattr(torch.ops.fxq, name).default._op for name in set(_OVERLOAD.findall(source))}
+        scope |= {f"_fxq_{name}": op for name, op in direct.items()}
+        exec(compile(_OVERLOAD.sub(r"_fxq_\1(", source), f"<fxq {id(self)}, direct>", "exec"), scope)
+        type(self)._run = scope["forward"]
         # torch.compile counts compilations per code object and stops at eight: each model has its own.
         call = FunctionType(_call.__code__.replace(), globals(), "__call__")
         type(self).__call__ = call  # type: ignore[method-assign]
@@ -112,6 +120,7 @@ class QuantizedModule(GraphModule):
 
 
 _module_call = nn.Module.__call__
+_OVERLOAD = re.compile(r"torch\.ops\.fxq\.(\w+)\.default\(")
 
 
 def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -124,13 +133,15 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
         or hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
         or torch._C._get_tracing_state()
+        or "forward" in self.__dict__
     ):
         return nn.Module.__call__(self, *args, **kwargs)
+    run = self.forward if torch.compiler.is_compiling() else self._run
     if torch.is_grad_enabled():
         for value in (*args, *kwargs.values()) if kwargs else args:
             if getattr(value, "requires_grad", False):
-                return _refuse_gradients(self.forward(*args, **kwargs), value)
-    return self.forward(*args, **kwargs)
+                return _refuse_gradients(run(*args, **kwargs), value)
+    return run(*args, **kwargs)
 
 
 class _NoGradient(torch.autograd.Function):

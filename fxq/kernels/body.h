@@ -104,4 +104,4 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, norm, gemm, attention, depthwise, lanes,
-                         max_of, mean_of, mean_of_fixed, mix_of, multiply, gemm_dynamic, float_gemm, embed, lookup};
+                         max_of, mean_of, mean_of_fixed, mix_of, interleave_four, multiply, gemm_dynamic, float_gemm, embed, lookup};

@@ -4,6 +4,13 @@ static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
   return __builtin_convertvector(widen(load_some<B>(q, count)) - g.residual_zero_point, F) * g.residual_multiplier;
 }
 
+// Whether the activation is short enough to be applied to sums as they stand in their registers, on the way to uint8.
+static inline bool is_gated(const Gemm& g) {
+  return g.output == Output::kActivationUint8 && g.activation == Activation::kHardswish && !g.factor &&
+         !g.addend;
+}
+static inline F gated(const Gemm& g, F value) { return hardswish(value) * g.inverse; }
+
 // memcpy without a call: rows of a tile are short and many.
 static inline void copy(void* to, const void* from, int64_t bytes) {
   uint8_t* const y = static_cast<uint8_t*>(to);

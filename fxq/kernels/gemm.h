@@ -15,6 +15,7 @@ struct Place {
   const uint8_t* residual;
   void* y;
   int64_t y_stride;
+  bool gates;  // whether `gated` is applied
 };
 
 static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
@@ -100,7 +101,9 @@ static void tile(const Gemm& g, const Place& at) {
     UNROLL for (int r = 0; r < R; ++r) {
       F value = __builtin_convertvector(acc[r][c], F) * multiplier;
       const int64_t i = r * at.y_stride + c * W;
-      if (kLeaves == Leaves::kFloat) {
+      if (kLeaves == Leaves::kUint8 && at.gates) {
+        store(static_cast<uint8_t*>(at.y) + i, round(gated(g, value)));
+      } else if (kLeaves == Leaves::kFloat) {
         if (at.addend) value += load<F>(at.addend + r * g.addend_stride + c * W);
         store(static_cast<float*>(at.y) + i, value);
       } else {
@@ -144,7 +147,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   constexpr int64_t kWidth = kColumns * W;
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
   const bool ragged = valid < width;  // the arrays end within the last vector
-  const bool to_uint8 = g.output == Output::kUint8;
+  const bool gates = is_gated(g), to_uint8 = g.output == Output::kUint8 || gates;
   const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat);
   const bool only_sums = g.output == Output::kFixed || g.dynamic || (ragged && (g.addend || g.residual));
   alignas(64) int32_t bias[kWidth];
@@ -154,6 +157,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   Place at = {};
   at.weight = weight;
   at.step = step;
+  at.gates = gates;
   at.bias = g.bias + channel;
   if (!only_sums) at.multiplier = g.multiplier + channel;
   if (ragged || g.dynamic) {
@@ -166,8 +170,13 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     at.multiplier = static_cast<float*>(memcpy(multiplier, at.multiplier, valid * sizeof(float)));
   }
 
+  const int64_t first = row;
   for (; row < row_end; row += kRows) {
-    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    if (rows > 1 && rows < kRows && row_end - first >= kRows) {  // the last ones, some of them again
+      row = row_end - kRows;
+      rows = kRows;
+    }
     if (g.rows)
       at.rows = g.rows + row;
     else

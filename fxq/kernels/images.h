@@ -111,3 +111,15 @@ static void multiply(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, in
   for (int64_t row = 0; row < rows; row += fit)
     for_each_vector(count, MultiplyRows{a, b, round, y, row * count, (row + fit < rows ? row + fit : rows) * count, count});
 }
+
+// to[j * step + i] = from[i * stride + j] for four i: bytes side by side, moved as words.
+static void interleave_four(const uint8_t* from, int64_t stride, uint8_t* to, int64_t step, int64_t count) {
+  alignas(64) uint32_t words[W];
+  for (int64_t j = 0; j < count; j += W) {
+    const int64_t valid = count - j < W ? count - j : W;
+    I word{};
+    UNROLL for (int i = 0; i < 4; ++i) word |= widen(load_some<B>(from + i * stride + j, valid)) << (8 * i);
+    store(words, word);
+    for (int64_t k = 0; k < valid; ++k, to += step) memcpy(to, words + k, 4);
+  }
+}

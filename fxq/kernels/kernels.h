@@ -158,6 +158,8 @@ struct Kernels {
                         int32_t zero_point, int32_t low, int32_t high);
   // The mean of the rows q[0], q[1] and q[2], q[3], v along a row, u across.
   void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
+  // to[j * step + i] = from[i * stride + j] for i of 0..3 and j below count.
+  void (*interleave_four)(const uint8_t* from, int64_t stride, uint8_t* to, int64_t step, int64_t count);
   // f32((q_a - z_a) * (q_b - z_b) * multiplier of a), `rows` rows of a by the same `count` values b.
   void (*multiply)(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, int32_t zero_point, int32_t low,
                    int32_t high);

@@ -329,14 +329,6 @@ Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<d
   return y;
 }
 
-// to[j * step + i] = from[i * stride + j] for four i and `count` j: bytes side by side, moved as words.
-void interleave_four(const uint8_t* from, int64_t stride, uint8_t* to, int64_t step, int64_t count) {
-  uint32_t words[kPart];
-  for (int64_t j = 0; j < count; ++j)
-    words[j] = from[j] | from[stride + j] << 8 | from[2 * stride + j] << 16 | uint32_t(from[3 * stride + j]) << 24;
-  for (int64_t j = 0; j < count; ++j) memcpy(to + j * step, words + j, 4);
-}
-
 // Pixels in parts that stay in the first-level cache, channels in parts of 64: quantized as they lie, then transposed.
 void transpose_quantized(const float* x, uint8_t* y, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
                          float inverse, int32_t zero_point) {
@@ -350,10 +342,10 @@ void transpose_quantized(const float* x, uint8_t* y, int64_t channels, int64_t p
         active().quantize(x + (c + i) * pixels + p, part + i * kPart, count, inverse, zero_point);
       uint8_t* to = y + p * channels + c;
       int64_t i = 0;
-      for (; i + 4 <= own; i += 4) interleave_four(part + i * kPart, kPart, to + i, channels, count);
+      for (; i + 4 <= own; i += 4) active().interleave_four(part + i * kPart, kPart, to + i, channels, count);
       int64_t j = 0;
       if (channels == 3) {  // the fourth byte of a word is the next pixel's first, which is written after it
-        interleave_four(part, kPart, to, channels, count - 1);
+        active().interleave_four(part, kPart, to, channels, count - 1);
         j = count - 1;
       }
       for (; i < own; ++i)

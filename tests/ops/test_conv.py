@@ -166,8 +166,9 @@ def check(run, rng, case, z_x=9, extreme=False):
     for own in (addend, addend[0, :, *[0] * len(sizes)]) if addend.size else ():
         wanted = numerics.qconv_float(*arrays, conv, own)
         same(run(qconv_float, x, *rest, *geometry, torch.from_numpy(np.ascontiguousarray(own))), wanted)
-    wanted = numerics.qconv_act_quantize(*arrays, conv, "silu", 0.03, 9)
-    same(run(qconv_act_quantize, x, *rest, *geometry, "silu", 0.03, 9), wanted)
+    for activation in ("silu", "hardswish"):
+        wanted = numerics.qconv_act_quantize(*arrays, conv, activation, 0.03, 9)
+        same(run(qconv_act_quantize, x, *rest, *geometry, activation, 0.03, 9), wanted)
 
 
 @pytest.mark.parametrize("case", SHAPES)
