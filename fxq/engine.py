@@ -1,16 +1,21 @@
-"""engine: a linear and a quantize with the roundings of one of torch's engines (`fxq.numerics.engines`).
+"""engine: products, sums and averages with the roundings of one of torch's engines (`fxq.numerics.engines`).
 
     fbgemm    quantize_scaled(qlinear_float(x, w, corrections, 1, b / a), a / s_y, 1, z_y), and a clamp for a relu
     onednn    quantize_onednn(qlinear_float(x, w, corrections, r(s_x)), r(s_w), b, relu, r(s_y), z_y)
     qnnpack   qlinear(x, w, corrections + rne(b / a), a / s_y, z_y, low, 255)
 
-and, where the input is quantized as the model runs, qlinear_dynamic_engine(x, w, column_sums, s_w, b, engine, steps).
-The sums are those of the ops that fxq has anyway.
+convolutions likewise with qconv_float and qconv, channels last for the quantize (onednn: s_w in the place of r(s_w));
+where the input is quantized as the model runs, qlinear_dynamic_engine(x, w, column_sums, s_w, b, engine, steps);
+qadd_engine(a, b, ...); qmul and qadaptive_avg_pool with multipliers of the engine's. The sums are those of the ops that
+fxq has anyway.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any as Value
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +23,22 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
+from fxq.errors import QuantizationError
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, replace, set_constant
+from fxq.graph import call, constant, get_attr, place_of, replace, set_constant
+from fxq.ops.add_engine import qadd_engine
+from fxq.ops.conv import conv_clamp, qconv, qconv_float
 from fxq.ops.linear import linear_clamp, qlinear, qlinear_float
 from fxq.ops.linear_dynamic_engine import qlinear_dynamic_engine
+from fxq.ops.mul import qmul
+from fxq.ops.pool import qadaptive_avg_pool
 from fxq.ops.quantize_engine import quantize_fused, quantize_onednn
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.packing import packed_constant, shared_constant, sibling
 from fxq.pattern import Any, Const, Match, Op
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize
 from fxq.qtypes import ACT_QMAX
-from fxq.spelling import CLAMP, LINEAR
+from fxq.spelling import ADAPTIVE_AVG_POOLS, ADD, CLAMP, CONVS, LINEAR, MUL, RELU
 
 SCALES = "scales"
 """In a dequantize_weight's `meta`: its scales before they were rounded to float32, float64 [N]."""
@@ -39,12 +49,30 @@ STEPS = "steps"
 """In a fake_quantize_rows's `meta`: into how many steps torch divides the range, which for it is that of all rows."""
 
 _WEIGHT_AND_BIAS = (Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True, name="weight"), Any("bias"))
-_OPERANDS = (Op({dequantize}, Any("x"), Any("s_x"), Any("z_x"), shared=True), *_WEIGHT_AND_BIAS)
-_DYNAMIC = Op({LINEAR}, Op({fake_quantize_rows}, Any("x"), shared=True, name="rows"), *_WEIGHT_AND_BIAS)
-_PRODUCTS = (
-    Op({quantize}, Op({LINEAR}, *_OPERANDS, name="linear"), Any("s_y"), Any("z_y")),
-    Op({quantize}, Op({linear_clamp}, *_OPERANDS, Any("low"), Any("high"), name="linear"), Any("s_y"), Any("z_y")),
+_X = Op({dequantize}, Any("x"), Any("s_x"), Any("z_x"), shared=True)
+_OPERANDS = (_X, *_WEIGHT_AND_BIAS)
+_WINDOW = tuple(map(Any, ("stride", "padding", "dilation", "groups")))
+_BOUNDS = Any("low"), Any("high")
+_TERMS = (
+    Op({dequantize}, Any("a"), Any("s_a"), Any("z_a"), shared=True),
+    Op({dequantize}, Any("b"), Any("s_b"), Any("z_b"), shared=True),
 )
+
+
+def _quantized(*sources: Op) -> tuple[Op, ...]:
+    return tuple(Op({quantize}, source, Any("s_y"), Any("z_y")) for source in sources)
+
+
+_DYNAMIC = (Op({LINEAR}, Op({fake_quantize_rows}, Any("x"), shared=True, name="rows"), *_WEIGHT_AND_BIAS),)
+_PRODUCTS = _quantized(
+    Op({LINEAR}, *_OPERANDS, name="product"),
+    Op({linear_clamp}, *_OPERANDS, *_BOUNDS, name="product"),
+    Op(CONVS, *_OPERANDS, *_WINDOW, name="product"),
+    Op({conv_clamp}, *_OPERANDS, *_WINDOW, *_BOUNDS, name="product"),
+)
+_PAIRS = tuple(Op(targets, *_TERMS, name="pair") for targets in ({ADD}, {MUL}))
+_PAIRS = _quantized(*_PAIRS, *(Op({RELU}, pair, name="relu") for pair in _PAIRS))
+_AVERAGES = _quantized(Op(ADAPTIVE_AVG_POOLS, _X, Any("sizes")))
 
 
 @dataclass(frozen=True)
@@ -63,20 +91,17 @@ class Engine:
         return None
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Linears swallow their relus themselves."""
+        """Products swallow their relus themselves."""
         return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """quantize(linear), linear(fake_quantize_rows) and quantize, as the engine rounds them."""
-        for pattern in _PRODUCTS:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                self._lower(gm, match)
+        """What is quantized, linear(fake_quantize_rows) and quantize, as the engine rounds them."""
+        ways = (_PRODUCTS, self._lower), (_PAIRS, self._lower_pair), (_AVERAGES, self._lower_average)
+        for patterns, lower in (*ways, (_DYNAMIC, self._lower_dynamic)):
+            match = next((m for pattern in patterns if isinstance(m := pattern.match(node), Match)), None)
+            if match is not None:
+                lower(gm, match)
                 return True
-        match = _DYNAMIC.match(node)
-        if isinstance(match, Match):
-            self._lower_dynamic(gm, match)
-            return True
         if node.target is quantize and FUSED in node.meta:
             x, scale, zero_point = node.args
             qparams = node.meta["qparams"]
@@ -85,45 +110,84 @@ class Engine:
         return False
 
     def _lower(self, gm: GraphModule, match: Match) -> None:
-        root, linear = match.root, match.node("linear")
+        root, product = match.root, match.node("product")
         w = constant(gm, match.node("w")).numpy()
         s_w = np.broadcast_to(constant(gm, match.node("s_w")).numpy(), len(w)).copy()
         s_x, z_x, s_y, z_y, b = (match[name] for name in ("s_x", "z_x", "s_y", "z_y", "bias"))
         bias = constant(gm, b).detach().numpy() if isinstance(b, Node) else None
-        relu = linear.target is linear_clamp
-        corrections = numerics.fold_bias(None, w, s_x, z_x, s_w)
+        relu = product.target in (linear_clamp, conv_clamp)
+        corrections = numerics.fold_bias(None, w.reshape(len(w), -1), s_x, z_x, s_w)
         stem = str(match.node("w").target).removesuffix("_int8")
         qparams = (s_y, z_y)
+        geometry: tuple[Value, ...] = ()
+        if w.ndim > 2:
+            if self.engine == "fbgemm":
+                _expect_no_saturation(product, w, match["groups"])
+            padding = tuple(edge for size in match["padding"] for edge in (size, size))
+            window = numerics.Window(w.shape[2:], match["stride"], padding, match["dilation"], match["groups"])
+            geometry = str(window), z_x
 
         def node(name: str, value: npt.NDArray[np.generic]) -> Node:
-            return get_attr(gm, set_constant(gm, f"{stem}_{name}", torch.from_numpy(value)), linear)
+            return get_attr(gm, set_constant(gm, f"{stem}_{name}", torch.from_numpy(value)), product)
+
+        def product_of(*operands: Value) -> Node:
+            """The float product, its channels last."""
+            x, addend = match["x"], operands[3:]
+            if not geometry:
+                return call(gm, qlinear_float, (x, *operands), product)
+            y = call(gm, qconv_float, (x, *operands[:3], *geometry, *addend), product)
+            return call(gm, torch.permute, (y, (0, *range(2, w.ndim), 1)), product)
 
         with gm.graph.inserting_before(root):
-            packed = node("packed", numerics.pack(w))
+            packed = node("packed", numerics.pack_conv(w, match["dilation"], match["groups"]) if geometry else
+                          numerics.pack(w))  # fmt: skip
             if self.engine == "qnnpack":
                 steps, multiplier = numerics.qnnpack_constants(bias, s_x, s_w, s_y)
                 folded = node("bias_i32", (corrections + steps.astype(np.int64)).astype(np.int32))
-                args = (match["x"], packed, folded, node("multiplier", multiplier), z_y, z_y if relu else 0, 255)
-                replace(gm, root, qlinear, args, qparams, linear)
+                rest = (*geometry, z_y, z_y if relu else 0, 255)
+                args = (match["x"], packed, folded, node("multiplier", multiplier), *rest)
+                replace(gm, root, qconv if geometry else qlinear, args, qparams, product)
                 return
             folded = node("bias_i32", corrections.astype(np.int32))
+            behind: list[tuple[Callable[..., Value], tuple[Value, ...]]]
             if self.engine == "fbgemm":
                 offset, multiplier = numerics.fbgemm_constants(bias, s_x, s_w, s_y)
-                ones = node("one", np.ones_like(multiplier))
-                y = call(gm, qlinear_float, (match["x"], packed, folded, ones, node("offset", offset)), linear)
-                factor = node("multiplier", multiplier)
-                q = replace(gm, root, quantize_scaled, (y, factor, 1.0, z_y), qparams, linear)
-                if relu:
-                    with gm.graph.inserting_after(q):
-                        clamp = call(gm, CLAMP, (q, z_y, 255), q, qparams)
-                    q.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
-                return
-            scale = node("multiplier", np.full(len(w), numerics.onednn_scales(s_x)))
-            y = call(gm, qlinear_float, (match["x"], packed, folded, scale), linear)
-            added = node("added", np.zeros(len(w), np.float32) if bias is None else bias)
-            factor = node("factor", numerics.onednn_scales(match.node("weight").meta[SCALES]))
-            scale_y = float(numerics.onednn_scales(s_y))
-            replace(gm, root, quantize_onednn, (y, factor, added, relu, scale_y, z_y), qparams, linear)
+                y = product_of(packed, folded, node("one", np.ones_like(multiplier)), node("offset", offset))
+                behind = [(quantize_scaled, (node("multiplier", multiplier), 1.0, z_y))]
+                behind += [(CLAMP, (z_y, ACT_QMAX))] if relu else []
+            else:
+                y = product_of(packed, folded, node("multiplier", np.full(len(w), numerics.onednn_scales(s_x))))
+                added = node("added", np.zeros(len(w), np.float32) if bias is None else bias)
+                factor = node("factor", s_w if geometry else numerics.onednn_scales(match.node("weight").meta[SCALES]))
+                behind = [(quantize_onednn, (factor, added, relu, float(numerics.onednn_scales(s_y)), z_y))]
+            if geometry:
+                behind.append((torch.permute, ((0, w.ndim - 1, *range(1, w.ndim - 1)),)))
+            for target, rest in behind[:-1]:
+                y = call(gm, target, (y, *rest), product, qparams)
+        target, rest = behind[-1]
+        replace(gm, root, target, (y, *rest), qparams, product)
+
+    def _lower_pair(self, gm: GraphModule, match: Match) -> None:
+        relu = "relu" in match.bound
+        a, b, s_a, z_a, s_b, z_b, s_y, z_y = (
+            match[name] for name in ("a", "b", "s_a", "z_a", "s_b", "z_b", "s_y", "z_y")
+        )
+        if match.node("pair").target is MUL:
+            multiplier = numerics.qmul_multiplier(s_a, s_b, s_y)
+            replace(gm, match.root, qmul, (a, b, multiplier, z_a, z_b, z_y, z_y if relu else 0, ACT_QMAX), (s_y, z_y))
+        else:
+            args = (a, b, s_a, z_a, s_b, z_b, s_y, z_y, relu, self.engine)
+            replace(gm, match.root, qadd_engine, args, (s_y, z_y))
+
+    def _lower_average(self, gm: GraphModule, match: Match) -> None:
+        """Of all pixels. fbgemm and onednn average the integers as they are, whatever their zero point."""
+        x, scale, zero_point = match.node("x"), match["s_y"], match["z_y"]
+        if self.engine == "qnnpack":
+            count = math.prod(x.meta["value"].shape[2:])
+            rest = (zero_point, numerics.average_multiplier(scale, count) * count, zero_point)
+        else:
+            rest = (0, 1.0, 0)
+        replace(gm, match.root, qadaptive_avg_pool, (x, match["sizes"], *rest, 0, ACT_QMAX), (scale, zero_point))
 
     def _lower_dynamic(self, gm: GraphModule, match: Match) -> None:
         linear, path = match.root, str(match.node("w").target)
@@ -140,3 +204,15 @@ class Engine:
             )
             operands = (match["x"], *(get_attr(gm, constant, linear) for constant in constants))
         replace(gm, linear, qlinear_dynamic_engine, (*operands, match["bias"], self.engine, steps))
+
+
+def _expect_no_saturation(conv: Node, w: numerics.I8, groups: int) -> None:
+    """Raise where fbgemm's kernel of a depthwise convolution, which adds products in pairs in int16, can saturate."""
+    flat = np.abs(w.reshape(len(w), -1).astype(np.int32))
+    if groups == len(w) and w.shape[1] == 1 and flat.shape[1] > 1:
+        two = np.sort(flat, 1)[:, -2:].sum(1).max()
+        if ACT_QMAX * two >= 2**15:
+            raise QuantizationError(
+                f"{place_of(conv)}: exact='fbgemm' does not cover this depthwise convolution: fbgemm adds its products "
+                f"two by two in 16 bits, which {ACT_QMAX} * {two} exceeds; import it with exact=None"
+            )

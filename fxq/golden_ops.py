@@ -384,6 +384,7 @@ OPS: dict[str, Op] = {
     "fxq.dequantize": Op(numerics.dequantize),
     "fxq.requantize": Op(numerics.requantize),
     "fxq.qadd": Op(numerics.qadd),
+    "fxq.qadd_engine": Op(numerics.qadd_engine),
     "fxq.qlinear": Op(_qlinear, _linear_parts, "y_q", _linear_weight),
     "fxq.qlinear_float": Op(_qlinear_float, _linear_parts, "y", _linear_weight),
     "fxq.requantize_fixed": Op(numerics.requantize_fixed),

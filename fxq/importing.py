@@ -16,7 +16,7 @@ from fxq.engine import Engine
 from fxq.errors import InputError
 from fxq.graph import unchanged
 from fxq.inputs import Call, as_call
-from fxq.ops import FAMILIES, carry, clamp, linear
+from fxq.ops import FAMILIES, carry, clamp, conv, linear, pool
 from fxq.pipeline import Context
 from fxq.quantized import QuantizedModule, weight_bytes
 from fxq.recipe import Recipe
@@ -40,8 +40,9 @@ def from_torch(
 
     Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
     are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
-    as "fbgemm"); None computes as docs/numerics.md has it. The report says how many outputs on the examples differ from
-    torch's. example_inputs and the other arguments: as in `quantize`. The model is not touched.
+    as "fbgemm"); docs/numerics.md has its rules, and what it refuses. None computes as fxq does. The report says how
+    many outputs on the examples differ from torch's. example_inputs and the other arguments: as in `quantize`. The
+    model is not touched.
     Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
     """
     if exact not in (None, *numerics.ENGINES):
@@ -52,7 +53,8 @@ def from_torch(
     check_model(model, call)
     own = stand_ins(model)
     gm = tracing.trace(own.eval(), call.args, call.kwargs, leaves=(StandIn,), frontend=frontend)
-    families = FAMILIES if exact is None else (Engine(exact), linear.FAMILY, clamp.FAMILY, carry.FAMILY)
+    own_families = linear.FAMILY, conv.FAMILY, pool.FAMILY, clamp.FAMILY, carry.FAMILY
+    families = FAMILIES if exact is None else (Engine(exact), *own_families)
     ctx = Context(Recipe(), families, call.clone(), check=check, dump=dump_folder(dump))
     ctx.report.recipe = "torch's own" if exact is None else f"torch's own, as {exact} computes it"
     gm = inside.prepare_graph(gm, ctx, IMPORT if exact is None else IMPORT_EXACT)

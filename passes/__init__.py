@@ -139,5 +139,9 @@ CONVERT: tuple[Pass, ...] = (
 IMPORT: tuple[Pass, ...] = (functionalize.PASS, fold_constants.PASS, *NORMALIZE, import_quantized.PASS, *LOWER)
 """From the trace of a model that torch has quantized to integers; with fxq's own roundings."""
 
-IMPORT_EXACT: tuple[Pass, ...] = tuple(import_quantized.EXACT if p is import_quantized.PASS else p for p in IMPORT)
+_EXACT: dict[Pass, Pass] = {
+    import_quantized.PASS: import_quantized.EXACT,
+    normalize_pools.PASS: normalize_pools.APART,
+}
+IMPORT_EXACT: tuple[Pass, ...] = tuple(_EXACT.get(step, step) for step in IMPORT)
 """The same with the roundings of torch's engines."""

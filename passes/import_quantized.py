@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -44,7 +45,7 @@ from fxq.macs import count_macs
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize
 from fxq.qtypes import ACT_QMAX
-from fxq.spelling import LINEAR, RELU
+from fxq.spelling import ADAPTIVE_AVG_POOLS, LINEAR, RELU
 from fxq.stages import Stage
 from fxq.torch_quantized import Binary, DeQuantize, DynamicProduct, Product, Quantize, StandIn
 
@@ -145,14 +146,10 @@ def _expand(
                 pair.all_input_nodes[0].meta[FUSED] = True
             return pair
         if isinstance(module, Product):
-            if fused and module.function is not LINEAR:
-                raise QuantizationError(f"{place_of(node)}: exact= covers linears only; import it with exact=None")
             return _pair(gm, _product(gm, node, module, grids[operands[0]]), grid, node)
         assert isinstance(module, Binary)
         if module.function is torch.cat:
             return _cat(gm, node, grid, held)
-        if fused and module.function is torch.add:
-            raise QuantizationError(f"{place_of(node)}: exact= covers no quantized add; import it with exact=None")
         y = call(gm, module.function, node.args, node)
         return _pair(gm, call(gm, RELU, (y,), node) if module.relu else y, grid, node)
 
@@ -196,12 +193,21 @@ def _product(gm: GraphModule, node: Node, module: Product, grid: Grid | None) ->
     return call(gm, RELU, (y,), node) if module.relu else y
 
 
+def _is_ones(sizes: Any) -> bool:
+    return all(size == 1 for size in sizes)
+
+
 def _carry(gm: GraphModule, node: Node, ctx: Context, grids: dict[Node, Grid], held: list[Node], fused: bool) -> Node:
     """The value of an operation that integers pass through: several as they are, a tensor in a pair of its own."""
     claims = (family.claim(gm, node) for family in ctx.families)
     claim = next((claim for claim in claims if claim is not None), None)
-    averages = not fused and isinstance(claim, Claim) and claim.kind == "pointwise" and len(claim.inputs) == 1
+    averages = isinstance(claim, Claim) and claim.kind == "pointwise" and len(claim.inputs) == 1
     averages = averages and not (isinstance(claim, Claim) and claim.to_float)  # torch chooses a function's scale
+    if fused and averages and not (node.target in ADAPTIVE_AVG_POOLS and _is_ones(node.args[1])):
+        raise QuantizationError(
+            f"{place_of(node)}: exact= covers no average but an adaptive pool to one pixel: how torch rounds others "
+            "depends on where a value lies in memory; import it with exact=None"
+        )
     if not averages and not (isinstance(claim, Claim) and claim.kind == "carry"):
         raise QuantizationError(
             f"{place_of(node)}: {target_name(node.target)} reads the quantized %{held[0].name} and has no integer form "

@@ -81,13 +81,13 @@ def _avg_pool(rank: int) -> Rule:
     return rule
 
 
-def _adaptive(rank: int) -> Rule:
+def _adaptive(rank: int, means: bool) -> Rule:
     def rule(input: Any, output_size: Any) -> Rewrite | None:
         sizes = _wide(output_size, rank)
         shape = _shape(input)
         if shape is None:
             return None
-        if sizes == (1,) * rank:
+        if sizes == (1,) * rank and means:
             return MEAN, (input, tuple(range(len(shape) - rank, len(shape))), True)
         return _ADAPTIVE[rank - 1], (input, sizes)
 
@@ -129,8 +129,6 @@ FUNCTIONS: dict[object, Rule] = {
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool(2)),
     **dict.fromkeys((F.max_pool3d, torch.max_pool3d), _max_pool(3)),
     **{target: _avg_pool(rank) for rank, target in enumerate(_AVG_POOLS, 1)},
-    **{target: _adaptive(rank) for rank, target in enumerate(_ADAPTIVE, 1)},
-    torch.adaptive_avg_pool1d: _adaptive(1),
     torch.mean: _mean,
     F.pad: _pad,
     F.interpolate: _interpolate,
@@ -161,8 +159,8 @@ def _average(rank: int) -> ModuleRule:
     return rule
 
 
-def _adapts(rank: int) -> ModuleRule:
-    return lambda m, x, _: _adaptive(rank)(x, m.output_size)
+def _adapts(rank: int, means: bool) -> ModuleRule:
+    return lambda m, x, _: _adaptive(rank, means)(x, m.output_size)
 
 
 def _pads(mode: str) -> ModuleRule:
@@ -176,10 +174,6 @@ def _upsample(m: Any, x: Any, _: Parameter) -> Rewrite | None:
 MODULES: dict[type[nn.Module], ModuleRule] = {
     **{kind: _maximum(rank) for rank, kind in enumerate((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), 1)},
     **{kind: _average(rank) for rank, kind in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)},
-    **{
-        kind: _adapts(rank)
-        for rank, kind in enumerate((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), 1)
-    },
     **{kind: _pads(mode) for mode, kinds in PADDINGS.items() for kind in kinds},
     nn.Upsample: _upsample,
     nn.UpsamplingNearest2d: _upsample,
@@ -187,21 +181,33 @@ MODULES: dict[type[nn.Module], ModuleRule] = {
     nn.ChannelShuffle: lambda m, x, _: _channel_shuffle(x, m.groups),
 }
 
-RULES = Rules(FUNCTIONS, {"mean": _mean}, MODULES)
+
+def _rules(means: bool) -> Rules:
+    functions = {target: _adaptive(rank, means) for rank, target in enumerate(_ADAPTIVE, 1)}
+    kinds: tuple[type[nn.Module], ...] = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    modules = {kind: _adapts(rank, means) for rank, kind in enumerate(kinds, 1)}
+    functions[torch.adaptive_avg_pool1d] = functions[F.adaptive_avg_pool1d]
+    return Rules({**FUNCTIONS, **functions}, {"mean": _mean}, {**MODULES, **modules})
+
+
+RULES = {means: _rules(means) for means in (True, False)}
 
 
 @dataclass(frozen=True)
 class NormalizePools:
-    """See the module's docstring."""
+    """See the module's docstring. means: whether an adaptive pool to one pixel is written as the mean that it is."""
 
     name: str = "normalize-pools"
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
     numbers: Numbers = Numbers.SAME
+    means: bool = True
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of nodes rewritten."""
-        return RULES.apply(gm)
+        return RULES[self.means].apply(gm)
 
 
 PASS = NormalizePools()
+APART = NormalizePools(means=False)
+"""For torch's engines, which round an adaptive pool in another way than a mean."""

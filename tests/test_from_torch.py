@@ -14,7 +14,7 @@ from torch import nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 import fxq
-from fxq import kernels
+from fxq import kernels, numerics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning"),
@@ -99,9 +99,65 @@ class TestExact:
         qmodel = fxq.from_torch(model, X, exact=engine)
         assert np.array_equal(fxq.golden(qmodel)(X.numpy()), model(X).numpy())
 
-    def test_add_is_refused(self):
-        with pytest.raises(fxq.QuantizationError, match="exact= covers no quantized add"):
-            fxq.from_torch(functional("fbgemm", "add"), X, exact="fbgemm")
+    def test_a_million_sums_and_products(self, engine):
+        """Every pair of integers, at scales of which half make many ties."""
+        a, b = (grid.flatten().to(torch.uint8) for grid in torch.meshgrid(*[torch.arange(256)] * 2, indexing="ij"))
+        outputs = 0
+        for case in range(6):
+            scales = (2.0 ** torch.randint(-7, -3, (3,))).tolist() if case % 2 else (torch.rand(3) / 9).tolist()
+            (s_a, s_b, s_y), (z_a, z_b, z_y) = scales, torch.randint(0, 255, (3,)).tolist()
+            x = (
+                torch._make_per_tensor_quantized_tensor(a, s_a, z_a),
+                torch._make_per_tensor_quantized_tensor(b, s_b, z_b),
+            )
+            for relu in (False, True):
+                add = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
+                y = numerics.qadd_engine(a.numpy(), b.numpy(), s_a, z_a, s_b, z_b, s_y, z_y, relu, engine)
+                assert np.array_equal(y, add(*x, s_y, z_y).int_repr().numpy())
+                mul = torch.ops.quantized.mul_relu if relu else torch.ops.quantized.mul
+                multiplier = numerics.qmul_multiplier(s_a, s_b, s_y)
+                y = numerics.qmul(a.numpy(), b.numpy(), multiplier, z_a, z_b, z_y, z_y if relu else 0, 255)
+                assert np.array_equal(y, mul(*x, s_y, z_y).int_repr().numpy())
+                outputs += 2 * len(a)
+        assert outputs > 1e6
+
+    def test_a_million_pixels(self, engine):
+        """Of convolutions of each kind, one with a residual behind it, and of the averages of all pixels."""
+        model = statically(tq.fuse_modules(Images().eval(), [["c1", "r1"], ["c3", "r3"]]), engine, x=IMAGES)
+        qmodel = fxq.from_torch(model, IMAGES[:2], exact=engine, check=True)
+        assert qmodel.report.int8_share == 1
+        outputs = 0
+        for _ in range(4):
+            x = torch.randn(64, 3, 34, 34)
+            found, wanted = qmodel(x), model(x)
+            assert all(map(torch.equal, found, wanted))
+            outputs += sum(y.numel() for y in wanted)
+        assert outputs > 1e6
+        golden = fxq.golden(qmodel)(x[:2].numpy())
+        assert all(np.array_equal(a, b[:2].numpy()) for a, b in zip(golden, wanted, strict=True))
+
+    def test_what_saturates_is_refused(self):
+        """fbgemm's depthwise kernel adds two products in 16 bits, whatever the processor."""
+        layer = nnq.Conv2d(8, 8, 3, groups=8, padding=1)
+        model = nn.Sequential(nnq.Quantize(0.02, 128, torch.quint8), layer, nnq.DeQuantize())
+        for most, fits in ((60, True), (127, False)):
+            w = torch.randint(-most, most + 1, (8, 1, 3, 3)) * 0.01
+            layer.set_weight_bias(torch.quantize_per_tensor(w, 0.01, 0, torch.qint8), torch.randn(8))
+            x = 2 * torch.randn(4, 8, 16, 16)
+            if fits:
+                assert torch.equal(fxq.from_torch(model, x, exact="fbgemm")(x), model(x))
+                continue
+            with pytest.raises(fxq.QuantizationError, match=r"1 \(.*exact='fbgemm' does not cover this depthwise"):
+                fxq.from_torch(model, x, exact="fbgemm")
+            assert fxq.from_torch(model, x, exact="onednn").report.int8_share == 1
+
+    @pytest.mark.parametrize(
+        "average", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), lambda x: x.mean((2, 3)), lambda x: x.mean((2, 3), True)]
+    )
+    def test_averages_that_depend_on_memory_are_refused(self, engine, average, model_of):
+        model = model_of(lambda s, x: average(s.q(x)).dequantize(), q=nnq.Quantize(0.02, 128, torch.quint8))
+        with pytest.raises(fxq.QuantizationError, match="exact= covers no average but an adaptive pool to one pixel"):
+            fxq.from_torch(model, IMAGES, exact=engine)
 
 
 X = torch.randn(512, 8)
@@ -138,6 +194,27 @@ class Functions(nn.Module):
         if self.kind == "mul_cat":
             return self.dequant(self.c(self.f.cat([self.g.mul(a, b), a], 1)))
         return self.dequant(self.c(self.f.add_relu(self.g.add(a, b), x)))
+
+
+IMAGES = torch.randn(8, 3, 34, 34)
+
+
+class Images(nn.Module):
+    """Convolutions dense, in groups, strided, dilated and pointwise, a residual, a maximum, a product and averages."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = tq.QuantStub(), tq.DeQuantStub()
+        self.c1, self.r1, self.c2 = nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 1)
+        self.c3, self.r3 = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=4), nn.ReLU()
+        self.add, self.mul = nnq.FloatFunctional(), nnq.FloatFunctional()
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.r1(self.c1(self.quant(x)))
+        x = F.max_pool2d(self.add.add(self.r3(self.c3(x)), self.c2(x)), 3, 1, 1)
+        y = self.fc(self.pool(x).flatten(1))
+        return self.dequant(self.mul.mul(x, x)), self.dequant(y)
 
 
 def statically(model, engine, train=False, x=X):
@@ -240,8 +317,6 @@ class TestContract:
         close(qmodel, model, step=model.fc.scale, x=x)
         assert [d.module for d in qmodel.report.decisions if d.macs and d.form == "int8"] == ["c1", "c2", "fc"]
         assert np.array_equal(fxq.golden(qmodel)(x.numpy()), qmodel(x).numpy())
-        with pytest.raises(fxq.QuantizationError, match="exact= covers linears only"):
-            fxq.from_torch(model, x, exact="fbgemm")
 
     def test_other_batches_copies_and_files(self, tmp_path):
         model = eager("x86")

@@ -4,9 +4,16 @@ Every engine forms the same exact sums, here with the zero points taken out: acc
 
     fbgemm    q_y = clamp(rne(f32(f32(f32(acc) + b / a) * f32(a / s_y))) + z_y, low, 255),  a = f32(s_x * s_w[n])
     onednn    v   = f32(f32(f32(f32(acc) * r(s_x)) * r(s_w[n])) + b), r(s) = f32(1 / f32(1 / s));  a relu: max(v, 0)
+              in convolutions s_w[n] without r
               q_y = clamp(rne(f32(f32(v * f32(1 / r(s_y))) + z_y)), 0, 255)
     qnnpack   q_y = clamp(rne(f32(f32(acc + rne(f32(b * f32(1 / a)))) * f32(a * f32(1 / s_y)))) + z_y, low, 255)
     tensors   q_x = clamp(rne(fma(x, f32(1 / s_x), z_x)), 0, 255), a fused multiply-add: one rounding
+
+    add       q_y = clamp(rne(f32(f32(a + b) * f32(1 / s_y))) + z_y, low, 255), a = fma(q_a, s_a, -f32(s_a * z_a)); on
+              qnnpack in integers, see `qadd_engine`
+    mul       q_y = clamp(rne(f32((q_a - z_a) * (q_b - z_b) * f32(f32(s_a * s_b) * f32(1 / s_y)))) + z_y, low, 255)
+    average   q_y = rne(f32(sum q_x * f32(1 / count))), of all pixels; on qnnpack
+              q_y = rne(f32(sum (q_x - z_x) * f32(s / f32(s * count)))) + z_x
 
 Where the input is quantized as the model runs (`torch.ao.quantization.quantize_dynamic`), one scale and zero point
 serve the whole tensor, so that what shares a batch changes an answer (`engine_qparams`), and
@@ -23,7 +30,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fxq.numerics.affine import F32, I8, U8, fused_multiply_add
+from fxq.numerics.affine import F32, I8, U8, fused_multiply_add, round_clamp
 from fxq.numerics.linear import accumulate
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
@@ -63,6 +70,40 @@ def quantize_onednn(x: F32, factor: F32, bias: F32, relu: bool, scale: float, ze
     v = x * factor + bias
     v = np.maximum(v, np.float32(0)) if relu else v
     return _clamp(v * (np.float32(1) / np.float32(scale)) + np.float32(zero_point))
+
+
+def qadd_engine(
+    q_a: U8, q_b: U8, s_a: float, z_a: int, s_b: float, z_b: int, s_y: float, z_y: int, relu: bool, engine: str
+) -> U8:
+    """q_y of two tensors, which broadcast; of fbgemm and onednn what whole vectors give, see docs/numerics.md.
+
+    qnnpack: e = floor(log2(max(r_a, r_b))) of the ratios r = f32(s / s_y), m = rne(r * 2**(21 - e)), and the sum of
+    (q - z) * m is divided by 2**(21 - e) and rounded to the nearest, halves away from zero.
+    """
+    low = z_y if relu else ACT_QMIN
+    if engine == "qnnpack":
+        ratios = [np.float32(s) / np.float32(s_y) for s in (s_a, s_b)]
+        shift = 22 - int(np.frexp(max(ratios))[1])
+        m_a, m_b = (int(np.rint(np.ldexp(np.float64(ratio), shift))) for ratio in ratios)
+        acc = (q_a.astype(np.int64) - z_a) * m_a + (q_b.astype(np.int64) - z_b) * m_b
+        steps = np.sign(acc) * ((np.abs(acc) + (1 << (shift - 1))) >> shift)
+        q: U8 = np.clip(steps + z_y, low, ACT_QMAX).astype(np.uint8)
+        return q
+    a, b = (
+        fused_multiply_add(q.astype(np.float32), np.float32(s), -(np.float32(s) * np.float32(z)))
+        for q, s, z in ((q_a, s_a, z_a), (q_b, s_b, z_b))
+    )
+    return round_clamp((a + b) * (np.float32(1) / np.float32(s_y)), z_y, low, ACT_QMAX)
+
+
+def qmul_multiplier(s_a: float, s_b: float, s_y: float) -> float:
+    """f32(f32(s_a * s_b) * f32(1 / s_y)): the multiplier of `qmul` on every engine."""
+    return float(np.float32(s_a) * np.float32(s_b) * (np.float32(1) / np.float32(s_y)))
+
+
+def average_multiplier(scale: float, count: int) -> float:
+    """f32(s / f32(s * count)): what qnnpack multiplies the sum of an average by."""
+    return float(np.float32(scale) / (np.float32(scale) * np.float32(count)))
 
 
 SMALLEST_SCALE = np.float32(6.1e-5)

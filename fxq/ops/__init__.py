@@ -7,6 +7,7 @@ from fxq.family import Family
 from fxq.ops import (
     activation,
     add,
+    add_engine,
     attention,
     carry,
     chain,
@@ -28,7 +29,7 @@ from fxq.ops import (
     upsample,
 )
 
-WITHOUT_FAMILY = (activation, chain, quantize_engine)
+WITHOUT_FAMILY = (activation, add_engine, chain, quantize_engine)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (

@@ -1,4 +1,4 @@
-"""quantize_fused and quantize_onednn: against exact arithmetic, NumPy and torch."""
+"""quantize_fused, quantize_onednn and qadd_engine: against exact arithmetic, NumPy and torch."""
 
 import math
 from fractions import Fraction
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxq import numerics
+from fxq.ops.add_engine import qadd_engine
 from fxq.ops.quantize_engine import quantize_fused, quantize_onednn
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
@@ -77,3 +78,20 @@ def test_dtypes():
         quantize_fused(torch.zeros(3, dtype=torch.float64), 1.0, 0)
     with pytest.raises(TypeError, match="quantize_onednn: factor has dtype"):
         quantize_onednn(torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), True, 1.0, 0)
+
+
+@pytest.mark.parametrize("engine", numerics.ENGINES)
+def test_adding(engine):
+    """Close to fractions, on shapes that broadcast; tests/test_from_torch.py has torch's own integers."""
+    a, b = (torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((5, 1, 7), (3, 7)))
+    settings = 0.25, 3, 0.5, 250, 0.375, 91, False, engine
+    q = qadd_engine(a, b, *settings)
+    assert q.shape == (5, 3, 7)
+    assert np.array_equal(q.numpy(), numerics.qadd_engine(a.numpy(), b.numpy(), *settings))
+    exact = ((a.double() - 3) / 4 + (b.double() - 250) / 2) / 0.375 + 91
+    assert (q - exact.clamp(0, 255)).abs().max() < 0.501
+    torch.library.opcheck(qadd_engine, (a, b, *settings))
+    with pytest.raises(TypeError, match="qadd_engine: b has dtype"):
+        qadd_engine(a, b.float(), *settings)
+    with pytest.raises(ValueError, match="qadd_engine: unknown engine 'x86'"):
+        qadd_engine(a, b, *settings[:-1], "x86")
