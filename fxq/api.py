@@ -24,14 +24,15 @@ from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError
 from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
-from fxq.graph import find_state, propagate, unchanged
+from fxq.graph import STATE, find_state, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
-from fxq.observers import learning, paused, sample_of
+from fxq.observers import Observer, Rows, WeightObserver, learning, paused, sample_of
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
 from fxq.recipe import Recipe
 from fxq.stages import Stage
+from fxq.tracing.sharing import aliases, own, tensors_of
 from passes import CONVERT, PREPARE, PREPARE_QAT
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -90,10 +91,34 @@ def prepare(
     check: every pass is held to the numbers that it promises on the examples.
     Raises `InputError`, `RecipeError`, `TraceError`, `CalibrationError` (weights that are not finite).
     """
-    recipe = Recipe.of(recipe)
+    return _prepare(
+        model,
+        as_call(example_inputs, example_kwargs),
+        Recipe.of(recipe),
+        families,
+        passes,
+        leaves,
+        frontend,
+        dump,
+        check,
+    )
+
+
+def _prepare(
+    model: nn.Module,
+    call: Call,
+    recipe: Recipe,
+    families: tuple[Family, ...],
+    passes: tuple[Pass, ...] | None,
+    leaves: tuple[type[nn.Module] | str, ...],
+    frontend: tracing.Frontend,
+    dump: str | Path | None,
+    check: bool,
+    share: bool = False,
+) -> GraphModule:
+    """See `prepare`. share: whether the graph may share the memory of the model's parameters and buffers."""
     if recipe.learn_steps:
         raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
-    call = as_call(example_inputs, example_kwargs)
     check_model(model, call, narrow="w8a16" in recipe.schemes)
     if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not _is_narrow(model, call):
         raise InputError(
@@ -102,7 +127,7 @@ def prepare(
         )
     recipe = _resolve(recipe, model, families)
     folder = dump_folder(dump)
-    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
+    gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend, share=share)
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.title
     return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
@@ -219,9 +244,13 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
     Raises `CalibrationError` naming the first value that no data has reached.
     """
     _context(prepared, Stage.OBSERVED, "fxq.convert")
-    gm = copy.deepcopy(prepared).eval()
+    observers = [m for m in prepared.modules() if isinstance(m, Observer | Rows | WeightObserver)]
+    changing = {id(tensor) for observer in observers for tensor in tensors_of(observer)}
+    kept = [] if prepared.meta.get(STATE) else [t for t in tensors_of(prepared) if id(t) not in changing]
+    gm = copy.deepcopy(prepared, aliases(kept)).eval()
     ctx = cast(Context, gm.meta["fxq"])
     result = inside.convert(gm, CONVERT if passes is None else passes)
+    own(result, kept)
     if ctx.dump is not None:
         ctx.dump.write_text("report.txt", str(ctx.report))
     return result
@@ -257,18 +286,9 @@ def quantize(
     pictures after each pass. check: every pass is held to its numbers contract. Raises subclasses of `FxqError`.
     """
     before, after = passes if passes is not None else (None, None)
-    prepared = prepare(
-        model,
-        example_inputs,
-        example_kwargs=example_kwargs,
-        recipe=recipe,
-        families=families,
-        passes=before,
-        leaves=leaves,
-        frontend=frontend,
-        dump=dump,
-        check=check,
-    )
+    call = as_call(example_inputs, example_kwargs)
+    with torch.inference_mode(False):
+        prepared = _prepare(model, call, Recipe.of(recipe), families, before, leaves, frontend, dump, check, share=True)
     ctx = cast(Context, prepared.meta["fxq"])
     _refuse(ctx.report, strict)
     data = [(ctx.examples.args or ctx.examples.kwargs)] if calibration_data is None else calibration_data

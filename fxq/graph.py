@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq.tracing.values import tensors
 
@@ -234,10 +235,13 @@ STATE = "state"
 
 
 def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run a copy of `gm` and note in `meta[STATE]` which of its constants that modifies.
+    """Note in `meta[STATE]` which of its constants `gm` modifies; where its trace does not know, run a copy to see.
 
     Raises `NodeError` from what a node raised.
     """
+    if gm.meta.get("stateless"):
+        gm.meta[STATE] = ()
+        return
     probe = copy.deepcopy(gm)
     versions = {path: tensor._version for path, tensor in _constants(probe)}
     finder = _Mutations(probe)
@@ -284,13 +288,16 @@ def _constants(gm: GraphModule) -> list[tuple[str, Tensor]]:
     return [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
 
 
+_weak: Callable[[torch.UntypedStorage], object] = StorageWeakRef
+
+
 class _Mutations(Interpreter):
     """Runs a graph and finds, by tensors' version counters, which nodes modify memory that earlier nodes hold."""
 
     def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
+        super().__init__(gm)
         self.holders: dict[int, list[Node]] = {}
-        self.alive: list[Tensor] = []
+        self.addresses: list[Any] = []
         self.found: dict[Node, tuple[Node, ...]] = {}
         self.modified: set[int] = set()
         self.failed: Node | None = None
@@ -305,7 +312,9 @@ class _Mutations(Interpreter):
             self.found[n] = tuple(node for storage in changed for node in self.holders[storage])
             self.modified |= changed
         for tensor in tensors(result):
-            self.alive.append(tensor)  # so that no later tensor gets the same storage address
+            # So that no later tensor gets the same address; the memory itself may go.
+            strided = tensor.layout is torch.strided
+            self.addresses.append(_weak(tensor.untyped_storage()) if strided else tensor)
             self.holders.setdefault(memory_of(tensor), []).append(n)
         self.failed = None
         return result

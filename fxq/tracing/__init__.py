@@ -42,6 +42,7 @@ from fxq.tracing.graph_functions import (
 from fxq.tracing.origin import Origin, line_of
 from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
+from fxq.tracing.sharing import own, shared, tensors_of
 
 __all__ = [
     "AS_LEAF",
@@ -72,17 +73,24 @@ Recording = tuple[Recorder, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Task:
-    """A model's copy, what it is called with, what stays one call, and the program that stands for its code, if any.
+    """A model's copy, what it computes, what stays one call, and the program that stands for its code, if any.
 
-    several: the program is for more than one row.
+    call: what it is called with. share: whether the graph may share the model's memory. several: the program is for
+    more than one row.
     """
 
     prepared: nn.Module
+    eager: verify.Eager
     call: verify.Call
     leaves: Leaves
+    share: bool
     program: ExportedProgram | None = None
     several: bool = False
     untraceable: dict[str, str] = field(default_factory=dict)
+
+    def copied(self, model: nn.Module) -> Any:
+        """A copy to call: where the model writes to its own memory, with memory of its own."""
+        return copy.deepcopy(model) if self.eager.writes else shared(model)
 
 
 def trace(
@@ -92,10 +100,13 @@ def trace(
     *,
     leaves: Leaves = (),
     frontend: Frontend = "auto",
+    share: bool = False,
 ) -> fx.GraphModule:
     """Return a float GraphModule with the model's signature that computes what the model computes in eval mode.
 
-    It shares nothing with the model, which stays as it is. Each node has its `Origin` in `node.meta["origin"]`.
+    It shares nothing with the model, which stays as it is; with `share`, it shares the memory of parameters and buffers
+    where it is known that nothing in it writes to them: where `meta["stateless"]` is True.
+    Each node has its `Origin` in `node.meta["origin"]`.
     Modules that are instances of a type in `leaves`, or whose path matches a name in it (`*` and `?` allowed), stay one
     call. So do the innermost modules whose code cannot be recorded; `node.meta["untraceable"]` says why. Where the
     model's own code cannot be, `torch.export` is tried; `frontend` forces one of the two, and `meta["frontend"]` says
@@ -112,23 +123,24 @@ def trace(
     signature.bind(prepared, *call)
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _fused_attention(False):
         try:
-            expected = verify.run(prepared, call)
+            eager = verify.Eager.of(prepared, call)
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself fails on the example inputs: {error}") from error
-        _warn_of_fused_attention(prepared, call, expected)
+        _warn_of_fused_attention(prepared, call, eager.first)
+        task = _Task(prepared, eager, call, leaves, share)
         if frontend == "leaf":
             why = {WHOLE: "its own code stays as it is, as asked"}
-            return _verified(_Task(_whole(prepared), call, leaves, untraceable=why), expected, AS_LEAF)
+            return _verified(replace(task, prepared=_whole(prepared), untraceable=why), AS_LEAF)
         if frontend == "export":
-            _refuse_swallowed(_Task(prepared, call, leaves))
-            return _export(prepared, call, expected, "torch.export, as asked")
+            _refuse_swallowed(task)
+            return _export(task, "torch.export, as asked")
         try:
-            return _verified(_Task(prepared, call, leaves), expected, "value-carrying symbolic trace")
+            return _verified(task, "value-carrying symbolic trace")
         except TraceError as error:
             if frontend == "trace" or error.caught:
                 raise
             try:
-                return _export(prepared, call, expected, f"torch.export, since {error.what}")
+                return _export(task, f"torch.export, since {error.what}")
             except TraceError as second:
                 both = error.what if error.what == second.what else f"{error.what} ({second.what})"
                 raise TraceError(both, error.remedy) from error
@@ -148,12 +160,13 @@ def _whole(model: nn.Module) -> nn.Module:
     return holder.eval()
 
 
-def _export(prepared: nn.Module, call: verify.Call, expected: Any, served: str) -> fx.GraphModule:
-    program = export(copy.deepcopy(prepared), signature.spread(signature.bind(prepared, *call)))
-    gm = _verified(_Task(prepared, call, (), program), expected, served)
-    if verify.takes_one_row(gm, prepared, call):
+def _export(task: _Task, served: str) -> fx.GraphModule:
+    inputs = signature.spread(signature.bind(task.prepared, *task.call))
+    task = replace(task, leaves=(), untraceable={}, program=export(copy.deepcopy(task.prepared), inputs))
+    gm = _verified(task, served)
+    if verify.takes_one_row(gm, task.prepared, task.call):
         return gm
-    return _verified(_Task(prepared, call, (), program, several=True), expected, served)
+    return _verified(replace(task, several=True), served)
 
 
 def _refuse_swallowed(task: _Task) -> None:
@@ -171,19 +184,21 @@ def _refuse_swallowed(task: _Task) -> None:
         raise TraceError(what, REMEDY) from swallowed
 
 
-def _verified(task: _Task, expected: Any, served: str) -> fx.GraphModule:
+def _verified(task: _Task, served: str) -> fx.GraphModule:
     """Record a graph and hold it to what the model computes; modules that differ become leaves."""
     while True:
         try:
-            gm = _graph_module(task.prepared, *_record(task))
+            gm = _graph_module(task, *_record(task))
             for node in gm.graph.nodes:
                 if node.op == "call_module" and node.target in task.untraceable:
                     node.meta["untraceable"] = task.untraceable[node.target]
                     if node.target == WHOLE:
                         node.meta["origin"] = Origin("", "")
             gm.meta["frontend"] = served
-            verify.verify(gm, task.prepared, task.call, expected, partial(_watch, task))
-            verify.verify_second_call(gm, task.prepared, task.call)
+            verify.verify(gm, task.eager, partial(_watch, task), task.copied)
+            verify.verify_second_call(gm, task.eager)
+            if not (task.share and gm.meta["stateless"]):
+                own(gm, tensors_of(task.prepared))
             return gm
         except TraceError as error:
             if task.program is not None or not error.module or error.module in task.untraceable:
@@ -238,7 +253,7 @@ def _watch(task: _Task, call: verify.Call) -> dict[str, torch.Tensor]:
 
 def _record_once(task: _Task, watch: bool) -> Recording:
     """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
-    root = copy.deepcopy(task.prepared)
+    root = task.copied(task.prepared)
     exported = None
     if task.program is not None:
         exported = root.__dict__["forward"] = Exported(task.program, root, task.several)
@@ -261,8 +276,8 @@ def _record_once(task: _Task, watch: bool) -> Recording:
     return recorder, recorder.finish(output)
 
 
-def _graph_module(prepared: nn.Module, recorder: Recorder, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
-    root = copy.deepcopy(prepared)
+def _graph_module(task: _Task, recorder: Recorder, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
+    root = task.copied(task.prepared)
     for name, tensor in constants.items():
         root.register_buffer(name, tensor.detach().clone())
     for node in recorder.graph.nodes:
@@ -272,8 +287,11 @@ def _graph_module(prepared: nn.Module, recorder: Recorder, constants: dict[str, 
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
             if str(node.target) in recorder.impure:
-                module._is_impure = True  # type: ignore[assignment]
-    return fx.GraphModule(root, recorder.graph, type(prepared).__name__)
+                module._is_impure = True
+    gm = fx.GraphModule(root, recorder.graph, type(task.prepared).__name__)
+    writes = task.eager.writes or recorder.impure or task.untraceable or any(n.target is mutate for n in gm.graph.nodes)
+    gm.meta["stateless"] = not writes and not task.leaves
+    return gm
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The copy of the user's model that is traced: out of its wrappers, in eval mode, its weights as they are used."""
+"""The copy of the user's model that is traced: out of its wrappers, in eval mode, its weights as they are used.
+
+It shares the memory of the model's parameters and buffers.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxq.errors import InputError
 from fxq.tracing.graph_functions import TracingWarning
+from fxq.tracing.sharing import aliases, tensors_of
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -22,7 +26,7 @@ def prepare(model: nn.Module) -> nn.Module:
         warnings.warn("the model is in training mode; it is traced as in eval mode", TracingWarning, stacklevel=3)
     # deepcopy refuses tensors with a history, such as the weight that the old weight_norm leaves on its module.
     values = (value for module in model.modules() for value in module.__dict__.values())
-    memo = {
+    memo = aliases(tensors_of(model)) | {
         id(value): value.detach().clone() for value in values if isinstance(value, torch.Tensor) and not value.is_leaf
     }
     try:

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxq.errors import GuardError, TraceError
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.origin import Origin
+from fxq.tracing.sharing import Writes
 from fxq.tracing.values import map_tensors, tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -25,9 +26,47 @@ NOISE = 16
 """Allowed between the graph and the model: units in the last place of a tensor's largest element."""
 
 
-def run(model: nn.Module, call: Call, times: int = 1) -> Any:
+@dataclass(frozen=True)
+class Eager:
+    """What the model computes on the examples when it is called twice, and on another batch size where it takes one.
+
+    changed: the settings that the first call changes. writes: whether a call writes to parameters or buffers.
+    """
+
+    call: Call
+    first: Any
+    second: Any
+    changed: tuple[str, ...]
+    other: tuple[Call, Any] | None
+    writes: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Call) -> Eager:
+        """Call copies of the model."""
+        called = copy.deepcopy(model)
+        settings, writes = _settings(called), Writes(model, called)
+        first = map_tensors(_run(called, call), lambda tensor: tensor.detach().clone())  # it may be the model's own
+        changed = tuple(name for name, value in _settings(called).items() if settings.get(name, _UNSET) != value)
+        second, written = _run(called, call), writes.seen()
+        del called, writes  # before there is another copy
+        another = _another_batch(call)
+        if another is None:
+            return cls(call, first, second, changed, None, written)
+        called = copy.deepcopy(model)
+        writes = Writes(model, called)
+        try:
+            other = another, _run(called, another)
+        except Exception:
+            return cls(call, first, second, changed, None, written or writes.seen())  # It takes the examples' only.
+        return cls(call, first, second, changed, other, written or writes.seen())
+
+
+Copier = Callable[[Any], Any]
+
+
+def run(model: nn.Module, call: Call, times: int = 1, copied: Copier = copy.deepcopy) -> Any:
     """Call a copy of a module on copies of the inputs, with the random numbers that every such run has."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for _ in range(times):
         result = _run(model, call)
     return result
@@ -40,31 +79,21 @@ def _run(model: nn.Module, call: Call) -> Any:
         return model(*args, **kwargs)
 
 
-def verify(gm: fx.GraphModule, model: nn.Module, call: Call, expected: Any, watch: Watch) -> None:
+def verify(gm: fx.GraphModule, eager: Eager, watch: Watch, copied: Copier) -> None:
     """Raise `TraceError` unless the graph gives the model's output on the examples, and on another batch size."""
-    _compare(gm, call, expected, watch, "the example inputs")
-    other = _another_batch(call)
-    if other is None:
+    _compare(gm, eager.call, eager.first, watch, "the example inputs", copied)
+    if eager.other is None:
         return
     try:
-        expected = run(model, other)
-    except Exception:
-        return  # The model itself takes the examples' batch size only.
-    try:
-        _compare(gm, other, expected, watch, "another batch size")
+        _compare(gm, *eager.other, watch, "another batch size", copied)
     except GuardError:
         return  # The model decides on the batch size, and the graph says so.
 
 
-def verify_second_call(gm: fx.GraphModule, model: nn.Module, call: Call) -> None:
+def verify_second_call(gm: fx.GraphModule, eager: Eager) -> None:
     """Raise `TraceError` unless the graph gives the model's output when called again."""
-    called = copy.deepcopy(model)
-    settings = _settings(called)
-    first = _run(called, call)
-    changed = [name for name, value in _settings(called).items() if settings.get(name, _UNSET) != value]
-    second = _run(called, call)
-    if not _same(first, second) and not _same(second, run(gm, call, times=2)):
-        cause = f", since it changes `{changed[0]}`" if changed else ""
+    if not _same(eager.first, eager.second) and not _same(eager.second, run(gm, eager.call, times=2)):
+        cause = f", since it changes `{eager.changed[0]}`" if eager.changed else ""
         what = f"the model computes something else when it is called again{cause}"
         remedy = "keep that in a buffer (register_buffer) and compute with it as with any tensor"
         raise TraceError(what, remedy)  # Of no module: as a leaf it would have counted the calibration as well.
@@ -100,9 +129,9 @@ def takes_one_row(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
         return False
 
 
-def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where: str) -> None:
+def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where: str, copied: Copier) -> None:
     try:
-        actual = run(gm, call)
+        actual = run(gm, call, copied=copied)
     except GuardError:
         raise
     except Exception as error:
