@@ -20,11 +20,6 @@ class Model(nn.Module):
         super().__init__()
         self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
         self.norm = nn.LayerNorm(8)
-            nn.Linear(8, 8),
-            nn.LayerNorm(8),
-            nn.Linear(8, 8),
-            nn.Linear(8, 8),
-        )
         self.third.weight = self.first.weight
         self.register_buffer("seen", torch.zeros(8))
 
