@@ -8,6 +8,8 @@
 //   input_lanes(I)           the same, other four in every lane
 //   spread(p, I index)       int32 at p + 4 * index[lane] in each lane; reads W bytes
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
+//   pair_weights(p)          2 * W int16, in a register
+//   dot_pairs(acc, I, I)     acc[lane] += both products of int16, modulo 2**32
 //   fused(F a, F b, F c)     a * b + c, rounded once
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
@@ -93,6 +95,7 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 #include "gemm.h"
 #include "depthwise.h"
 #include "lanes.h"
+#include "winograd.h"
 #include "images.h"
 #include "norms.h"
 #include "attention.h"
@@ -103,5 +106,6 @@ struct Affine {  // f32((q - zero_point) * multiplier)
 
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention, depthwise, lanes,
-                         max_of, mean_of, mean_of_fixed, mix_of, interleave_four, multiply, gemm_dynamic, float_gemm, embed, lookup};
+                         add_fixed, norm, gemm, attention, depthwise, lanes, largest_sum, winograd_weights, winograd,
+                         max_of, mean_of, mean_of_fixed, mix_of, interleave_four, multiply, gemm_dynamic, float_gemm,
+                         embed, lookup};

@@ -70,8 +70,9 @@ Seen look(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t row_
   return {begin, height * bytes, bytes, c.channels, std::move(copy)};
 }
 
-// Moves what `g` reads and writes beside its product by `pixels` elements and `channel` channels.
-void move(Gemm& g, int64_t elements, int64_t channel) {
+}  // namespace
+
+void move_outputs(Gemm& g, int64_t elements, int64_t channel) {
   const bool is_float = g.output == Output::kFloat || g.output == Output::kActivation;
   g.y = static_cast<uint8_t*>(g.y) + (elements + channel) * (is_float ? sizeof(float) : 1);
   if (g.addend) g.addend += (g.addend_stride ? elements : 0) + channel;
@@ -84,8 +85,6 @@ void move(Gemm& g, int64_t elements, int64_t channel) {
     g.multiplier += channel;
   }
 }
-
-}  // namespace
 
 void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t row_end, int64_t panel,
               int64_t panel_end) {
@@ -119,7 +118,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
     for (int64_t r = 0; r < row_end - row; ++r) {
       Gemm own = g;
       own.x = seen.begin + r * c.stride[1] * seen.row_step;
-      move(own, start + r * c.y_step[2], 0);
+      move_outputs(own, start + r * c.y_step[2], 0);
       kernels.lanes(own, c.out[2]);
     }
     return;
@@ -138,7 +137,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
     for (int64_t r = 0; r < (one ? 1 : row_end - row); ++r) {
       Gemm own = g;
       own.rows = pixels.data() + r * count;
-      move(own, start + r * c.y_step[2], 0);
+      move_outputs(own, start + r * c.y_step[2], 0);
       kernels.depthwise(own, count, memory.get());
     }
     return;
@@ -151,7 +150,7 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
       own.runs = own_runs.data();
       own.rows = pixels.data() + r * count;
       own.weight += group * packed_size(own.n, own.k);
-      move(own, start + r * c.y_step[2], group * own.n);
+      move_outputs(own, start + r * c.y_step[2], group * own.n);
       kernels.gemm(own, 0, count, panel, panel_end);
     }
   }

@@ -32,10 +32,28 @@ struct Conv {
     return in_lanes() ? packed_size(channels, k()) : groups * packed_size(product.n, k());
   }
   int64_t panels() const { return in_lanes() ? 1 : panel_count(product.n); }
+
+  // The outputs as tiles of 4 x 4, those of the last row and column cut off.
+  struct Tile {
+    int64_t image, row, pixel;
+  };
+  int64_t tiles() const { return batch * ceil_div(out[1], 4) * ceil_div(out[2], 4); }
+  Tile tile(int64_t i) const {
+    const int64_t down = ceil_div(out[1], 4), across = ceil_div(out[2], 4);
+    return {i / across / down, i / across % down * 4, i % across * 4};
+  }
 };
+
+// Moves what `g` reads and writes beside its product by elements of the result and by channels.
+void move_outputs(Gemm& g, int64_t elements, int64_t channel);
 
 // The output rows [row, row_end) of one image and plane, channels of the panels [panel, panel_end) of every group.
 void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t row_end, int64_t panel,
               int64_t panel_end);
+
+// winograd.cpp: whether a convolution can go by tiles, by way of fewer products; and whether it is faster so.
+bool fits_tiles(const Conv& c);
+bool gains_by_tiles(const Conv& c);
+int64_t tile_weights_size(int64_t channels, int64_t n);  // in int32
 
 }  // namespace fxq

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "conv.h"
 
 FXQ_TARGET("avx2,fma")
 namespace fxq::avx2 {
@@ -53,6 +53,18 @@ static inline I dot(I acc, Input a, Weights b) {
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0\n\tvpmaddwd %5, %4, %1\n\tvpaddd %1, %0, %0"
       : "+x"(acc), "=&x"(product)
       : "x"(a.even), "x"(b.even), "x"(a.odd), "x"(b.odd));
+  return acc;
+}
+
+static inline I pair_weights(const int32_t* p) {
+  I w = (I)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  asm("" : "+x"(w));
+  return w;
+}
+
+static inline I dot_pairs(I acc, I a, I b) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(a), "x"(b));
   return acc;
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "conv.h"
 
 FXQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq")
 namespace fxq::avx512 {
@@ -48,6 +48,16 @@ static inline Weights weights(const int8_t* p) {
 static inline I dot(I acc, Input a, Weights b) {
   acc += (I)_mm512_madd_epi16(a.even, b.even);
   return acc + (I)_mm512_madd_epi16(a.odd, b.odd);
+}
+
+static inline I pair_weights(const int32_t* p) {
+  I w = (I)_mm512_loadu_si512(p);
+  asm("" : "+v"(w));
+  return w;
+}
+
+static inline I dot_pairs(I acc, I a, I b) {
+  return (I)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16((__m512i)a, (__m512i)b));
 }
 
 static inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "conv.h"
 
 FXQ_TARGET("avx2,fma")
 namespace fxq::avx_vnni {
@@ -37,6 +37,17 @@ static inline Weights weights(const int8_t* p) {
 
 static inline I dot(I acc, Input a, Weights b) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+  return acc;
+}
+
+static inline I pair_weights(const int32_t* p) {
+  I w = (I)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  asm("" : "+x"(w));
+  return w;
+}
+
+static inline I dot_pairs(I acc, I a, I b) {
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
   return acc;
 }
 

@@ -1,7 +1,7 @@
 // Any processor: vectors of four lanes, which the compiler maps to SSE2, NEON or scalars.
 #include <cstring>
 
-#include "kernels.h"
+#include "conv.h"
 
 namespace fxq::generic {
 
@@ -13,7 +13,7 @@ using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using F = Vectors<W>::F;
-typedef int16_t H __attribute__((vector_size(4 * W)));
+using H = Vectors<W>::H;
 
 // Four bytes as two pairs of int16, (k0, k2) and (k1, k3): a product of uint8 and int8 fits int16.
 struct Pairs {
@@ -50,6 +50,17 @@ static inline Weights weights(const int8_t* p) {
 static inline I sum(H products) { return ((I)products << 16 >> 16) + ((I)products >> 16); }
 
 static inline I dot(I acc, Input a, Weights b) { return acc + sum(a.even * b.even) + sum(a.odd * b.odd); }
+
+static inline I pair_weights(const int32_t* p) {
+  I w;
+  memcpy(&w, p, sizeof w);
+  return w;
+}
+
+static inline I dot_pairs(I acc, I a, I b) {
+  using M = Vectors<W>::M;
+  return (I)((M)acc + (M)((a << 16 >> 16) * (b << 16 >> 16)) + (M)((a >> 16) * (b >> 16)));
+}
 
 static inline F fused(F a, F b, F c) {
   for (int lane = 0; lane < W; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);

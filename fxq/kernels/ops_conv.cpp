@@ -36,6 +36,18 @@ Split split(const Conv& c, int64_t threads) {
   return {bands, std::min(panels, threads)};
 }
 
+// By tiles, whose weights are transformed at every call: they would take eight times the memory to keep.
+void run_tiles(const Conv& c, int64_t threads) {
+  const Kernels& kernels = active();
+  const int64_t n = c.product.n, groups = c.channels / 4, tiles = c.tiles();
+  const std::unique_ptr<int32_t[]> memory(new int32_t[tile_weights_size(c.channels, n) + 16]);
+  int32_t* const weight = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / 4;
+  parallel(groups, ceil_div(groups, threads), [&](int64_t begin, int64_t end) {
+    kernels.winograd_weights(c.product.weight, c.channels, n, begin, end, weight);
+  });
+  parallel(tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) { kernels.winograd(c, weight, begin, end); });
+}
+
 void run(const Conv& c) {
   const int64_t outputs = c.batch * c.out[0] * c.out[1] * c.out[2];
   if (!outputs || !c.product.n) return;
@@ -43,6 +55,7 @@ void run(const Conv& c) {
   int64_t threads = 1;
   if (work >= 2 * kProductGrain)
     threads = std::min<int64_t>(torch::stable::get_num_threads(), work / kProductGrain);
+  if (gains_by_tiles(c) && fits_tiles(c)) return run_tiles(c, threads);
   const Split parts = split(c, threads);
   const int64_t tasks = c.batch * c.out[0] * parts.bands * parts.panel_parts;
   const auto task = [&](int64_t i) {

@@ -241,11 +241,19 @@ static void check_conv(int64_t batch, int64_t height, int64_t width, int64_t cha
     c.product.addend = output == Output::kFloat ? addend.data() : nullptr;
     c.product.addend_stride = stride == 1 ? n : 0;
     std::vector<float> wide(output == Output::kFloat ? outputs : 0);
+    std::vector<int32_t> tile_weights(fits_tiles(c) ? tile_weights_size(channels, n) : 0);
     compare("conv", outputs * (wide.empty() ? 1 : 4), [&](uint8_t* y) {
       c.product.y = wide.empty() ? static_cast<void*>(y) : wide.data();
-      for (int64_t image = 0; image < batch; ++image)
-        for (int64_t row = 0; row < c.out[1]; row += 2)
-          convolve(c, image, 0, row, row + 2 < c.out[1] ? row + 2 : c.out[1], 0, c.panels());
+      if (!tile_weights.empty() && active().isa != std::string("generic")) {
+        active().winograd_weights(weight.data(), channels, n, 0, channels / 8, tile_weights.data());
+        active().winograd_weights(weight.data(), channels, n, channels / 8, channels / 4, tile_weights.data());
+        active().winograd(c, tile_weights.data(), 0, c.tiles() / 2);
+        active().winograd(c, tile_weights.data(), c.tiles() / 2, c.tiles());
+      } else {
+        for (int64_t image = 0; image < batch; ++image)
+          for (int64_t row = 0; row < c.out[1]; row += 2)
+            convolve(c, image, 0, row, row + 2 < c.out[1] ? row + 2 : c.out[1], 0, c.panels());
+      }
       if (!wide.empty()) memcpy(y, wide.data(), wide.size() * 4);
     });
   }
@@ -381,6 +389,7 @@ int main() {
           }
           check_conv(1, 6, 5, 6, 66, kernel, stride, padding, dilation, 2);
         }
+  for (const int64_t channels : {4, 60, 68}) check_conv(1, 13, 10, channels, channels + 46, 3, 1, 1, 1, 1);
   for (const int64_t queries : {1, 6, 13})
     for (const int64_t keys : {0, 1, 4, 15, 64, 67})
       for (const int64_t depth : {1, 4, 7, 32})

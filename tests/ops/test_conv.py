@@ -78,6 +78,7 @@ TRANSPOSED = [
     ((4,), 5, 2, (2,), (3,), (0, 0), (2,), (3,), 1),
     ((4, 3), 5, 17, (4, 4), (1, 2), (2, 2, 1, 1), (0, 0), (1, 2), 1),
     ((2, 3, 2), 2, 2, (3, 1, 2), (2, 1, 2), (1, 1, 0, 0, 0, 0), (1, 0, 0), (1, 1, 1), 1),
+    ((24, 25), 64, 48, (6, 6), (2, 2), (3, 2, 2, 3), (0, 0), (1, 1), 1),  # four convolutions by tiles
 ]
 
 
@@ -138,6 +139,19 @@ SHAPES = [
 ]
 
 
+TILES = [
+    # by tiles of 4 x 4 outputs, or for one reason not
+    (1, (27, 27), 68, 70, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    (2, (24, 25), 64, 33, (3, 3), (1, 1), (0, 1, 1, 0), (1, 1), 1),
+    (1, (1, 22, 26), 132, 36, (1, 3, 3), (1, 1, 1), (0, 0, 2, 1, 2, 2), (1, 1, 1), 1),
+    (1, (2, 24, 28), 64, 64, (1, 3, 3), (1, 1, 1), (0, 0, 1, 1, 1, 1), (1, 1, 1), 1),
+    (1, (32, 31), 68, 64, (3, 3), (2, 1), (1, 1, 1, 1), (1, 1), 1),
+    (1, (28, 30), 68, 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 2), 1),
+    (1, (24, 27), 128, 128, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2),
+    (1, (24, 27), 66, 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+]
+
+
 def tensors(x, w, bias, multiplier, dilation, groups):
     packed = numerics.pack_conv(w, dilation, groups)
     return [torch.from_numpy(a) for a in (x, packed, bias, multiplier)]
@@ -174,6 +188,29 @@ def check(run, rng, case, z_x=9, extreme=False):
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes(on_isa, case):
     check(on_isa, np.random.default_rng(0), case)
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_tiles(on_isa, case):
+    check(on_isa, np.random.default_rng(0), case)
+
+
+@pytest.mark.parametrize("case", TILES[:3])
+def test_extremes_by_tiles(on_isa, case):
+    check(on_isa, np.random.default_rng(0), case, 255, extreme=True)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sums_that_tiles_cannot_hold(on_isa, sign):
+    x, w = np.full((1, 128, 24, 24), 255, np.uint8), np.full((64, 128, 3, 3), 127 * sign, np.int8)
+    w[:32, 115:] = 0  # those of half the channels fit
+    bias, multiplier = np.zeros(64, np.int32), np.ones(64, np.float32)
+    conv = Conv((1, 1), (1, 1, 1, 1), (1, 1), 1, 9)
+    expected = numerics.qconv_float(x, w, bias, multiplier, conv)
+    assert np.abs(expected).max() > 2**25
+    x, *rest = tensors(x, w, bias, multiplier, (1, 1), 1)
+    found = on_isa(qconv_float, channels_last(x), *rest, str(Window((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)), 9, None)
+    assert np.array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("case", SHAPES[6:20:4])
@@ -290,7 +327,7 @@ def test_quantize_channels_last(on_isa, shape):
 
 def test_threads_return_the_same_bits():
     threads = torch.get_num_threads()
-    cases = [(2, (30, 30), 24, 70, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)]
+    cases = [(2, (30, 30), 24, 70, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1), TILES[0]]
     cases += [(1, (40, 40), 80, 80, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 80)]
     try:
         for count in (1, 2, 3):
