@@ -1,4 +1,4 @@
-"""Layers that run as one call (`qchain`, `qlinears`, `qfeed_forward`) taken apart again, under their own names."""
+"""What runs as one call (`qchain`, `qlinears`, `qfeed_forward`, `qgate`) taken apart again, under its own names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from torch.fx import GraphModule, Node
 from fxq.graph import Value, bypass, constant, get_attr, set_constant
 from fxq.ops.activation import qlinear_act
 from fxq.ops.chain import decode, qchain, qchain_float
+from fxq.ops.conv import qconv, qconv_act_quantize
 from fxq.ops.feed_forward import qfeed_forward
+from fxq.ops.gate import qgate
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linears import qlinears
+from fxq.ops.mul import qmul
+from fxq.ops.pool import qadaptive_avg_pool
 from fxq.qdq import quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
 
@@ -51,6 +55,15 @@ def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
             (links[0].name, "qlinear_act", f"{widths[0]} -> {widths[1]}, {node.args[4]}"),
             (links[1].name, "qlinear_dynamic", f"{widths[1]} -> {widths[2]}"),
         ]
+    if node.target is qgate:
+        channels, squeezed, *_ = (link.value.shape[1] for link in links)
+        hidden = ("qconv_act_quantize", f", {node.args[7]}") if node.args[7] else ("qconv", "")
+        return [
+            (links[0].name, "qadaptive_avg_pool", "1"),
+            (links[1].name, hidden[0], f"{channels} -> {squeezed}{hidden[1]}"),
+            (links[2].name, "qconv_act_quantize", f"{squeezed} -> {channels}, {node.args[15]}"),
+            (links[3].name, "qmul", f"{channels}"),
+        ]
     _, program = node.args
     assert isinstance(program, Node)
     chain = decode(constant(gm, program))
@@ -77,6 +90,8 @@ def expand(gm: GraphModule) -> GraphModule:
             _part(expanded, node)
         elif node.target is qfeed_forward:
             _both(expanded, node)
+        elif node.target is qgate:
+            _gate(expanded, node)
     expanded.recompile()
     return expanded
 
@@ -101,6 +116,25 @@ def _both(gm: GraphModule, node: Node) -> None:
     with gm.graph.inserting_before(node):
         wide = _node(gm, qlinear_act, node.args[:5], first)
         bypass(gm, node, _node(gm, qlinear_dynamic, (wide, *node.args[5:]), second))
+
+
+def _gate(gm: GraphModule, node: Node) -> None:
+    """The mean, the two convolutions and the product that a `qgate` runs."""
+    x, z_x, mean, z_mean, *rest = node.args
+    links = node.meta["inside"]
+    ones = (1,) * (len(links[0].value.shape) - 2)
+    window = "x".join(map(str, ones))
+    first, (activation, scale, z_hidden, *bounds), second, last = rest[:3], rest[3:8], rest[8:11], rest[11:]
+    with gm.graph.inserting_before(node):
+        squeezed = _node(gm, qadaptive_avg_pool, (x, ones, z_x, mean, z_mean, ACT_QMIN, ACT_QMAX), links[0])
+        if activation:
+            operands = (squeezed, *first, window, z_mean, activation, scale, z_hidden)
+            hidden = _node(gm, qconv_act_quantize, operands, links[1])
+        else:
+            hidden = _node(gm, qconv, (squeezed, *first, window, z_mean, z_hidden, *bounds), links[1])
+        gate, scale_gate, z_gate, m, *epilogue = last
+        gates = _node(gm, qconv_act_quantize, (hidden, *second, window, z_hidden, gate, scale_gate, z_gate), links[2])
+        bypass(gm, node, _node(gm, qmul, (x, gates, m, z_x, z_gate, *epilogue), links[3]))
 
 
 def _expand(gm: GraphModule, node: Node) -> None:

@@ -10,7 +10,7 @@
   correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
-  order_channels, fuse_chains, merge_linears, prune: INTEGER
+  order_channels, fuse_gates, fuse_chains, merge_linears, prune: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -31,6 +31,7 @@ from passes import (
     fuse_conv_add,
     fuse_embeddings,
     fuse_feed_forward,
+    fuse_gates,
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
@@ -88,6 +89,7 @@ LOWER: tuple[Pass, ...] = (
     fuse_norm.PASS,
     fuse_embeddings.PASS,
     order_channels.PASS,
+    fuse_gates.PASS,
     fuse_chains.PASS,
     merge_linears.PASS,
     prune.PASS,
