@@ -1,11 +1,10 @@
-"""What an operation costs on this machine: timed once by itself, kept in a file, looked up from then on.
+"""What an operation costs on this machine: timed once, where it was first met, kept in a file, looked up from then on.
 
 A key is the operation with the dtypes and shapes of its tensors and what else shapes its work; scales and zero points
-do not. Beside it stands what happens between two calls of the operation in a model: how much other data passes, since
+do not. Beside it stands what is done between two calls of the operation in a graph: how much other data passes, since
 the weights of a large model do not stay in the caches, and whether many other operations run, since their code does not
-stay there either. The file is JSON (key -> seconds) in the
-cache folder of the kernels, one per fxq, torch, processor, instruction set and number of threads: read it, delete it,
-or look at it with `python -m fxq costs`.
+stay there either. The file is JSON (key -> seconds) in the cache folder of the kernels, one per fxq, torch, processor,
+instruction set and number of threads: read it, delete it, or look at it with `python -m fxq costs`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -29,10 +25,8 @@ from fxq.errors import FileError
 from fxq.graph import submodule, target_name
 from fxq.kernels.binary import cache
 
-VERSION = 5
+VERSION = 6
 """Of the file's format and of the way of timing."""
-_ROUNDS, _SECONDS = (3, 25), 0.03
-"""Calls of one operation that are timed: as many as fill these seconds, within the first."""
 MANY = 24
 """Operations."""
 AMONG = 1 << 20, 1 << 25
@@ -60,13 +54,10 @@ class Costs:
         self.seconds = self._read()
         self._fresh: dict[str, float] = {}
 
-    def of(self, key: str, run: Callable[[], object], between: Callable[[], object] = lambda: None) -> float:
-        """The seconds of the operation behind `key`; `run` does it once, and is timed where the key is new.
-
-        between: what happens, untimed, between two calls.
-        """
+    def of(self, key: str, measure: Callable[[], float]) -> float:
+        """The seconds of the operation behind `key`; `measure` finds them out where the key is new."""
         if key not in self.seconds:
-            self.seconds[key] = self._fresh[key] = _time(run, between)
+            self.seconds[key] = self._fresh[key] = measure()
         return self.seconds[key]
 
     def save(self) -> None:
@@ -115,44 +106,15 @@ def _describe(value: Any) -> str:
     return "" if isinstance(value, float) else repr(value)
 
 
-class Others:
-    """What stands beside an operation in a graph, to be done between two calls so that they take what they do there.
+def beside(gm: GraphModule) -> str:
+    """What stands beside each operation of a graph, as a part of its key.
 
-    size: the bytes of the graph's constants, as a power of two within `AMONG`; 0 where the caches hold them. many:
-    whether there are `MANY` operations, so that the code of one does not stay in the caches.
+    The bytes of the graph's constants, as a power of two within `AMONG`, nothing where the caches hold them, and
+    whether there are `MANY` operations.
     """
-
-    def __init__(self, gm: GraphModule) -> None:
-        least, most = AMONG
-        size = sum(tensor.nbytes for tensor in (*gm.parameters(), *gm.buffers()) if tensor.layout is torch.strided)
-        self.size = min(1 << (size.bit_length() - 1), most) if size >= least else 0
-        self.many = sum(node.op.startswith("call") for node in gm.graph.nodes) >= MANY
-        self._data = torch.empty(self.size, dtype=torch.uint8)
-        self._x = torch.rand(32, 32)
-
-    def __str__(self) -> str:
-        parts = [f"{self.size >> 20} MB"] * bool(self.size) + ["many operations"] * self.many
-        return f" among {' and '.join(parts)}" if parts else ""
-
-    def run(self) -> None:
-        """Let the caches forget what a call in a model does not find there."""
-        self._data.add_(1)
-        if self.many:
-            torch.cat([F.layer_norm(self._x, (32,)).softmax(-1), self._x]).relu()
-
-
-def _time(run: Callable[[], object], between: Callable[[], object]) -> float:
-    """Seconds of one call: the median of a few, each with something else before it, as operations have in a model."""
-
-    def once() -> float:
-        between()
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    once()
-    start = time.perf_counter()
-    once()
-    least, most = _ROUNDS
-    rounds = max(least, min(most, int(_SECONDS / (time.perf_counter() - start))))
-    return median(once() for _ in range(rounds))
+    least, most = AMONG
+    size = sum(tensor.nbytes for tensor in (*gm.parameters(), *gm.buffers()) if tensor.layout is torch.strided)
+    parts = [f"{min(1 << (size.bit_length() - 1), most) >> 20} MB"] if size >= least else []
+    if sum(node.op.startswith("call") for node in gm.graph.nodes) >= MANY:
+        parts.append("many operations")
+    return f" among {' and '.join(parts)}" if parts else ""

@@ -110,7 +110,7 @@ def compare(
 
 @torch.inference_mode(False)
 def profile(gm: GraphModule, inputs: Examples, *, kwargs: Mapping[str, Any] | None = None) -> Profile:
-    """The microseconds of every operation of a graph on these inputs, measured in place beside predicted alone.
+    """The microseconds of every operation of a graph on these inputs, measured beside predicted.
 
     gm: what `fxq.quantize`, `prepare` or `trace` returns. What the file of costs (`fxq.costs`) did not know is measured
     and added to it. Threads: `torch.get_num_threads()`.

@@ -1,14 +1,17 @@
-"""Where the time of a call goes: each operation measured in its place, beside what it takes by itself.
+"""Where the time of a call goes: each operation measured in its place, beside what `fxq.costs` predicts.
 
-*measured* is the median over runs of the whole graph, between its neighbours; *predicted* is the time of the same
-operation alone, from `fxq.costs`. What Python adds around the operations is in `Profile.seconds` only.
+*measured* is the median over runs of the whole graph, between its neighbours, whose code and data it finds in the
+caches instead of its own; *predicted* is what the same operation took where it was first met, such as the graph that
+`judge_costs` tried. What Python adds around the operations is in `Profile.seconds` only.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,25 +19,28 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq.costs import Costs, Others, key_of
-from fxq.graph import bind, is_call, line_of, module_of, mutations, submodule, target_name, unchanged
+from fxq.costs import Costs, beside, key_of
+from fxq.graph import bind, is_call, line_of, module_of, target_name, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import tensors
 
 LEAST_RUNS, SECONDS = 5, 0.5
+"""Of a profile."""
+ROUNDS, COST_SECONDS = (3, 25), 0.1
+"""Runs of a graph by which its operations are priced: as many as fill these seconds, within the first."""
 LEAST = 5e-6
 """Seconds. Below, what Python does between two operations is most of the measured time, and says nothing of them."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One operation; seconds. predicted: None where it works in place, so that it cannot be run by itself."""
+    """One operation; seconds."""
 
     module: str
     op: str
     node: str
     measured: float
-    predicted: float | None
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,7 @@ class Profile:
     @property
     def error(self) -> float:
         """The median of |predicted - measured| / measured over operations of `LEAST` and more; 0 without any."""
-        compared = [t for t in self.timings if t.measured >= LEAST and t.predicted is not None]
-        errors = [abs((t.predicted or 0.0) - t.measured) / t.measured for t in compared]
+        errors = [abs(t.predicted - t.measured) / t.measured for t in self.timings if t.measured >= LEAST]
         return median(errors) if errors else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,9 +64,8 @@ class Profile:
         total = sum(timing.measured for timing in self.timings)
         rows = [("module", "op", "us", "share", "predicted us")]
         for t in sorted(self.timings, key=lambda timing: -timing.measured):
-            predicted = "" if t.predicted is None else f"{1e6 * t.predicted:.1f}"
             share = f"{100 * t.measured / total:.1f} %"
-            rows.append((t.module or "(root)", t.op, f"{1e6 * t.measured:.1f}", share, predicted))
+            rows.append((t.module or "(root)", t.op, f"{1e6 * t.measured:.1f}", share, f"{1e6 * t.predicted:.1f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
@@ -103,65 +107,56 @@ class _Clock:
             self.spent[node].append(end - start)
 
 
-def _function(interpreter: Interpreter, node: Node) -> Callable[..., Any]:
-    """What `node` calls, with nothing of the interpreter around it."""
-    if node.op == "call_module":
-        return submodule(interpreter.module, node)  # type: ignore[arg-type]
-    if node.op == "call_method":
-        name = str(node.target)
-        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
-    assert callable(node.target)
-    return node.target
+class _Keys(Interpreter):
+    """Runs a graph once; keys: of the operations that give tensors, on the operands that they then have."""
 
-
-class _Predictor(Interpreter):
-    """Runs a graph once and takes each operation's cost, on the operands that it then has."""
-
-    def __init__(self, gm: GraphModule, costs: Costs, in_place: set[Node], wanted: Collection[Node]) -> None:
+    def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.costs, self.in_place, self.wanted = costs, in_place, wanted
-        self.predicted: dict[Node, float | None] = {}
-        self.others = Others(gm)
+        self.keys: dict[Node, str] = {}
+        self.beside = beside(gm)
 
     def run_node(self, n: Node) -> Any:
-        if not is_call(n) or n not in self.wanted:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        function = _function(self, n)
-        result = function(*args, **kwargs)
-        if next(tensors(result), None) is not None:
-            self.predicted[n] = None
-            if n not in self.in_place:
-                self.predicted[n] = self._cost(n, args, kwargs)
+        result = super().run_node(n)
+        if is_call(n) and next(tensors(result), None) is not None:
+            key = key_of(self.module, n, *self.fetch_args_kwargs_from_env(n))  # type: ignore[arg-type]
+            self.keys[n] = f"{key}{self.beside}"
         return result
 
-    def _cost(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """The cost of `n`, whose operands have just been computed, while its constants have made room for others."""
-        function = _function(self, n)
-        key = key_of(self.module, n, args, kwargs)  # type: ignore[arg-type]
-        computed = list(tensors([self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]))
 
-        def between() -> None:
-            self.others.run()
-            for operand in computed:
-                operand.clone()
+def _price(gm: GraphModule, call: Call, keys: Mapping[Node, str]) -> dict[str, float]:
+    """Seconds by key, each the median over all places and runs of a graph."""
+    clock = _Clock(gm)
+    least, most = ROUNDS
+    with torch.no_grad(), unchanged(gm), torch.random.fork_rng(devices=[]):
+        for _ in range(2):  # the first prepares, the second tells how many
+            start = time.perf_counter()
+            clock(call.clone())
+            seconds = time.perf_counter() - start
+        clock.spent = {node: [] for node in clock.nodes}
+        for _ in range(max(least, min(most, int(COST_SECONDS / seconds)))):
+            clock(call.clone())
+    spent: dict[str, list[float]] = defaultdict(list)
+    for node, key in keys.items():
+        spent[key] += clock.spent[node]
+    return {key: median(seconds) for key, seconds in spent.items()}
 
-        return self.costs.of(f"{key}{self.others}", lambda: function(*args, **kwargs), between)
 
+def predict(gm: GraphModule, call: Call, costs: Costs, wanted: Collection[Node] | None = None) -> dict[Node, float]:
+    """Seconds of operations of `gm` on the operands that they have in this call, of those that give tensors.
 
-def predict(
-    gm: GraphModule, call: Call, costs: Costs, wanted: Collection[Node] | None = None
-) -> dict[Node, float | None]:
-    """Seconds of operations of `gm` by themselves, on the operands that they have in this call; None of in-place ones.
-
-    wanted: which; by default all.
+    Where one is not known yet, all of `gm` is timed. wanted: which; by default all.
     """
+    interpreter = _Keys(gm)
     own = call.clone()
-    in_place = set(mutations(gm, own.args, own.kwargs))
-    predictor = _Predictor(gm, costs, in_place, list(gm.graph.nodes) if wanted is None else wanted)
-    with torch.no_grad(), unchanged(gm):
-        predictor.run(*bind(gm, own.args, own.kwargs))
-    return predictor.predicted
+    with torch.no_grad(), unchanged(gm), torch.random.fork_rng(devices=[]):
+        interpreter.run(*bind(gm, own.args, own.kwargs))
+    keys = interpreter.keys
+    prices = functools.cache(lambda: _price(gm, call, keys))
+
+    def price(key: str) -> float:
+        return costs.of(key, lambda: prices()[key])
+
+    return {node: price(key) for node, key in keys.items() if wanted is None or node in wanted}
 
 
 def measure(gm: GraphModule, call: Call, costs: Costs) -> Profile:

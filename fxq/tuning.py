@@ -330,7 +330,7 @@ class _Run:
         return value
 
     def _predict(self, gm: GraphModule) -> float:
-        return sum(seconds or 0.0 for seconds in predict(gm, self.call, self.costs).values())
+        return sum(predict(gm, self.call, self.costs).values())
 
     def _found(self, complete: bool) -> Tuning | None:
         """The best of the trials so far; None where none keeps the metric."""

@@ -2,7 +2,7 @@
 
 Nothing tells beforehand what becomes one operation and what borders remain, so the graph is lowered on trial, with
 ranges of the examples. What hands each other integers there is an island, the quantize before it and the dequantize
-behind it included. Its operations are timed by themselves (`fxq.costs`), as are the float operations that they stand
+behind it included. Its operations are timed in such a graph (`fxq.costs`), as are the float operations that they stand
 for; where the integers take longer in sum, all of them stay float, with both predictions in the report. That moves the
 borders of others, so the rest is tried again until no island loses. Losses that together are within 1 % of what all
 islands take in float are borne: they are within the error of a measurement, and int8 weights are a quarter as large.
@@ -79,10 +79,7 @@ class JudgeCosts:
         trial = self._lower(gm, ctx)
         islands = [(new, old) for new, old in _islands(gm, trial) if not int8.isdisjoint(node.name for node in old)]
         news, olds = (set[Node]().union(*(island[i] for island in islands)) for i in (0, 1))
-        integer, floating = (
-            {node: seconds or 0.0 for node, seconds in predict(graph, ctx.examples, costs, nodes).items()}
-            for graph, nodes in ((trial, news), (gm, olds))
-        )
+        integer, floating = (predict(graph, ctx.examples, costs, nodes) for graph, nodes in ((trial, news), (gm, olds)))
         found: dict[str, str] = {}
         costs_of = [(sum(integer[n] for n in new), sum(floating.get(n, 0.0) for n in old), old) for new, old in islands]
         borne = BORNE * sum(theirs for _, theirs, _ in costs_of)

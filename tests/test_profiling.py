@@ -1,4 +1,4 @@
-"""Costs of operations by themselves, kept in a file, and profiles of whole graphs beside them."""
+"""Costs of operations, kept in a file, and profiles of whole graphs beside them."""
 
 import json
 
@@ -40,13 +40,13 @@ def test_a_profile_of_a_float_graph(tmp_path):
     assert len(fxq.profile(gm, torch.randn(2, 4)).timings) == 2
 
 
-def test_what_works_in_place_has_no_prediction_and_leaves_the_inputs_alone(model_of):
+def test_what_works_in_place_leaves_the_inputs_alone(model_of):
     gm = fxq.trace(model_of(lambda self, x: self.l(x.mul_(2)) + x.sum(), l=nn.Linear(4, 4)), torch.randn(2, 4))
     x = torch.randn(2, 4)
     before = x.clone()
     timings = fxq.profile(gm, x).timings
     assert torch.equal(x, before)
-    assert "mutate" not in [timing.op for timing in timings if timing.predicted is not None]
+    assert all(timing.predicted > 0 for timing in timings)
 
 
 def test_costs_are_measured_once_and_kept(qmodel, monkeypatch):
@@ -54,14 +54,14 @@ def test_costs_are_measured_once_and_kept(qmodel, monkeypatch):
     fxq.profile(qmodel, x)
     kept = json.loads(costs_path().read_text())
     assert any(key.startswith("fxq.qchain_float(float32[4, 16], ") for key in kept["seconds"])
-    monkeypatch.setattr("fxq.costs._time", lambda run, between: pytest.fail("measured again"))
+    monkeypatch.setattr("fxq.profiling._price", lambda *_: pytest.fail("measured again"))
     fxq.profile(qmodel, x)
 
 
 def test_two_processes_lose_nothing_of_each_other(tmp_path):
     first, second = Costs(tmp_path / "c.json"), Costs(tmp_path / "c.json")
-    first.of("a", lambda: None)
-    second.of("b", lambda: None)
+    first.of("a", lambda: 1.0)
+    second.of("b", lambda: 1.0)
     first.save()
     second.save()
     assert set(Costs(tmp_path / "c.json").seconds) == {"a", "b"}
@@ -78,7 +78,7 @@ def test_a_damaged_file_says_so(tmp_path, text):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     costs = Costs(tmp_path / "c.json")
-    costs.of("a", lambda: None)
+    costs.of("a", lambda: 1.0)
     costs.path = tmp_path / "file" / "c.json"
     with pytest.raises(fxq.FileError, match="set FXQ_CACHE"):
         costs.save()

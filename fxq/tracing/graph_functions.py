@@ -59,6 +59,8 @@ def mutate(tensor: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> None
 @in_graph
 def structure(value: object) -> str:
     """Containers, their lengths and keys, and which leaves are None, as text; every other leaf is `*`."""
+    if isinstance(value, torch.Tensor):  # most are, and this runs in each call
+        return "*"
     if value is None:
         return "None"
     if isinstance(value, dict):
@@ -67,7 +69,7 @@ def structure(value: object) -> str:
         items = (f"{field.name}={structure(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__name__}({', '.join(items)})"
     if isinstance(value, list | tuple):
-        inside = ", ".join(structure(item) for item in value)
+        inside = ", ".join([structure(item) for item in value])
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     return "*"
 

@@ -25,7 +25,7 @@ def prices(monkeypatch, tmp_path):
     def install(price):
         asked = []
 
-        def of(self, key, run, between=None):
+        def of(self, key, measure):
             asked.append(key)
             return 1e-6 * price(key)
 
@@ -144,7 +144,7 @@ def test_the_clock_is_read_once(model, monkeypatch, tmp_path):
     monkeypatch.setenv("FXQ_CACHE", str(tmp_path))
     monkeypatch.setattr(JudgeCosts, "run", JUDGE)
     first = quantize(model)
-    monkeypatch.setattr("fxq.costs._time", lambda run, between: pytest.fail("measured again"))
+    monkeypatch.setattr("fxq.profiling._price", lambda *_: pytest.fail("measured again"))
     assert forms(quantize(model)) == forms(first)
 
 
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written_is_told_of(model, monkeypatch, tmp_path
 
     monkeypatch.setattr("fxq.costs.tempfile.NamedTemporaryFile", refuse)
     monkeypatch.setenv("FXQ_CACHE", str(tmp_path))
-    monkeypatch.setattr("fxq.costs._time", lambda run, between: 1e-6)
+    monkeypatch.setattr("fxq.profiling._price", lambda gm, call, keys: dict.fromkeys(keys.values(), 1e-6))
     monkeypatch.setattr(JudgeCosts, "run", JUDGE)
     assert any("measured anew each time: cannot write" in note for note in quantize(model).report.notes)
 
