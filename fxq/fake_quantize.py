@@ -9,7 +9,8 @@ straight through (Bengio et al. 2013), 1 where x lies inside the clamp, 0 where 
 
     dx^/ds = rne(x / s) - x / s inside, the bound (-z or 255 - z) where clipped;   times 1 / sqrt(numel * qmax)
 
-Each stands where an `Observer` or `WeightObserver` stands in a graph that is calibrated, and is one.
+Each stands where an `Observer` or `WeightObserver` stands in a graph that is calibrated, and is one;
+`TrainedAttention` stands where an attention does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxq.observers import MovingAverage, WeightObserver
@@ -171,6 +173,49 @@ class LearnedWeightFakeQuantize(WeightFakeQuantize):
         scales = _exp(self.log_scales)
         self.scales.copy_(scales.detach())
         return _apply(_Weight, w, scales)
+
+
+class TrainedAttention(nn.Module):
+    """Attention as `fxq.spelling.attention` computes it, with the dropout that the model has on its weights.
+
+    rounds: whether they are rounded as those of `qattention` are, p = rne(255 * exp(x - max x)) / 255, before they are
+    divided by their sum; the gradient passes straight through.
+    """
+
+    def __init__(self, rounds: bool, dropout: float) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.dropout = dropout
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        nan_if_masked: bool,
+    ) -> Tensor:
+        """q [B, H, T, D], k and v [B, G, S, D], H a multiple of G; or all without heads."""
+        if q.dim() == 4 and q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        top = scores.amax(-1, keepdim=True).detach()
+        p = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
+        if self.rounds:
+            p = p + (torch.round(p.detach() * ACT_QMAX) / ACT_QMAX - p.detach())
+        total = p.sum(-1, keepdim=True)
+        if not nan_if_masked:
+            total = total.masked_fill(total == 0, 1)
+        return F.dropout(p / total, self.dropout, self.training) @ v
+
+    def extra_repr(self) -> str:
+        return f"rounds={self.rounds}, dropout={self.dropout}"
 
 
 def _exp(log_scale: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 norm(x, w, b)            ->  linear(x, fake_quantize(w_folded), b_folded)      the numbers of eval mode
 norm(x)                  ->  batch_norm(x, mean, var, ...)
 dropout(x)               ->  x
+trained_attention(...)   ->  attention(...)                                its weights are rounded again by `lower`
 as_strided(parameter)    ->  a constant
 """
 
@@ -14,10 +15,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.batch_norm import BatchNorm, FoldedBatchNorm
+from fxq.fake_quantize import TrainedAttention
 from fxq.graph import bypass, call, constant, get_attr, set_constant, submodule
 from fxq.ops.dropout import Dropout
 from fxq.pipeline import Context, Numbers
-from fxq.spelling import BATCH_NORM
+from fxq.spelling import ATTENTION, BATCH_NORM
 from fxq.stages import Stage
 
 
@@ -28,7 +30,7 @@ class EndTraining:
     name: str = "end-training"
     takes: Stage = Stage.OBSERVED
     gives: Stage = Stage.OBSERVED
-    numbers: Numbers = Numbers.SAME
+    numbers: Numbers = Numbers.ONE_STEP  # an attention's; all others keep their bits
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """In graph order, so that a norm finds its weight a constant."""
@@ -42,6 +44,10 @@ class EndTraining:
                     count += _fold(gm, node, module)
                 elif isinstance(module, BatchNorm):
                     count += _inline(gm, node, module)
+                elif isinstance(module, TrainedAttention):
+                    with gm.graph.inserting_before(node):
+                        bypass(gm, node, call(gm, ATTENTION, node.args, node))
+                    count += 1
                 elif isinstance(module, Dropout):
                     (x,) = node.args
                     assert isinstance(x, Node)

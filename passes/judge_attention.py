@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.comparison import sqnr
 from fxq.decisions import Reason
+from fxq.fake_quantize import FakeQuantize
 from fxq.graph import bind, submodule, unchanged
 from fxq.observers import Observer, paused
 from fxq.ops.attention import qattention_float
@@ -65,9 +66,11 @@ class JudgeAttention:
 
 
 def _observers(gm: GraphModule, node: Node) -> tuple[Observer, ...] | None:
-    """The observers of q, k and v; None where one of them is not to become an integer."""
+    """The observers of q, k and v; None where one of them is not to become an integer, or where they have trained."""
     modules = [submodule(gm, x) if isinstance(x, Node) and x.op == "call_module" else None for x in node.args[:3]]
     observers = tuple(m for m in modules if isinstance(m, Observer))
+    if any(isinstance(m, FakeQuantize) for m in observers):
+        return None  # their rounding is a part of what was trained
     return observers if len(observers) == 3 and all(m.seen for m in observers) else None
 
 

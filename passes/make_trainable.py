@@ -4,6 +4,7 @@
     dropout(x) behind which an observer is    ->  dropout(fake_quantize(x))    inference has no dropout to observe
     linear(x, observer(w_folded), b_folded)   ->  norm(x, w, b)                `FoldedBatchNorm` at the norm's path
     batch_norm(x, mean, var, ...)             ->  norm(x)                      where it is a module of torch's
+    attention(q, k, v, ...)                   ->  trained_attention(...)       rounds its weights where q, k, v are fake
     a constant that is a view of a parameter  ->  as_strided(parameter)        so that gradients reach it
 
 So all parameters are the user's, under the user's names. `end_training` takes it all back.
@@ -19,13 +20,22 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxq.batch_norm import FOLDED, BatchNorm, Folded, FoldedBatchNorm
-from fxq.fake_quantize import FakeQuantize, LearnedFakeQuantize, LearnedWeightFakeQuantize, WeightFakeQuantize
+from fxq.fake_quantize import (
+    FakeQuantize,
+    LearnedFakeQuantize,
+    LearnedWeightFakeQuantize,
+    TrainedAttention,
+    WeightFakeQuantize,
+)
 from fxq.graph import bypass, call, constant, get_attr, submodule
 from fxq.observers import SAMPLE, Observer, WeightObserver, sample_of
-from fxq.ops.dropout import Dropout
+from fxq.ops.dropout import DROPOUT, Dropout
 from fxq.pipeline import Context, Numbers
-from fxq.spelling import BATCH_NORM
+from fxq.spelling import ATTENTION, BATCH_NORM
 from fxq.stages import Stage
+
+HOLDER = "attentions"
+"""The submodule that holds the attentions."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class MakeTrainable:
         count += _fake_quantize(gm, ctx.recipe.learn_steps)
         count += sum(_unfold(gm, node) for node in list(gm.graph.nodes) if FOLDED in node.meta)
         count += sum(_train(gm, node) for node in list(gm.graph.nodes) if node.target is BATCH_NORM)
+        count += sum(_attend(gm, node) for node in list(gm.graph.nodes) if node.target is ATTENTION)
         count += _read_through_parameters(gm)
         if sample_of(gm) is not None:
             gm.delete_submodule(SAMPLE)  # training sees to what it is for
@@ -133,6 +144,21 @@ def _train(gm: GraphModule, node: Node) -> int:
         gm.set_submodule(path, BatchNorm(module))
     with gm.graph.inserting_before(node):
         bypass(gm, node, call(gm, path, (node.args[0],), node))
+    return 1
+
+
+def _attend(gm: GraphModule, node: Node) -> int:
+    """An attention among integers, or with dropout, becomes a module."""
+    modules = [submodule(gm, x) if isinstance(x, Node) and x.op == "call_module" else None for x in node.args[:3]]
+    rounds, dropout = all(isinstance(module, FakeQuantize) for module in modules), node.meta.get(DROPOUT, 0.0)
+    if not rounds and not dropout:
+        return 0
+    path = f"{HOLDER}.{node.name}"
+    if not hasattr(gm, HOLDER):
+        gm.add_module(HOLDER, nn.Module())
+    gm.add_submodule(path, TrainedAttention(rounds, dropout))
+    with gm.graph.inserting_before(node):
+        bypass(gm, node, call(gm, path, node.args, node))
     return 1
 
 

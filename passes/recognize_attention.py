@@ -6,8 +6,9 @@
     scores.masked_fill(hidden, -inf), torch.where(seen, scores, -inf)       -> a bool mask; -1e9 and less: a float mask
     k[:, :, None].expand(...).reshape(...), repeat_interleave(k, n, 1)      -> k, whose heads are shared
 
-By hand means a softmax over the last dimension, without dropout, of scores that nobody else reads, nor the weights.
-Several masks become their sum. What fits none of this keeps the operations that it has.
+By hand means a softmax over the last dimension of scores that nobody else reads, nor the weights. Dropout on the
+weights, which only a graph that is to be trained has, goes into the `meta`. Several masks become their sum. What fits
+none of this keeps the operations that it has.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import graph
 from fxq.graph import STATE, Value, bypass, call, constant, is_float_tensor, is_tensor, submodule
+from fxq.ops.dropout import DROPOUT, Dropout
 from fxq.pipeline import Context, Numbers
 from fxq.spelling import ADD, ATTENTION, GETITEM, MOVES
 from fxq.stages import Stage
@@ -263,6 +265,9 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
     if product is None:
         return False
     weights, v, order = product
+    dropout = _dropout(gm, weights)
+    if dropout is not None:
+        weights, _ = dropout
     scores = _softmax_of(gm, weights)
     found = None if scores is None else _scores(gm, scores, Scores())
     if scores is None or found is None or found.q is None or found.k is None or found.product is None:
@@ -278,6 +283,8 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
     q, k, values = (operand.moved(gm, node) for operand in (found.q, found.k, v))
     mask, scale = _mask(gm, node, found), _times(gm, node, 1.0, found.factors)
     new = _write(gm, node, Attention(q, k, values, mask, False, scale, nan_if_masked=True))
+    if dropout is not None:
+        new.meta[DROPOUT] = dropout[1]
     if order is not None:
         shape = _shape(new)
         with gm.graph.inserting_after(new):
@@ -287,6 +294,16 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
         new.meta["value"] = Value(torch.float32, tuple(shape[i] for i in inverse))
         new.meta.pop("source", None)
     return True
+
+
+def _dropout(gm: GraphModule, node: Node) -> tuple[Node, float] | None:
+    """What a dropout of a graph that is to be trained reads, and how much of it goes."""
+    module = submodule(gm, node) if node.op == "call_module" else None
+    if not isinstance(module, Dropout) or module.function is not F.dropout or len(node.users) > 1:
+        return None
+    x = node.args[0]
+    assert isinstance(x, Node)
+    return x, module.p
 
 
 def _operands(node: Node) -> tuple[Any, ...]:

@@ -27,12 +27,13 @@ from fxq.stages import Stage
 
 @dataclass(frozen=True)
 class SplitLinears:
-    """See the module's docstring."""
+    """See the module's docstring. views: whether the parts lie in the memory of the whole, which gradients reach."""
 
     name: str = "split-linears"
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
     numbers: Numbers = Numbers.ROUNDING
+    views: bool = False
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of linears split."""
@@ -43,7 +44,7 @@ class SplitLinears:
             for operand in node.args[:3]
             if (linear := _source(operand)) is not None
         )
-        return sum(_split(gm, linear) for linear in found)
+        return sum(_split(gm, linear, self.views) for linear in found)
 
 
 def _source(node: object) -> Node | None:
@@ -63,7 +64,7 @@ class Part:
     end: int
 
 
-def _split(gm: GraphModule, linear: Node) -> bool:
+def _split(gm: GraphModule, linear: Node, views: bool) -> bool:
     x, w, b = linear.args
     if not all(c is None or (isinstance(c, Node) and c.op == "get_attr") for c in (w, b)) or "aliases" in linear.meta:
         return False
@@ -84,7 +85,7 @@ def _split(gm: GraphModule, linear: Node) -> bool:
         ways.append(way)
     for part, way in zip(parts, ways, strict=True):
         with gm.graph.inserting_before(part.cut):
-            constants = [None if c is None else _rows(gm, c, part) for c in (w, b)]  # type: ignore[arg-type]
+            constants = [None if c is None else _rows(gm, c, part, views) for c in (w, b)]  # type: ignore[arg-type]
             node = call(gm, LINEAR, (x, *constants), linear)
             for target, args in way:
                 node = call(gm, target, (node, *args), part.cut)
@@ -99,8 +100,9 @@ def _shape(node: Node) -> tuple[int, ...]:
     return value.shape
 
 
-def _rows(gm: GraphModule, node: Node, part: Part) -> Node:
-    rows = constant(gm, node).detach()[part.begin : part.end].clone()  # `balance` scales what has one reader
+def _rows(gm: GraphModule, node: Node, part: Part, views: bool) -> Node:
+    rows = constant(gm, node).detach()[part.begin : part.end]
+    rows = rows if views else rows.clone()  # `balance` scales what has one reader
     return get_attr(gm, set_constant(gm, f"{node.target}_part", rows), node)
 
 
@@ -211,3 +213,4 @@ def _tails(part: Part) -> list[list[tuple[Any, tuple[Any, ...]]]]:
 
 
 PASS = SplitLinears()
+TRAINABLE = SplitLinears(views=True)

@@ -33,6 +33,9 @@ FUNCTIONS: dict[object, Callable[..., Tensor]] = {
 }
 """What each module or function of torch's calls a dropout."""
 
+DROPOUT = "dropout"
+"""In the `meta` of an attention: the part of its weights that training drops."""
+
 
 class Dropout(nn.Module):
     """`function(x, p)` in training mode."""
