@@ -91,11 +91,12 @@ class GoldenModel:
         ops: Mapping[str, Callable[..., Any]] | None = None,
         types: Mapping[str, type] | None = None,
         record: Recorder | None = None,
+        remedy: str = "quantize a part of the model without them",
     ) -> None:
         """ops: rows of the caller's own; types: the user's classes that the model returns.
 
         record: what torch computes in the steps without an op, for one call. Raises `GoldenError` for such steps where
-        there is no `record`.
+        there is no `record`; remedy: what it says to do about them.
         """
         own = {name: Op(run) for name, run in (ops or {}).items()}
         self.program = program
@@ -112,7 +113,7 @@ class GoldenModel:
             raise GoldenError(
                 f"NumPy cannot promise torch's bits of these operations, {len(islands)} in all:\n{lines}\n"
                 'take their values from torch, and all integers from NumPy, with fxq.golden(qmodel, islands="torch"), '
-                "or quantize a part of the model without them"
+                f"or {remedy}"
             )
         kinds = [inspect._ParameterKind(i.kind) for i in program.inputs]
         self.signature = inspect.Signature(

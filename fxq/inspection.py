@@ -18,7 +18,7 @@ from fxq import pipeline, tracing
 from fxq.api import Examples, check_model, quantize
 from fxq.comparison import Comparison, compare_graphs
 from fxq.costs import Costs
-from fxq.decisions import Report
+from fxq.decisions import Reason, Report
 from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
 from fxq.expansion import expand
@@ -32,6 +32,7 @@ from fxq.recipe import Recipe
 from fxq.remedies import find_remedies
 from fxq.stages import Stage
 from passes import PREPARE
+from passes.judge_costs import FOR_TIME
 
 
 def report(qmodel: nn.Module) -> Report:
@@ -165,7 +166,11 @@ def golden(
         found = {node.name: value for node, value in interpreter.env.items() if node.name in names}
         return dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.numpy(), found))
 
-    return GoldenModel(program, ops=ops, types=types, record=record if islands == "torch" else None)
+    given = record if islands == "torch" else None
+    if any(d.reason is Reason.UNPROFITABLE and FOR_TIME in d.detail for d in qmodel.report.decisions):
+        remedy = "quantize with Recipe(judge_costs=False) what is float for its time on this machine only"
+        return GoldenModel(program, ops=ops, types=types, record=given, remedy=remedy)
+    return GoldenModel(program, ops=ops, types=types, record=given)
 
 
 def _frontend_of(made: QuantizedModule) -> tracing.Frontend:

@@ -20,7 +20,7 @@ from fxq.comparison import output_sqnr
 from fxq.fake_quantize import FakeQuantize
 from fxq.graph import STATE, Value, bind, submodule
 from fxq.inputs import Call
-from fxq.observers import Observer, Rows, WeightObserver, sample_of
+from fxq.observers import Observer, Rows, Sample, WeightObserver, sample_of
 from fxq.pipeline import Context
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
 from fxq.recipe import Recipe
@@ -109,15 +109,15 @@ class _Run(Interpreter):
 class Simulation:
     """Runs of `gm` on some of the calibration data, else on the examples.
 
-    exact: in float, and with `exact_only` nothing else; before: in integers, as the graph was; rounded: in integers,
-    with what `rerun` was told of.
-    gain: in dB, what the output has gained in the end, on the data that is judged by.
+    sample: where it is not a part of `gm`. exact: in float, and with `exact_only` nothing else; before: in integers, as
+    the graph was; rounded: in integers, with what `rerun` was told of.
+    gain: in dB, what the output has gained in the end, on the data that is judged by; reached: its SQNR there.
     """
 
-    def __init__(self, gm: GraphModule, ctx: Context, exact_only: bool = False) -> None:
+    def __init__(self, gm: GraphModule, ctx: Context, exact_only: bool = False, sample: Sample | None = None) -> None:
         self.gm = gm
         self.progress = ctx.progress
-        sample = sample_of(gm)
+        sample = sample or sample_of(gm)
         calls = sample.calls if sample is not None and sample.calls else [ctx.examples]
         values = [node.meta.get("value") for node in gm.graph.nodes if node.op != "get_attr"]
         numbers = sum(math.prod(value.shape) for value in values if isinstance(value, Value))
@@ -127,6 +127,7 @@ class Simulation:
         inexact = [] if exact_only else calls
         self.before, self.rounded = ([_Run(gm, call, self._round) for call in inexact] for _ in range(2))
         self.gain = 0.0
+        self.reached = math.inf
         self._weight: tuple[nn.Module | None, Tensor] = None, torch.zeros(0)
 
     def stops(self, nodes: Set[Node], what: str) -> Iterator[Node]:
@@ -172,10 +173,12 @@ class Simulation:
     def _gain(self, output: Node) -> float:
         judged = slice(1, None, 2) if len(self.exact) > 1 else slice(None)
         triples = list(zip(self.exact, self.before, self.rounded, strict=True))[judged]
-        gains = []
+        gains, reached = [], []
         for exact, *others in triples:
             before, after = (output_sqnr(exact.env[output], other.env[output]) for other in others)
             gains.append(after - before if after != before else 0.0)
+            reached.append(after)
+        self.reached = sum(reached) / len(reached)
         return sum(gains) / len(gains)
 
     def _round(self, module: nn.Module, x: Tensor) -> Tensor:

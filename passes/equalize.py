@@ -7,7 +7,8 @@ those of the second weight w_k, and a in 0.25..1, s_k = x_k**a / w_k**(1 - a) (N
 2019, have a = 1/2 and the peaks of the first weight for x_k). Of these and none, on half of a sample of the calibration
 data, the smallest squared error of the second product wins, if it is at least 0.3 dB better on the other half as well.
 The first weight has a scale for each channel, so it rounds as before. What the channels reach in all of the data is
-known of the sample only: the range of the scaled value goes a quarter beyond, which its gain has to pay for.
+known of the sample only: the range of the scaled value goes a quarter beyond, which its gain has to pay for. All stays
+as it was if the output of the network loses by it.
 
 Off by default: weights have a scale for each channel, and batch norms leave the values' channels alike, so that no
 network of `make accuracy` gains by it. It is for networks whose channels differ, and for weights with one scale in all.
@@ -18,6 +19,7 @@ else reads the value, or the value shares its range; nor where a weight has othe
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.graph import constant, erase_unused, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import OBSERVERS, MinMax, Observer, WeightObserver
+from fxq.observers import OBSERVERS, MinMax, Observer, WeightObserver, sample_of
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
 from fxq.simulation import Simulation, calibrated_products, rows_of
@@ -67,6 +69,7 @@ class Equalize:
         pairs = _pairs(gm, ctx) if ctx.recipe.equalize else {}
         if not pairs:
             return 0
+        before = GraphModule(gm, copy.deepcopy(gm.graph))  # with the constants and observers that now are
         simulation, effects = Simulation(gm, ctx, exact_only=True), {}
         for node in simulation.stops(set(pairs), "equalizing channels"):
             pair = pairs[node]
@@ -81,8 +84,29 @@ class Equalize:
                     run.step(_source(pair.second))
                     run.step(observed)
                 effects[pair.second.name] = f"equalized: {was:.1f} -> {now:.1f} dB"
+        loss = _reached(before, gm, ctx) - _reached(gm, gm, ctx) if effects else 0.0
+        if loss > 0:
+            ctx.report.notes.append(f"{self.name}: all channels stay as they were: the output would lose {loss:.2f} dB")
+            _restore(gm, before)
+            return 0
         ctx.report.add_details(effects)
         return len(effects)
+
+
+def _reached(graph: GraphModule, gm: GraphModule, ctx: Context) -> float:
+    """The SQNR in dB of the output of `graph` in integers, on the calibration data that `gm` holds."""
+    simulation = Simulation(graph, ctx, sample=sample_of(gm))
+    for _ in simulation.stops(set(), "judging equalized channels"):
+        pass
+    return simulation.reached
+
+
+def _restore(gm: GraphModule, before: GraphModule) -> None:
+    """Take back the graph, and the observers that were replaced."""
+    for node in before.graph.nodes:
+        if node.op == "call_module":
+            gm.set_submodule(str(node.target), submodule(before, node))
+    gm.graph = before.graph
 
 
 def _pairs(gm: GraphModule, ctx: Context) -> dict[Node, Pair]:

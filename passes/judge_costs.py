@@ -37,6 +37,8 @@ Island = tuple[set[Node], set[Node]]
 
 BORNE = 0.01
 """Of the seconds that all islands take in float."""
+FOR_TIME = "in int8 with its borders"
+"""In the details of what stays float for its time."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class JudgeCosts:
         for ours, theirs, old in sorted(costs_of, key=lambda cost: cost[0] - cost[1]):
             borne -= max(0.0, ours - theirs)
             if borne < 0:
-                detail = f"predicted {1e6 * ours:.1f} us in int8 with its borders, {1e6 * theirs:.1f} us in float"
+                detail = f"predicted {1e6 * ours:.1f} us {FOR_TIME}, {1e6 * theirs:.1f} us in float"
                 found |= dict.fromkeys(int8 & {node.name for node in old}, detail)
         return found
 

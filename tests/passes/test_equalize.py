@@ -159,3 +159,18 @@ def test_a_dead_channel(staged):
     qmodel = fxq.quantize(model.eval(), x, recipe=Recipe(**PLAIN))
     assert torch.isfinite(qmodel(x)).all()
     assert "equalized" in str(fxq.report(qmodel))
+
+
+def test_all_stays_as_it_was_where_the_output_would_lose(staged, text, monkeypatch):
+    gm, ctx = staged(linears(), torch.randn(64, 8), "equalize", Recipe(**PLAIN))
+    before = text(gm)
+    reached = equalize._reached
+    assert reached(gm, gm, ctx) > 10, "of the output, in integers"
+    monkeypatch.setattr(equalize, "_reached", lambda graph, gm, ctx: -reached(graph, gm, ctx))
+    assert equalize.PASS.run(gm, ctx) == 0
+    gm.recompile()
+    assert text(gm) == before
+    assert ctx.report.notes[-1].startswith("equalize: all channels stay as they were: the output would lose ")
+    model, x = linears().eval(), torch.randn(64, 8)
+    plain, equalized = (fxq.quantize(model, x, recipe=Recipe(**{**PLAIN, "equalize": on})) for on in (False, True))
+    assert torch.equal(plain(x), equalized(x))

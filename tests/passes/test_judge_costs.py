@@ -68,6 +68,8 @@ def test_what_loses_stays_float_with_both_predictions(model, prices):
     assert products[0].detail == "predicted 10.0 us in int8 with its borders, 3.0 us in float"
     text = str(qmodel.report)
     assert "UNPROFITABLE: predicted" in text
+    with pytest.raises(fxq.GoldenError, match=r"quantize with Recipe\(judge_costs=False\) what is float for its time"):
+        fxq.golden(qmodel)
     assert "stay float for their time on this machine: 4; Recipe(judge_costs=False)" in text
 
 
