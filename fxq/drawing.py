@@ -196,7 +196,7 @@ def draw_step(gm: GraphModule, stem: Path) -> None:
 def _dot(gm: GraphModule, direction: str | None, constants: bool, profile: Profile | None = None) -> graphviz.Digraph:
     graph = to_networkx(gm)
     if profile is not None:
-        _colour_by_time(graph, profile)
+        _colour_by_time(gm, graph, profile)
     _join_output(graph)
     hidden = {"aside"} if constants else {"aside", "constant"}
     graph = nx.DiGraph(graph.subgraph(name for name, data in graph.nodes(data=True) if data["form"] not in hidden))
@@ -236,16 +236,23 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool, profile: Profi
     return dot
 
 
-def _colour_by_time(graph: nx.DiGraph[str], profile: Profile) -> None:
-    """White for no time, red for the longest of all; the label ends in the time and its share."""
-    total = sum(timing.measured for timing in profile.timings)
-    longest = max((timing.measured for timing in profile.timings), default=1.0)
+def _colour_by_time(gm: GraphModule, graph: nx.DiGraph[str], profile: Profile) -> None:
+    """White for no time, red for the longest of all; the label ends in the time and its share.
+
+    A block takes what its operations take.
+    """
+    around = {link.name: node.name for node in gm.graph.nodes for link in node.meta.get("inside", ())}
+    spent: dict[str, float] = {}
     for timing in profile.timings:
-        if timing.node not in graph:
+        name = timing.node if timing.node in graph else around.get(timing.node, "")
+        if name not in graph:
             raise InputError(f"the profile knows {timing.node!r}, which this graph does not have: profile this one")
-        data, pale = graph.nodes[timing.node], round(255 - 160 * timing.measured / longest)
+        spent[name] = spent.get(name, 0.0) + timing.measured
+    total, longest = sum(spent.values()), max(spent.values(), default=1.0)
+    for name, seconds in spent.items():
+        data, pale = graph.nodes[name], round(255 - 160 * seconds / longest)
         data["fill"] = f"#ff{pale:02x}{pale:02x}"
-        data["label"] += f"\n{1e6 * timing.measured:.0f} us, {100 * timing.measured / total:.0f} %"
+        data["label"] += f"\n{1e6 * seconds:.0f} us, {100 * seconds / total:.0f} %"
 
 
 def _legend(dot: graphviz.Digraph, forms: set[str]) -> None:

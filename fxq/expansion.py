@@ -1,4 +1,4 @@
-"""What runs as one call (`qchain`, `qlinears`, `qfeed_forward`, `qgate`) taken apart again, under its own names."""
+"""What runs as one call (`qblock`, `qchain`, `qlinears`, `qfeed_forward`, `qgate`) taken apart, with its names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxq.graph import Value, bypass, constant, get_attr, set_constant
+from fxq.ops import block
 from fxq.ops.activation import qlinear_act
+from fxq.ops.block import Constant, qblock
 from fxq.ops.chain import decode, qchain, qchain_float
 from fxq.ops.conv import qconv, qconv_act_quantize
 from fxq.ops.feed_forward import qfeed_forward
@@ -21,6 +23,7 @@ from fxq.ops.mul import qmul
 from fxq.ops.pool import qadaptive_avg_pool
 from fxq.qdq import quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
+from fxq.spelling import GETITEM
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Link:
 def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
     """What a call runs, for each operation: its node's name, the op, and `16 -> 64, scale, zero point`."""
     links = list(node.meta["inside"])
+    if node.target is qblock:
+        return _lines(gm, node)
     if node.target is qfeed_forward:
         x = node.args[0]
         assert isinstance(x, Node)
@@ -80,9 +85,43 @@ def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
     return lines
 
 
+def _lines(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
+    """What a block runs: one line for each operation, with the widths of what it reads and gives."""
+    inputs, _, program, _ = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(program, Node)
+    values: list[Any] = [x.meta["value"] for x in inputs if isinstance(x, Node)]
+    lines, links = [], iter(node.meta["inside"])
+    for step in block.decode(constant(gm, program)).steps:
+        link = next(links)
+        values.append(link.value)
+        if step.op == "part":
+            continue
+        if step.op == "qfeed_forward":
+            wide, narrow = next(links), next(links)
+            width, middle = values[step.args[0].index].shape[-1], wide.value.shape[-1]
+            lines.append((wide.name, "qlinear_act", f"{width} -> {middle}, {step.args[4]}"))
+            lines.append((narrow.name, "qlinear_dynamic", f"{middle} -> {link.value.shape[-1]}"))
+            continue
+        given = link.value if isinstance(link.value, tuple | list) else [link.value]
+        widths = " + ".join(str(value.shape[-1]) for value in (given if step.op == "qlinears" else given[:1]))
+        notes = [arg for arg in step.args if isinstance(arg, str)]
+        notes += [f"{step.args[-1]} heads"] if step.op == "qattention" else []
+        text = ", ".join([f"{values[step.args[0].index].shape[-1]} -> {widths}", *notes])
+        lines.append((link.name, step.op, text))
+    return lines
+
+
+def expand_blocks(gm: GraphModule) -> GraphModule:
+    """`gm` with the operations of its blocks as nodes of their own, which are chains and calls of several again."""
+    expanded = GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in expanded.graph.find_nodes(op="call_function", target=qblock):
+        _steps(expanded, node)
+    return expanded
+
+
 def expand(gm: GraphModule) -> GraphModule:
     """The same bits with every layer as one op; shares the constants of `gm`, which stays as it is."""
-    expanded = GraphModule(gm, copy.deepcopy(gm.graph))
+    expanded = expand_blocks(gm)
     for node in list(expanded.graph.nodes):
         if node.target in (qchain, qchain_float):
             _expand(expanded, node)
@@ -108,6 +147,40 @@ def _part(gm: GraphModule, node: Node) -> None:
         name = part.name
         bypass(gm, part, own)
         own.name = name
+
+
+def _steps(gm: GraphModule, node: Node) -> None:
+    """The operations that a `qblock` runs."""
+    inputs, constants, program, _ = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(constants, list | tuple) and isinstance(program, Node)
+    read = block.decode(constant(gm, program))
+    values: list[Any] = list(inputs)
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, list):
+            return [argument(item) for item in value]
+        if isinstance(value, block.Value):
+            return values[value.index]
+        return constants[value.index] if isinstance(value, Constant) else value
+
+    made: list[Node] = []
+    links = iter(node.meta["inside"])
+    with gm.graph.inserting_before(node):
+        for step in read.steps:
+            link = next(links)
+            target = GETITEM if step.op == "part" else block.overload(step.op)
+            made.append(_node(gm, target, tuple(map(argument, step.args)), link))
+            values.append(made[-1])
+            if step.op == "qfeed_forward":
+                made[-1].meta["inside"] = next(links), next(links)
+    for result in list(node.users):
+        i, part = read.results[result.args[1]]  # type: ignore[index]
+        whole = made[i]
+        parts = (user for user in whole.users if user.target is GETITEM and user.args[1] == part)
+        bypass(gm, result, next(parts) if read.steps[i].op in _SEVERAL else whole)
+
+
+_SEVERAL = frozenset({"qlinears", "norm_and_quantize"})
 
 
 def _both(gm: GraphModule, node: Node) -> None:

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,10 @@ def _attention_parts(
     z_q: int,
     z_v: int,
     s_qk: float,
-    *rest: object,
+    *rest: Any,
+    before_heads: int,
 ) -> dict[str, Array]:
+    q, k, _ = numerics.split_heads(q, k, v, rest[before_heads] if len(rest) > before_heads else 0)
     scores = numerics.attention_scores(q, k, mask, is_causal, scale, z_q, s_qk)
     return {"scores": scores, "weights": numerics.softmax_weights(scores)}
 
@@ -398,8 +401,8 @@ OPS: dict[str, Op] = {
     "fxq.norm": Op(_norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),
     "fxq.norm_and_quantize": Op(_norm_and_quantize),
-    "fxq.qattention": Op(numerics.qattention, _attention_parts, "y_q"),
-    "fxq.qattention_float": Op(numerics.qattention_float, _attention_parts, "y"),
+    "fxq.qattention": Op(numerics.qattention, partial(_attention_parts, before_heads=3), "y_q"),
+    "fxq.qattention_float": Op(numerics.qattention_float, partial(_attention_parts, before_heads=2), "y"),
     "fxq.qmul": Op(numerics.qmul),
     "fxq.lookup": Op(numerics.lookup),
     "fxq.lookup_channels": Op(numerics.lookup_channels),

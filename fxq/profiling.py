@@ -20,6 +20,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.costs import Costs, beside, key_of
+from fxq.expansion import expand_blocks
 from fxq.graph import bind, is_call, line_of, module_of, target_name, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import tensors
@@ -160,9 +161,10 @@ def predict(gm: GraphModule, call: Call, costs: Costs, wanted: Collection[Node] 
 
 
 def measure(gm: GraphModule, call: Call, costs: Costs) -> Profile:
-    """Profile a graph on one call; `costs` learns what it did not know."""
-    predicted = predict(gm, call, costs)
-    clock = _Clock(gm)
+    """Profile a graph on one call, a block's operations each by itself; `costs` learns what it did not know."""
+    parts = expand_blocks(gm)
+    predicted = predict(parts, call, costs)
+    clock = _Clock(parts)
     wholes: list[float] = []
     end = time.perf_counter() + SECONDS
     with torch.no_grad(), unchanged(gm):

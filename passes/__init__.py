@@ -10,7 +10,7 @@
   correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
-  order_channels, fuse_gates, fuse_chains, merge_linears, prune: INTEGER
+  order_channels, fuse_gates, fuse_chains, merge_linears, fold_heads, prune, fuse_blocks: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -24,9 +24,11 @@ from passes import (
     fold_batch_norm,
     fold_bias,
     fold_constants,
+    fold_heads,
     fold_qdq,
     functionalize,
     fuse_activation,
+    fuse_blocks,
     fuse_chains,
     fuse_conv_add,
     fuse_embeddings,
@@ -92,6 +94,7 @@ LOWER: tuple[Pass, ...] = (
     fuse_gates.PASS,
     fuse_chains.PASS,
     merge_linears.PASS,
+    fold_heads.PASS,
     prune.PASS,
 )
 """From quantize/dequantize pairs to integers."""
@@ -138,10 +141,18 @@ CONVERT: tuple[Pass, ...] = (
     correct_bias.PASS,
     calibrate.PASS,
     *LOWER,
+    fuse_blocks.PASS,
 )
 """From a graph that has seen data, or was trained, to integers."""
 
-IMPORT: tuple[Pass, ...] = (functionalize.PASS, fold_constants.PASS, *NORMALIZE, import_quantized.PASS, *LOWER)
+IMPORT: tuple[Pass, ...] = (
+    functionalize.PASS,
+    fold_constants.PASS,
+    *NORMALIZE,
+    import_quantized.PASS,
+    *LOWER,
+    fuse_blocks.PASS,
+)
 """From the trace of a model that torch has quantized to integers; with fxq's own roundings."""
 
 _EXACT: dict[Pass, Pass] = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
+from fxq.expansion import expand
 from fxq.ops.attention import qattention, qattention_float
 from fxq.ops.linear_dynamic import qlinear_dynamic
 
@@ -40,7 +41,7 @@ def inputs(b, t):
 
 
 def calls(qmodel, *targets):
-    return [node for node in qmodel.graph.nodes if node.target in targets]
+    return [node for node in expand(qmodel).graph.nodes if node.target in targets]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ LAYERS = [
     {"fxq.nn"},
     {"fxq.engine", "fxq.torch_quantized"},
     {
+        "fxq.shapes",
         "fxq.expansion",
         "fxq.golden_files",
         "fxq.golden_images",

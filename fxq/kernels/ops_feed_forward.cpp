@@ -5,7 +5,7 @@
 #include <string>
 
 #include "broadcast.h"
-#include "checks.h"
+#include "steps.h"
 
 namespace fxq {
 namespace {
@@ -53,7 +53,9 @@ void feed(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end) {
   }
 }
 
-void run(Gemm& wide, Gemm& narrow, int64_t rows) {
+}  // namespace
+
+void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
   const int64_t work = rows * wide.n * (wide.k + narrow.n), threads = torch::stable::get_num_threads();
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(tiles, threads);
   if (rows == 0 || narrow.n == 0) return;
@@ -69,6 +71,8 @@ void run(Gemm& wide, Gemm& narrow, int64_t rows) {
     feed(wide, narrow, begin * kMaxRows, std::min(end * kMaxRows, rows));
   });
 }
+
+namespace {
 
 Tensor qfeed_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
                      const std::string& activation, const Tensor& weight_2, const Tensor& column_sums,
@@ -126,7 +130,7 @@ Tensor qfeed_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   Tensor y = Tensor::empty({sizes, shape.dim}, aoti_torch_dtype_float32());
   narrow.y = y.data<void>();
   narrow.y_stride = narrow.n;
-  run(wide, narrow, rows);
+  run_feed_forward(wide, narrow, rows);
   return y;
 }
 

@@ -4,8 +4,17 @@
 #include <string>
 
 #include "norm_rows.h"
+#include "steps.h"
 
 namespace fxq {
+
+void run_norm(const Norm& norm, const float* x, float* y, uint8_t* q, int64_t rows) {
+  const int64_t k = norm.k;
+  parallel(rows, std::max<int64_t>(1, kElementGrain / 4 / k), [&](int64_t begin, int64_t end) {
+    active().norm(norm, x + begin * k, y ? y + begin * k : y, q ? q + begin * k : q, end - begin);
+  });
+}
+
 namespace {
 
 // What the three operators share: x beside the operands of `norm`.
@@ -17,12 +26,7 @@ struct NormOperands : NormRows {
       : NormRows(op, width(op, x), kind, weight, bias, eps), x(x) {}
 
   void run(int64_t count, float* y, uint8_t* q) const {
-    if (!count) return;
-    const int64_t k = norm.k;
-    const float* from = x.data<float>();
-    parallel(count / k, std::max<int64_t>(1, kElementGrain / 4 / k), [&](int64_t begin, int64_t end) {
-      active().norm(norm, from + begin * k, y ? y + begin * k : y, q ? q + begin * k : q, end - begin);
-    });
+    if (count) run_norm(norm, x.data<float>(), y, q, count / norm.k);
   }
 
  private:

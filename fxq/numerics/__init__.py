@@ -35,7 +35,7 @@ from fxq.numerics.affine import (
     round_clamp,
     weight_scales,
 )
-from fxq.numerics.attention import attention_scores, qattention, qattention_float, softmax_weights
+from fxq.numerics.attention import attention_scores, qattention, qattention_float, softmax_weights, split_heads
 from fxq.numerics.conv import (
     Conv,
     ConvTranspose,
@@ -232,6 +232,7 @@ __all__ = [
     "silu",
     "softmax_weights",
     "source_step",
+    "split_heads",
     "tanh",
     "transposed_sizes",
     "unpack",

@@ -75,6 +75,26 @@ def _per_head(k: U8, q: U8) -> U8:
     return np.repeat(k, q.shape[1] // k.shape[1], 1) if q.ndim == 4 and k.shape[1] != q.shape[1] else k
 
 
+def split_heads(q: U8, k: U8, v: U8, heads: int) -> tuple[U8, U8, U8]:
+    """q [B, T, H * D], k [B, S, G * D] and v [B, S, G * E] as [B, H, T, D], [B, G, S, D] and [B, G, S, E]; views.
+
+    heads: H; G is what the rows of k hold of q's D. 0: the three as they are.
+    """
+    if not heads:
+        return q, k, v
+    depth = q.shape[-1] // heads
+    counts = heads, k.shape[-1] // depth, k.shape[-1] // depth
+    q, k, v = (
+        np.swapaxes(x.reshape(*x.shape[:-1], n, x.shape[-1] // n), 1, 2) for x, n in zip((q, k, v), counts, strict=True)
+    )
+    return q, k, v
+
+
+def _join_heads(y: F32, heads: int) -> F32:
+    """[B, H, T, E] as [B, T, H * E]."""
+    return np.swapaxes(y, 1, 2).reshape(y.shape[0], y.shape[2], heads * y.shape[3]) if heads else y
+
+
 def _attend(
     q: U8,
     k: U8,
@@ -86,14 +106,16 @@ def _attend(
     z_v: int,
     s_qk: float,
     m_v: float,
+    heads: int,
 ) -> F32:
     """y above, NaN in the rows of queries without a key."""
+    q, k, v = split_heads(q, k, v, heads)
     p = softmax_weights(attention_scores(q, k, mask, is_causal, scale, z_q, s_qk))
     acc = _product(p, _per_head(v, q).astype(np.int32) - z_v)
     total = p.sum(-1, keepdims=True, dtype=np.int32).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         y: F32 = acc.astype(np.float32) * (np.float32(m_v) / total)
-    return np.where(total > 0, y, np.float32(np.nan))
+    return _join_heads(np.where(total > 0, y, np.float32(np.nan)), heads)
 
 
 def qattention_float(
@@ -108,9 +130,10 @@ def qattention_float(
     s_qk: float,
     s_v: float,
     nan_if_masked: bool,
+    heads: int = 0,
 ) -> F32:
     """y above with m_v = s_v; a query without a key gives NaN (the softmax of -inf) or 0 (torch's attention)."""
-    y = _attend(q, k, v, mask, is_causal, scale, z_q, z_v, s_qk, s_v)
+    y = _attend(q, k, v, mask, is_causal, scale, z_q, z_v, s_qk, s_v, heads)
     return y if nan_if_masked else np.where(np.isnan(y), np.float32(0), y)
 
 
@@ -127,8 +150,9 @@ def qattention(
     m_v: float,
     zero_point: int,
     masked: int,
+    heads: int = 0,
 ) -> U8:
     """clamp(rne(y) + zero_point, 0, 255) with m_v = f32(s_v / s_y); `masked` for a query without a key."""
-    y = _attend(q, k, v, mask, is_causal, scale, z_q, z_v, s_qk, m_v)
+    y = _attend(q, k, v, mask, is_causal, scale, z_q, z_v, s_qk, m_v, heads)
     rounded = round_clamp(np.where(np.isnan(y), np.float32(0), y), zero_point, 0, 255)
     return np.where(np.isnan(y), np.uint8(masked), rounded)

@@ -9,6 +9,7 @@ from fxq.ops import (
     add,
     add_engine,
     attention,
+    block,
     carry,
     chain,
     clamp,
@@ -16,9 +17,11 @@ from fxq.ops import (
     conv_transpose,
     dropout,
     embedding,
+    feed_forward,
     linear,
     linear_dynamic,
     linear_weight_only,
+    linears,
     lookup,
     mul,
     norm,
@@ -29,7 +32,7 @@ from fxq.ops import (
     upsample,
 )
 
-WITHOUT_FAMILY = (activation, add_engine, chain, quantize_engine)
+WITHOUT_FAMILY = (activation, add_engine, block, chain, feed_forward, linears, quantize_engine)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (

@@ -9,13 +9,16 @@
 
 q: uint8 [B, H, T, D]; k, v: uint8 [B, G, S, D], H a multiple of G; or all three without the dimension of heads; any
 strides. mask: bool (True may look) or float32 (added), broadcastable to [B, H, T, S]. The result lies in memory as
-[B, T, H, D], so that the transpose and reshape behind it copy nothing. S <= 33025, so that the second sum cannot leave
-int32; a row of D <= 65793 cannot let the first. NumPy truth: `fxq.numerics.qattention`, `qattention_float`.
+[B, T, H, D], so that the transpose and reshape behind it copy nothing. heads = H, not 0: the heads lie side by side in
+the rows, q [B, T, H * D], k [B, S, G * D], v [B, S, G * E], the result [B, T, H * E]: what linears give and take.
+S <= 33025, so that the second sum cannot leave int32; a row of D <= 65793 cannot let the first. NumPy truth:
+`fxq.numerics.qattention`, `qattention_float`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,8 @@ from fxq import kernels, numerics
 from fxq.decisions import Reason
 from fxq.family import Claim, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
-from fxq.pattern import Any, Match, Op
+from fxq.pattern import Any as Anything
+from fxq.pattern import Match, Op
 from fxq.qdq import dequantize, expect_dtype, quantize
 from fxq.spelling import ATTENTION
 
@@ -34,9 +38,13 @@ MAX_KEYS = 33025
 """The most keys whose weighted sum cannot leave int32: 255 * 255 * S < 2**31."""
 
 
-def _arrays(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[numerics.Array | None, ...]:
+def _arrays(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int
+) -> tuple[numerics.Array | None, ...]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         expect_dtype(op, name, tensor, torch.uint8)
+    if heads and (q.dim() != 3 or heads < 0 or q.shape[2] % heads or not q.shape[2]):
+        raise ValueError(f"fxq::{op}: q{list(q.shape)} has not the rows of {heads} heads")
     if not 3 <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
         raise ValueError(f"fxq::{op}: q{list(q.shape)}, k{list(k.shape)}, v{list(v.shape)} do not belong together")
     if mask is not None and mask.dtype not in (torch.bool, torch.float32):
@@ -49,15 +57,19 @@ def _laid_out(y: numerics.Array) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2) if y.ndim == 4 else tensor.contiguous()
 
 
-def _qattention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> Tensor:
-    return _laid_out(numerics.qattention(*_arrays("qattention", q, k, v, mask), *rest))  # type: ignore[arg-type]
+def _qattention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    arrays = _arrays("qattention", q, k, v, mask, rest[8] if len(rest) > 8 else 0)
+    return _laid_out(numerics.qattention(*arrays, *rest))  # type: ignore[arg-type]
 
 
-def _qattention_float(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> Tensor:
-    return _laid_out(numerics.qattention_float(*_arrays("qattention_float", q, k, v, mask), *rest))  # type: ignore[arg-type]
+def _qattention_float(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    arrays = _arrays("qattention_float", q, k, v, mask, rest[7] if len(rest) > 7 else 0)
+    return _laid_out(numerics.qattention_float(*arrays, *rest))  # type: ignore[arg-type]
 
 
-def _empty(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    if heads:  # as many of v's as of k's
+        return q.new_empty(q.shape[0], q.shape[1], v.shape[2] * q.shape[2] // k.shape[2], dtype=dtype)
     if q.dim() == 3:
         return q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=dtype)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=dtype).transpose(1, 2)
@@ -66,24 +78,24 @@ def _empty(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, int z_q, int z_v, float s_qk"
 
 qattention = kernels.define(
-    f"qattention({_OPERANDS}, float m_v, int zero_point, int masked) -> Tensor",
+    f"qattention({_OPERANDS}, float m_v, int zero_point, int masked, int heads=0) -> Tensor",
     _qattention,
-    lambda q, k, v, *rest: _empty(q, v, torch.uint8),
+    lambda q, k, v, *rest: _empty(q, k, v, rest[9] if len(rest) > 9 else 0, torch.uint8),
 )
 qattention_float = kernels.define(
-    f"qattention_float({_OPERANDS}, float s_v, bool nan_if_masked) -> Tensor",
+    f"qattention_float({_OPERANDS}, float s_v, bool nan_if_masked, int heads=0) -> Tensor",
     _qattention_float,
-    lambda q, k, v, *rest: _empty(q, v, torch.float32),
+    lambda q, k, v, *rest: _empty(q, k, v, rest[8] if len(rest) > 8 else 0, torch.float32),
 )
 
 
 _TO_FLOAT = Op(
     {ATTENTION},
-    *(Op({dequantize}, Any(x), Any(f"s_{x}"), Any(f"z_{x}"), shared=True) for x in "qkv"),
-    *map(Any, ("mask", "is_causal", "scale", "nan_if_masked")),
+    *(Op({dequantize}, Anything(x), Anything(f"s_{x}"), Anything(f"z_{x}"), shared=True) for x in "qkv"),
+    *map(Anything, ("mask", "is_causal", "scale", "nan_if_masked")),
     name="attention",
 )
-_TO_UINT8 = Op({quantize}, _TO_FLOAT, Any("s_y"), Any("z_y"))
+_TO_UINT8 = Op({quantize}, _TO_FLOAT, Anything("s_y"), Anything("z_y"))
 
 
 @dataclass(frozen=True)

@@ -209,3 +209,27 @@ def test_opcheck(mask):
     torch.library.opcheck(qattention, (*args, 1.0, 100, 100))
     torch.library.opcheck(qattention_float, (*args, 1.0, False))
     torch.library.opcheck(qattention_float, (q[0], k[0], v[0], None, *args[4:], 1.0, True))
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] and s[0]])
+def test_heads_side_by_side_in_rows(on_isa, shape):
+    """The same bits as heads in a dimension of their own, from what linears give to what they take."""
+    b, h, g, t, s, d, e = shape
+    q, k, v = draw(b, t, h * d), draw(b, s, g * d), draw(b, s, g * e)
+    for mask in masks(b, h, t, s):
+        rows = (q, k, v, mask, False, 0.2, 120, 77, 3e-4)
+        apart = (
+            *(x.unflatten(2, (n, -1)).transpose(1, 2) for x, n in zip((q, k, v), (h, g, g), strict=True)),
+            *rows[3:],
+        )
+        for op, rest in ((qattention, (1.7, 100, 3)), (qattention_float, (0.02, False))):
+            found = on_isa(op, *rows, *rest, h)
+            assert torch.equal(found, on_isa(op, *apart, *rest).transpose(1, 2).flatten(2))
+            wanted = getattr(numerics, op._schema.name.removeprefix("fxq::"))(*numpy_of(rows), *rest, h)
+            assert found.is_contiguous() and np.array_equal(found.numpy(), wanted)
+
+
+def test_rows_that_do_not_hold_the_heads_are_refused(on_isa):
+    for q, k, v in ((10, 8, 8), (8, 6, 8), (8, 8, 3)):
+        with pytest.raises((RuntimeError, ValueError)):
+            on_isa(qattention, *(draw(1, 4, n) for n in (q, k, v)), None, False, None, 1, 1, 1e-3, 1.0, 0, 0, 4)

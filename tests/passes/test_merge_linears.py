@@ -7,9 +7,10 @@ from torch import nn
 import fxq
 from fxq.ops.linear import qlinear
 from fxq.ops.linears import qlinears
-from passes import CONVERT, PREPARE, merge_linears
+from passes import CONVERT, PREPARE, fuse_blocks, merge_linears
 
-WITHOUT = (PREPARE, tuple(step for step in CONVERT if step is not merge_linears.PASS))
+ALONE = tuple(step for step in CONVERT if step is not fuse_blocks.PASS)
+WITHOUT = (PREPARE, tuple(step for step in ALONE if step is not merge_linears.PASS))
 
 
 def attend(self, x):
@@ -29,7 +30,7 @@ def count(qmodel, target):
 
 def test_q_k_and_v_are_one_call(model_of, tmp_path):
     model, x = model_of(attend, **layers("q", "k", "v", "out")), torch.randn(3, 6, 32)
-    qmodel, apart = fxq.quantize(model, x), fxq.quantize(model, x, passes=WITHOUT)
+    qmodel, apart = (fxq.quantize(model, x, passes=passes) for passes in ((PREPARE, ALONE), WITHOUT))
     assert (count(qmodel, qlinears), count(qmodel, qlinear)) == (1, 0)
     assert (count(apart, qlinears), count(apart, qlinear)) == (0, 3)
     for shape in ((3, 6, 32), (1, 1, 32), (5, 17, 32)):

@@ -1,0 +1,206 @@
+"""fuse_blocks: what stands between the embedding and the head of a transformer becomes one call.
+
+    qlinears(x, ...) -> qattention -> qlinear_float -> norm_and_quantize -> ...        ->  qblock([x, ...], ...)
+
+A run of operations on rows [B, T, width], whose constants stay what they are; masks come in from outside. At 16 tokens
+a third of a call is spent between operations, in Python, in torch's dispatcher and on tensors that nobody sees. What
+stood there is kept in `meta["inside"]`: text, picture, `compare` and `golden` still show every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxq.expansion import Link
+from fxq.graph import Value, call, get_attr, is_tensor, module_of, set_constant, target_name
+from fxq.ops import block
+from fxq.ops.block import STEPS, Constant, Step, Written, qblock
+from fxq.pipeline import Context, Numbers
+from fxq.shapes import Shape, shapes
+from fxq.spelling import GETITEM
+from fxq.stages import Stage
+
+LEAST = 3
+"""Operations that are worth a call of their own."""
+
+
+@dataclass
+class _Run:
+    """A run in the making. lead: [B, T] of all its rows; behind: what reads it, directly or not, and is no part."""
+
+    lead: Shape
+    members: list[Node] = field(default_factory=list)
+    behind: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FuseBlocks:
+    """See the module's docstring."""
+
+    name: str = "fuse-blocks"
+    takes: Stage = Stage.INTEGER
+    gives: Stage = Stage.INTEGER
+    numbers: Numbers = Numbers.SAME
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        """Returns the number of blocks."""
+        runs = _runs(gm, shapes(gm))
+        for found in runs:
+            _fuse(gm, found)
+        return len(runs)
+
+
+def _runs(gm: GraphModule, known: dict[Node, Any]) -> list[_Run]:
+    runs: list[_Run] = []
+    for node in gm.graph.nodes:
+        open_run = runs[-1] if runs else None
+        lead = _lead(node, known)
+        if open_run is not None:
+            members, behind = open_run.members, open_run.behind
+            touched = {*members, *behind}.intersection(node.all_input_nodes)
+            is_part = _takes_part(node) and node.args[0] in members
+            if (is_part or lead == open_run.lead) and not set(behind).intersection(node.all_input_nodes):
+                members.append(node)
+                continue
+            if touched:
+                behind.append(node)
+        if lead is not None and node.op != "output":
+            runs.append(_Run(lead, [node]))
+    return [found for found in runs if _pays(found)]
+
+
+def _takes_part(node: Node) -> bool:
+    """Whether `node` takes one of the several results of an operation."""
+    return node.target is GETITEM and isinstance(node.args[0], Node) and not is_tensor(node.args[0])
+
+
+def _pays(found: _Run) -> bool:
+    members = set(found.members)
+    steps = [node for node in found.members if node.target is not GETITEM]
+    if any(not is_tensor(node) and not members.issuperset(node.users) for node in steps):
+        return False  # it is taken apart somewhere else
+    return len(steps) >= LEAST and not any("aliases" in node.meta for node in found.behind)
+
+
+def _lead(node: Node, known: dict[Node, Any]) -> Shape | None:
+    """[B, T] of a step's rows, which all that it reads share; None for what cannot be a step."""
+    name = target_name(node.target).removeprefix("fxq.")
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or name not in STEPS:
+        return None
+    if node.kwargs or "aliases" in node.meta:
+        return None
+    args = block.all_arguments(name, node.args)
+    if name == "qattention":
+        if not args[-1]:
+            return None
+        args = (*args[:3], *args[4:])
+    operands = [n for arg in args for n in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(n, Node)]
+    rows = [operand for operand in operands if operand.op != "get_attr"]
+    if not all(is_tensor(operand) and len(known[operand]) == 3 and "aliases" not in operand.meta for operand in rows):
+        return None
+    addend = {"qlinear_float": 4, "qlinear_act": 5, "qfeed_forward": 9}.get(name)
+    if addend is not None and args[addend] is not None and args[addend].op == "get_attr":
+        return None  # one row for all
+    leads = {known[operand][:2] for operand in rows}
+    return leads.pop() if len(leads) == 1 else None
+
+
+def _fuse(gm: GraphModule, found: _Run) -> None:
+    _unify_parts(found)
+    members = set(found.members)
+    masks: list[Node] = []
+    rows: list[Node] = []
+    constants: list[Node] = []
+    for node in found.members:
+        mask = node.args[3] if target_name(node.target) == "fxq.qattention" else None
+        for operand in node.all_input_nodes:
+            into = constants if operand.op == "get_attr" and operand is not mask else masks if operand is mask else rows
+            if operand not in members and operand not in into:
+                into.append(operand)
+    results = [node for node in found.members if is_tensor(node) and not members.issuperset(node.users)]
+    program = _program(found.members, rows, masks, constants, results)
+
+    last = found.members[-1]
+    widths = [(-1 if n.meta["value"].dtype == torch.float32 else 1) * n.meta["value"].shape[-1] for n in results]
+    with gm.graph.inserting_after(last):
+        first_link = next(node for node in found.members if node.target is not GETITEM)
+        path = set_constant(gm, f"{_common(found.members)}.program".lstrip("."), program)
+        held = get_attr(gm, path, last)
+    with gm.graph.inserting_after(held):
+        fused = call(gm, qblock, ([*rows, *masks], constants, held, widths), first_link)
+    fused.meta.pop("source", None)
+    fused.meta["value"] = [node.meta["value"] for node in results]
+    links = [(Link.of(node), *node.meta.get("inside", ())) for node in found.members]  # of a step, and of what it runs
+    fused.meta["inside"] = tuple(link for group in links for link in group)
+    anchor = fused
+    for i, node in enumerate(results):
+        with gm.graph.inserting_after(anchor):
+            anchor = call(gm, GETITEM, (fused, i), node, node.meta.get("qparams"))
+        node.replace_all_uses_with(anchor, lambda user: user not in members)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in found.behind:
+        if order[node] < order[held]:
+            anchor.append(node)
+            anchor = node
+    for node in reversed(found.members):
+        gm.graph.erase_node(node)
+
+
+def _unify_parts(found: _Run) -> None:
+    """Let each part of a step be taken once."""
+    taken: dict[Any, Node] = {}
+    for node in list(found.members):
+        if node.target is GETITEM and taken.setdefault(node.args, node) is not node:
+            node.replace_all_uses_with(taken[node.args])
+            found.members.remove(node)
+            node.graph.erase_node(node)
+
+
+def _common(members: list[Node]) -> str:
+    """The module that all of them come from."""
+    paths = [module_of(node).split(".") for node in members]
+    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    return ".".join(shared)
+
+
+def _program(
+    members: list[Node], rows: list[Node], masks: list[Node], constants: list[Node], results: list[Node]
+) -> torch.Tensor:
+    numbers = {node: i for i, node in enumerate([*rows, *masks, *members])}
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [argument(item) for item in value]
+        if not isinstance(value, Node):
+            return value
+        return Constant(constants.index(value)) if value in constants else block.Value(numbers[value])
+
+    def written(node: Node) -> Written:
+        value: Value = node.meta["value"]
+        shown = results.index(node) if node in results else None
+        return Written(value.shape[-1], value.dtype == torch.float32, shown)
+
+    steps = []
+    for node in members:
+        if node.target is GETITEM:
+            steps.append(Step("part", (argument(node.args[0]), node.args[1])))
+            continue
+        name = target_name(node.target).removeprefix("fxq.")
+        value = node.meta["value"]
+        if isinstance(value, Value):
+            writes = [written(node)]
+        else:
+            parts = {user.args[1]: user for user in node.users}
+            writes = [
+                written(parts[i]) if i in parts else Written(v.shape[-1], v.dtype == torch.float32)
+                for i, v in enumerate(value)
+            ]
+        steps.append(Step(name, tuple(map(argument, block.all_arguments(name, node.args))), tuple(writes)))
+    return block.encode(steps, len(rows), len(masks))
+
+
+PASS = FuseBlocks()

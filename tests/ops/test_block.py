@@ -1,0 +1,145 @@
+"""qblock: the bits of its steps one by one, on every instruction set; what is damaged is refused."""
+
+import warnings
+
+import pytest
+import torch
+
+from fxq import kernels, numerics
+from fxq.ops import block
+from fxq.ops.block import Constant, Step, Value, Written, qblock
+
+
+def packed(n, k):
+    return torch.from_numpy(numerics.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8).numpy()))
+
+
+def linear(n, k):
+    return packed(n, k), torch.randint(-900, 900, (n,), dtype=torch.int32), torch.rand(n) * 2e-3
+
+
+def dynamic(n, k):
+    """packed weight, its column sums, its scales."""
+    w = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    return torch.from_numpy(numerics.pack(w.numpy())), w.sum(1, dtype=torch.int32), torch.rand(n) * 2e-3
+
+
+def layer(width=24, wide=40, masked=True):
+    """Every step that there is: two layers' worth, values read late and not at all, results from the middle."""
+    constants = []
+
+    def held(*tensors):
+        constants.extend(tensors)
+        return [Constant(i) for i in range(len(constants) - len(tensors), len(constants))]
+
+    parts = list(zip(*(held(*linear(width, width)) for _ in range(3)), strict=True))
+    factor, weight, bias = held(torch.rand(width), torch.rand(width), torch.randn(width))
+    u8, f32 = Written(width, False), Written(width, True)
+    mask = Value(2) if masked else None
+    first = 3 if masked else 2
+    v = [Value(first + i) for i in range(20)]
+    steps = [
+        Step("qlinears", (Value(0), *map(list, parts), [120, 130, 140], [0, 0, 0], [255, 250, 255]), (u8, u8, u8)),
+        Step("part", (v[0], 0)),
+        Step("part", (v[0], 1)),
+        Step("part", (v[0], 2)),
+        Step("qattention", (v[1], v[2], v[3], mask, False, None, 120, 140, 4e-4, 0.9, 127, 127, 4), (u8,)),
+        Step("qlinear_float", (v[4], *held(*linear(width, width)), Value(1)), (f32,)),
+        Step(
+            "norm_and_quantize",
+            (v[5], "layer_norm", weight, bias, 1e-12, 0.02, 119, factor),
+            (Written(width, True, 1), u8),
+        ),
+        Step("part", (v[6], 0)),
+        Step("part", (v[6], 1)),
+        Step(
+            "qlinear_act_quantize", (v[8], *held(*linear(wide, width)), "gelu", 0.02, 14, None), (Written(wide, False),)
+        ),
+        Step("qlinear_float", (v[9], *held(*linear(width, wide)), v[7]), (f32,)),
+        Step("norm_quantize", (v[10], "rms_norm", weight, None, 1e-6, 0.03, 120, None), (u8,)),
+        Step(
+            "qfeed_forward",
+            (v[11], *held(*linear(wide, width)), "silu", *held(*dynamic(width, wide)), Constant(10), v[10]),
+            (f32,),
+        ),
+        Step("norm", (v[12], "layer_norm", None, None, 1e-5), (f32,)),
+        Step("qlinear", (v[11], *held(*linear(wide, width)), 3, 3, 255), (Written(wide, False, 0),)),
+        Step("qlinear_act", (v[11], *held(*linear(width, width)), "tanh", v[13]), (Written(width, True, 2),)),
+    ]
+    return steps, constants, [wide, -width, -width]
+
+
+def call(steps, constants, widths, batch, tokens, masked=True, width=24):
+    x = torch.randint(0, 256, (batch, tokens, width), dtype=torch.uint8)
+    mask = [torch.rand(batch, 1, 1, tokens) > 0.3] if masked else []
+    return [x, torch.randn(batch, tokens, width), *mask], constants, block.encode(steps, 2, len(mask)), widths
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "masked"), [(1, 1, True), (3, 17, True), (2, 70, False), (0, 4, True), (2, 0, True)]
+)
+def test_same_bits_as_step_by_step(on_isa, batch, tokens, masked):
+    args = call(*layer(masked=masked), batch, tokens, masked)
+    found, wanted = on_isa(qblock, *args), kernels.portable("qblock")(*args)
+    for got, expected, width in zip(found, wanted, args[3], strict=True):
+        assert (got.dtype, got.shape) == (expected.dtype, (batch, tokens, abs(width)))
+        assert torch.equal(got, expected)
+
+
+def test_operands_in_any_memory(on_isa):
+    inputs, *rest = call(*layer(), 3, 17)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+    for got, wanted in zip(on_isa(qblock, strided, *rest), on_isa(qblock, inputs, *rest), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_programs_are_read_as_they_were_written():
+    steps, _, _ = layer()
+    read = block.decode(block.encode(steps, 2, 1))
+    assert [(step.op, step.args) for step in read.steps] == [(step.op, step.args) for step in steps]
+    assert (read.inputs, read.results) == (2, ((14, 0), (6, 0), (15, 0)))
+
+
+def test_memory_is_used_again():
+    """Ten layers need no more of it than two: what nobody reads any more makes room."""
+
+    def bytes_per_row(layers):
+        steps = [Step("norm", (Value(i), "layer_norm", None, None, 1e-5), (Written(32, True),)) for i in range(layers)]
+        return block.encode(steps, 1, 0)[3].item()
+
+    assert bytes_per_row(10) == bytes_per_row(2) == 2 * 32 * 4
+
+
+def test_what_is_damaged_is_refused(on_isa):
+    """Any word of the program changed: an error, or other numbers, and never memory that is not the block's."""
+    inputs, constants, program, widths = call(*layer(), 1, 4)
+    for i in range(len(program)):
+        for value in (-9, 1 << 40):
+            broken = program.clone()
+            broken[i] = value
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # NumPy's, about numbers out of range
+                    on_isa(qblock, inputs, constants, broken, widths)
+            except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
+                continue
+            assert i >= 2, "the head"
+    for length in range(0, len(program), 7):
+        with pytest.raises((RuntimeError, ValueError)):
+            on_isa(qblock, inputs, constants, program[:length].clone(), widths)
+
+
+def test_operands_that_do_not_fit_are_refused(on_isa):
+    inputs, constants, program, widths = call(*layer(), 2, 4)
+    for wrong in ([inputs[0][:, :3], *inputs[1:]], [x[0] for x in inputs], [inputs[1], *inputs[1:]], []):
+        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)):
+            on_isa(qblock, wrong, constants, program, widths)
+    for some in (constants[:-1], constants[::-1]):
+        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)):
+            on_isa(qblock, inputs, some, program, widths)
+    with pytest.raises((RuntimeError, ValueError)):
+        on_isa(qblock, inputs, constants, program, [-40, *widths[1:]])
+
+
+def test_opcheck():
+    torch.library.opcheck(qblock, call(*layer(), 2, 5))
