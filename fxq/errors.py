@@ -21,15 +21,15 @@ class TraceError(FxqError):
     """The model could not be captured as a graph, or the captured graph does not compute what the model computes.
 
     what: the message without the remedy. remedy: what the user can do. module: the path of the module to blame, "" for
-    the root. caught: whether the
-    model's own code caught it and went on, as it might with any other tracer's.
+    the root. caught: whether the model's own code caught it and went on, as it might with any other tracer's. final:
+    whether no other way of capturing the model can help.
     """
 
     caught = False
 
-    def __init__(self, what: str, remedy: str = "", module: str = "") -> None:
+    def __init__(self, what: str, remedy: str = "", module: str = "", final: bool = False) -> None:
         super().__init__(f"{what}; {remedy}" if remedy else what)
-        self.what, self.remedy, self.module = what, remedy, module
+        self.what, self.remedy, self.module, self.final = what, remedy, module, final
 
 
 class GuardError(FxqError):

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxq.errors import FxqError, InputError, TraceError
-from fxq.tracing import signature, verify
+from fxq.tracing import outside, signature, verify
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.exported import Exported, export
 from fxq.tracing.graph_functions import (
@@ -137,7 +137,7 @@ def trace(
         try:
             return _verified(task, "value-carrying symbolic trace")
         except TraceError as error:
-            if frontend == "trace" or error.caught:
+            if frontend == "trace" or error.caught or error.final:
                 raise
             try:
                 return _export(task, f"torch.export, since {error.what}")
@@ -178,6 +178,8 @@ def _refuse_swallowed(task: _Task) -> None:
         recorder, _ = _record_once(task, watch=False)
         swallowed = recorder.swallowed
     except TraceError as error:
+        if error.final:
+            raise
         swallowed = error if error.caught else None
     if swallowed is not None:
         what = f"the model catches the exception that stops its capture: {swallowed.what}"
@@ -201,8 +203,11 @@ def _verified(task: _Task, served: str) -> fx.GraphModule:
                 own(gm, tensors_of(task.prepared))
             return gm
         except TraceError as error:
-            if task.program is not None or not error.module or error.module in task.untraceable:
+            if task.program is not None or not error.module:
                 raise
+            if error.module in task.untraceable:
+                what = f"{task.untraceable[error.module]}; as a leaf, {error.what}"
+                raise TraceError(what, error.remedy, error.module, error.final) from error
             task.untraceable[error.module] = error.what
 
 
@@ -234,7 +239,7 @@ def _record_either(task: _Task, watch: bool = False) -> Recording:
     except TraceError as error:
         if refusal is not None and error.what != refusal.what:
             what = f"{refusal.what}. Where it is told that it is being compiled: {error.what}"
-            both = TraceError(what, REMEDY, refusal.module)
+            both = TraceError(what, REMEDY, refusal.module, refusal.final or error.final)
             both.caught = refusal.caught or error.caught
             raise both from refusal
     else:
@@ -273,7 +278,9 @@ def _record_once(task: _Task, watch: bool) -> Recording:
         raise TraceError(f"{line_of(error)} fails while it is traced: {error}", REMEDY) from error
     if recorder.refusal is not None:
         raise recorder.refusal
-    return recorder, recorder.finish(output)
+    constants = recorder.finish(output)
+    outside.check(recorder)
+    return recorder, constants
 
 
 def _graph_module(task: _Task, recorder: Recorder, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
@@ -334,19 +341,23 @@ def _seen_as_compiling() -> Iterator[None]:
 
 @contextmanager
 def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
-    """Record the functions given to `torch.fx.wrap` as single calls; refuse to compile, and warn of prints."""
-    originals = []
+    """Record the functions given to `torch.fx.wrap` as single calls; refuse to compile, and warn of prints.
+
+    What reads from outside the model gives symbols (`outside`).
+    """
+    stand_ins = list(outside.stand_ins(recorder))
     for (_, name), scope in fx._symbolic_trace._wrapped_fns_to_patch.items():
         if callable(function := scope.get(name)):
-            originals.append((scope, name, function))
+            stand_ins.append((scope, name, partial(recorder.wrapped, function)))
+    originals = [(scope, name, scope[name]) for scope, name, _ in stand_ins]
     compile, print = torch.compile, builtins.print
     try:
-        for scope, name, function in originals:
-            scope[name] = partial(recorder.wrapped, function)
+        for scope, name, stand_in in stand_ins:
+            scope[name] = stand_in
         torch.compile = partial(recorder.compiling, compile)
         builtins.print = partial(recorder.printing, print)
         yield
     finally:
         torch.compile, builtins.print = compile, print
-        for scope, name, function in originals:
+        for scope, name, function in reversed(originals):
             scope[name] = function

@@ -57,10 +57,10 @@ class Builder:
         """Return file:line of the user's code that is running."""
         return user_line() if self.at is None else self.at
 
-    def refuse(self, what: str) -> NoReturn:
+    def refuse(self, what: str, final: bool = False) -> NoReturn:
         """Raise `TraceError` about the user's line; it stands even where the model's code catches it."""
         module = f" (module '{self.paths[-1]}')" if self.paths[-1] else ""
-        error = TraceError(f"{self.line() or 'the model'}{module} {what}", REMEDY)
+        error = TraceError(f"{self.line() or 'the model'}{module} {what}", REMEDY, final=final)
         self.refusal = self.refusal or error
         raise error
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
+import numpy as np
 import torch
 
-_OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<eval_with_key", "<frozen")
+_FOLDERS = (Path(torch.__file__).parent, Path(np.__file__).parent, Path(__file__).parents[1])
+_OWN = (*(f"{folder}{os.sep}" for folder in _FOLDERS), "<eval_with_key", "<frozen")
 _LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
 
 
@@ -28,7 +30,7 @@ class Origin:
 
 
 def is_internal(filename: str) -> bool:
-    """Tell the code of torch, fxq and Python itself from the user's."""
+    """Tell the code of torch, NumPy, fxq and Python itself from the user's."""
     return filename.startswith(_OWN) or (filename.startswith(_LIBRARY) and "site-packages" not in filename)
 
 

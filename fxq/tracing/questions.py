@@ -98,6 +98,8 @@ class Questions(Builder):
         """Return a symbol's value to Python, which makes it part of what the graph takes for granted."""
         if symbol.source is Source.DATA:
             self.refuse(f"decides on `{symbol.text}`, which is computed from the values of tensors")
+        if symbol.source is Source.OUTSIDE:
+            self.refuse(f"decides on `{symbol.text}`, which is another number at each call", final=True)
         if symbol.fx_node not in self.decided:
             self.decided.add(symbol.fx_node)
             line = self.line() or "the model"

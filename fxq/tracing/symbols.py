@@ -1,9 +1,9 @@
-"""Numbers that may differ at call time: a size, an argument, a value read from a tensor.
+"""Numbers that may differ at call time: a size, an argument, a value read from a tensor or from outside the model.
 
 A symbol is a `torch.SymInt` or `torch.SymFloat`, so torch's argument parsers let it pass untouched to the recorder, and
 says that it is an `int` or a `float` to `isinstance`. Arithmetic on it is recorded. What Python decides on it (a
 comparison, an index, a loop count) is answered from its value on the examples and kept as a guard; a number read from a
-tensor refuses to decide.
+tensor, or from outside (a clock), refuses to decide.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Source(Enum):
     SIZE = 1
     ARGUMENT = 2
     DATA = 3
+    OUTSIDE = 4
 
 
 class Recording(Protocol):
@@ -41,7 +42,7 @@ class Recording(Protocol):
     def decide(self, symbol: Any) -> Any:
         """Return the value of a symbol, and keep it as a guard."""
 
-    def refuse(self, what: str) -> NoReturn:
+    def refuse(self, what: str, final: bool = False) -> NoReturn:
         """Raise `TraceError` about the user's line."""
 
 

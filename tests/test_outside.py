@@ -1,0 +1,99 @@
+"""What a forward reads from outside the model is never held for good: clocks, random numbers, gradients, copies."""
+
+import copy
+import random
+import time
+from time import perf_counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxq
+
+X = torch.randn(16, 8)
+
+
+def model_of(forward, **modules):
+    """A module in eval mode, of a class of this file."""
+    model = type("Model", (nn.Module,), {"forward": forward, "__module__": __name__})()
+    for name, module in modules.items():
+        model.add_module(name, module)
+    return model.eval()
+
+
+def grad(s, x):
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(s.l(z).square().sum(), z)
+    return s.l(slope)
+
+
+OUTSIDE = {
+    "time": (lambda s, x: s.l(x) * time.time(), r"test_outside.py:\d+ computes with `time.time\(\)`"),
+    "imported": (lambda s, x: s.l(x) + (perf_counter() - 1) / 2, r"computes with `time.perf_counter\(\)`"),
+    "decided": (lambda s, x: s.l(x) if time.monotonic() > 0 else x, r"decides on `time.monotonic\(\) > 0`"),
+    "random": (lambda s, x: s.l(x) * random.random(), r"computes with `random.random\(\)`"),
+    "randint": (lambda s, x: s.l(x)[:, random.randint(0, 3) :], r"computes with `random.randint\(\)`"),
+    "numpy": (lambda s, x: s.l(x) * float(np.random.rand()), r"decides on `np.random.rand\(\)`"),
+    "array": (lambda s, x: s.l(x) + torch.from_numpy(np.random.rand(8)).float(), "draws numbers from `np.random.rand"),
+    "deepcopy": (lambda s, x: copy.deepcopy(s.l)(x), r"copies a module as it runs \(copy.deepcopy\)"),
+    "grad": (grad, r"test_outside.py:\d+ computes a gradient \(torch.autograd\)"),
+}
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_refused_at_the_root_with_the_line(name, frontend):
+    forward, message = OUTSIDE[name]
+    with pytest.raises(fxq.TraceError, match=message):
+        fxq.quantize(model_of(forward, l=nn.Linear(8, 8)), X, frontend=frontend)
+
+
+def test_the_remedy_works():
+    """The model's code reads its clock at each call."""
+    model = model_of(lambda s, x: s.l(x) * time.time(), l=nn.Linear(8, 8))
+    qmodel = fxq.quantize(model, X, frontend="leaf", recipe=fxq.Recipe(judge_costs=False))
+    assert [d.form for d in fxq.report(qmodel).decisions if d.op == "linear"] == ["int8"]
+
+
+def test_a_module_that_reads_a_clock_is_a_leaf():
+    inner = model_of(lambda s, x: s.l(x) * time.time(), l=nn.Linear(8, 8))
+    model = model_of(lambda s, x: s.k(s.inner(x).tanh()), inner=inner, k=nn.Linear(8, 4))
+    qmodel = fxq.quantize(model, X, recipe=fxq.Recipe(judge_costs=False))
+    (leaf,) = [d for d in fxq.report(qmodel).decisions if d.reason is fxq.Reason.UNTRACEABLE]
+    assert leaf.module == "inner"
+    assert "computes with `time.time()`" in leaf.detail
+    assert qmodel(X).shape == (16, 4)
+
+
+def test_what_is_only_printed_or_thrown_away_stays():
+    def forward(s, x):
+        start = time.perf_counter()
+        random.random()
+        y = s.l(x)
+        s.log = f"{time.perf_counter() - start:.3f} s"
+        return y
+
+    qmodel = fxq.quantize(model_of(forward, l=nn.Linear(8, 8)), X, recipe=fxq.Recipe(judge_costs=False))
+    assert fxq.report(qmodel).int8_share == 1
+    assert not any("perf_counter" in str(node.target) for node in qmodel.graph.nodes)
+
+
+def test_the_functions_are_back_in_their_places():
+    before = time.time, random.random, np.random.rand, copy.deepcopy, torch.autograd.grad, perf_counter
+    fxq.trace(nn.Linear(8, 8).eval(), X)
+    assert (time.time, random.random, np.random.rand, copy.deepcopy, torch.autograd.grad, perf_counter) == before
+
+
+def test_numpy_product_of_sizes_leaves_them_dynamic():
+    model = model_of(lambda s, x: s.l(x.reshape(np.prod(x.shape) // 8, 8)) / np.prod(x.shape), l=nn.Linear(8, 8))
+    gm = fxq.trace(model, X)
+    assert torch.allclose(gm(X[:5]), model(X[:5]))
+
+
+def test_a_guard_of_numpy_names_the_users_line():
+    model = model_of(lambda s, x: s.l(x) / np.max(x.shape), l=nn.Linear(8, 8))
+    with pytest.raises(fxq.GuardError, match=r"test_outside.py:\d+ decided that `x.shape\[0\]` is 16"):
+        fxq.trace(model, X)(X[:5])
