@@ -68,9 +68,18 @@ static void tile(const Gemm& g, const Place& at) {
   UNROLL for (int r = 0; r < R; ++r) x[r] = at.rows ? at.rows[r] : at.x + r * g.x_stride;
   const int8_t* w = at.weight;
   const int64_t step = at.step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
-  for (int64_t run = 0; run < g.run_count; ++run) {
-    int64_t i = at.rows ? g.runs[run] : 0;
-    for (const int64_t run_end = i + whole; i < run_end;) {
+  const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
+  uint32_t last[R];
+  for (int64_t run = 0; run < g.run_count + rest; ++run) {
+    int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
+    if (run == g.run_count) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        last[r] = load_group(x[r] + whole, g.k % 4);
+        x[r] = reinterpret_cast<const uint8_t*>(last + r);
+      }
+      run_end = 4;
+    }
+    while (i < run_end) {
       const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
       const Rows<R> rows(x, i, end);
       for (; i < end; i += 4, w += step) {
@@ -81,12 +90,6 @@ static void tile(const Gemm& g, const Place& at) {
           UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
         }
       }
-    }
-  }
-  if (!at.rows && g.k % 4) {  // the packed weights end in zeros, but x ends
-    UNROLL for (int r = 0; r < R; ++r) {
-      const Input a = input(load_group(x[r] + whole, g.k % 4));
-      UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, weights(w + 4 * W * c));
     }
   }
   if constexpr (kLeaves == Leaves::kSums) {
@@ -116,29 +119,30 @@ static void tile(const Gemm& g, const Place& at) {
 
 using Tile = void (*)(const Gemm&, const Place&);
 
+// Tiles are kColumns, 2 or 1 vectors wide; what is between is made of two.
+static inline int64_t columns_of(int64_t left) { return left >= kColumns ? kColumns : left >= 2 ? 2 : 1; }
+
 template <int R, Leaves kLeaves>
 static Tile tile_of(int64_t columns) {
-  if constexpr (kColumns == 4) {
-    if (columns == 4) return tile<R, 4, kLeaves>;
-    if (columns == 3) return tile<R, 3, kLeaves>;
-  }
-  if constexpr (kColumns >= 2)
+  if constexpr (kColumns > 1)
+    if (columns == 1) return tile<R, 1, kLeaves>;
+  if constexpr (kColumns > 2)
     if (columns == 2) return tile<R, 2, kLeaves>;
-  return tile<R, 1, kLeaves>;
+  return tile<R, kColumns, kLeaves>;
 }
 
-// Of one row or of kRows, which is what nearly all tiles are; of any other number it leaves sums.
-template <Leaves kLeaves>
-static Tile tile_of(int64_t rows, int64_t columns) {
-  if constexpr (kLeaves == Leaves::kSums) {
-    if constexpr (kRows == 6)
-      if (rows == 5) return tile_of<5, kLeaves>(columns);
-    if constexpr (kRows > 4)
-      if (rows == 4) return tile_of<4, kLeaves>(columns);
-    if (rows == 3) return tile_of<3, kLeaves>(columns);
-    if (rows == 2) return tile_of<2, kLeaves>(columns);
-  }
-  return rows == 1 ? tile_of<1, kLeaves>(columns) : tile_of<kRows, kLeaves>(columns);
+template <int R>
+static Tile sums_of(int64_t rows, int64_t columns) {
+  if constexpr (R > 1)
+    if (rows < R) return sums_of<R - 1>(rows, columns);
+  return tile_of<R, Leaves::kSums>(columns);
+}
+
+// The tile that leaves results, where there is one: nearly all tiles are of kRows rows; uint8 of one row is for speed.
+static Tile results_of(int64_t rows, int64_t columns, bool to_uint8) {
+  if (to_uint8 && rows == 1) return tile_of<1, Leaves::kUint8>(columns);
+  if (rows != kRows) return nullptr;
+  return to_uint8 ? tile_of<kRows, Leaves::kUint8>(columns) : tile_of<kRows, Leaves::kFloat>(columns);
 }
 
 // A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time.
@@ -183,8 +187,9 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
       at.x = g.x + row * g.x_stride;
     at.y = stage;
     at.y_stride = width;
-    if (only_sums || (rows != 1 && rows != kRows)) {
-      tile_of<Leaves::kSums>(rows, columns)(g, at);
+    const Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
+    if (!direct) {
+      sums_of<kRows>(rows, columns)(g, at);
       finish_sums(g, row, rows, channel, valid, stage, width);
       continue;
     }
@@ -197,7 +202,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     }
     if (g.addend) at.addend = g.addend + row * g.addend_stride + channel;
     if (g.residual) at.residual = g.residual + row * g.residual_stride + channel;
-    (to_uint8 ? tile_of<Leaves::kUint8>(rows, columns) : tile_of<Leaves::kFloat>(rows, columns))(g, at);
+    direct(g, at);
     if (!staged) continue;
     if (!to_uint8) {
       finish_values(g, row, rows, channel, valid, reinterpret_cast<float*>(stage), width);
@@ -219,8 +224,8 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
     for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
       const int8_t* weight = g.weight + first * padded_k;
-      for (int64_t c = 0; c < width && first + c < g.n; c += kColumns * W) {
-        const int64_t columns = (width - c) / W < kColumns ? (width - c) / W : kColumns;
+      for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
+        columns = columns_of((width - c) / W);
         strip(g, block, block_end, first + c, columns, weight + 4 * c, 4 * width);
       }
     }

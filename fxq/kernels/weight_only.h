@@ -67,27 +67,37 @@ static void float_tile(const FloatPlace& at) {
 
 using FloatTile = void (*)(const FloatPlace&);
 
-template <int R, bool kWide>
-static FloatTile float_tile_of(int64_t columns) {
-  if constexpr (kColumns == 4) {
-    if (columns == 4) return float_tile<R, 4, kWide>;
-    if (columns == 3) return float_tile<R, 3, kWide>;
-  }
-  if constexpr (kColumns >= 2)
-    if (columns == 2) return float_tile<R, 2, kWide>;
-  return float_tile<R, 1, kWide>;
+// Tiles of widened weights, which are for many rows, are kRows to kRows / 2 high, those of packed ones 1 to kRows. They
+// are as wide as the integer product's, or of any width where there are few rows, whose sums wait for each other.
+constexpr int64_t kFewRows = 2;
+
+static inline int64_t float_columns(int64_t rows, int64_t left) {
+  return rows <= kFewRows && left < kColumns ? left : columns_of(left);
 }
 
-template <bool kWide>
-static FloatTile float_tile_of(int64_t rows, int64_t columns) {
-  if constexpr (kRows == 6) {
-    if (rows == 6) return float_tile_of<6, kWide>(columns);
-    if (rows == 5) return float_tile_of<5, kWide>(columns);
+template <int R, int C, bool kWide>
+static FloatTile float_tile_of(int64_t columns) {
+  if constexpr (C == 3 && (kWide || R > kFewRows)) {
+    return float_tile_of<R, 2, kWide>(columns);
+  } else {
+    if constexpr (C > 1)
+      if (columns < C) return float_tile_of<R, C - 1, kWide>(columns);
+    return float_tile<R, C, kWide>;
   }
-  if (rows == 4) return float_tile_of<4, kWide>(columns);
-  if (rows == 3) return float_tile_of<3, kWide>(columns);
-  if (rows == 2) return float_tile_of<2, kWide>(columns);
-  return float_tile_of<1, kWide>(columns);
+}
+
+template <int R>
+static FloatTile packed_tile_of(int64_t rows, int64_t columns) {
+  if constexpr (R > 1)
+    if (rows < R) return packed_tile_of<R - 1>(rows, columns);
+  return float_tile_of<R, kColumns, false>(columns);
+}
+
+template <int R>
+static FloatTile wide_tile_of(int64_t rows, int64_t columns) {
+  if constexpr (R > kRows / 2)
+    if (rows < R) return wide_tile_of<R - 1>(rows, columns);
+  return float_tile_of<R, kColumns, true>(columns);
 }
 
 // `count` k of `columns` vectors of channels, widened to [count][columns * W].
@@ -132,11 +142,12 @@ static void float_strip(const FloatGemm& g, int64_t row, int64_t rows, int64_t c
     const int8_t* packed = weight + k / 4 * step;
     at.weight = widen ? static_cast<const void*>(wide) : packed;
     if (widen) widen_weights(packed, step, at.count, columns, wide);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t height = rows - r < kRows ? rows - r : kRows;
+    for (int64_t r = 0, height; r < rows; r += height) {
+      const int64_t left = rows - r;  // the last two tiles share what they have to do
+      height = left <= kRows ? left : left < 2 * kRows ? (left + 1) / 2 : kRows;
       at.x = g.x + (row + r) * g.x_stride + k;
       at.y = sums + r * width;
-      (widen ? float_tile_of<true>(height, columns) : float_tile_of<false>(height, columns))(at);
+      (widen ? wide_tile_of<kRows> : packed_tile_of<kRows>)(height, columns)(at);
     }
   }
   finish_floats(g, row, rows, channel, width, sums);
@@ -152,8 +163,8 @@ static void float_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t
     for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
       const int8_t* weight = g.weight + first * padded_k;
-      for (int64_t c = 0; c < width && first + c < g.n; c += kWidth) {
-        const int64_t columns = (width - c) / W < kColumns ? (width - c) / W : kColumns;
+      for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
+        columns = float_columns(rows, (width - c) / W);
         float_strip(g, row, rows, first + c, columns, weight + 4 * c, 4 * width, wide, sums);
       }
     }

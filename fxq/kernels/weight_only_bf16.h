@@ -42,8 +42,7 @@ using BrainTile = void (*)(const BrainPlace&);
 
 template <int R>
 static BrainTile brain_tile_of(int64_t columns) {
-  constexpr BrainTile kTiles[] = {brain_tile<R, 1>, brain_tile<R, 2>, brain_tile<R, 3>, brain_tile<R, 4>};
-  return kTiles[columns - 1];
+  return columns == 4 ? brain_tile<R, 4> : columns == 2 ? brain_tile<R, 2> : brain_tile<R, 1>;
 }
 
 static BrainTile brain_tile_of(int64_t rows, int64_t columns) {
@@ -75,24 +74,27 @@ void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel,
   for (; row < row_end; row += kHeight) {
     const int64_t rows = row_end - row < kHeight ? row_end - row : kHeight;
     for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
-      const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel, columns = width / W;
-      const int8_t* weight = g.weight + first * padded_k;
-      BrainPlace at = {};
-      at.x_stride = g.x_stride;
-      at.weight = wide;
-      at.y_stride = width;
-      for (int64_t k = 0; k < g.k; k += kBlock, weight += kBlock * width) {
-        const int64_t count = g.k - k < kBlock ? g.k - k : kBlock;
-        widen_pairs(weight, 4 * width, count, columns, wide);
-        at.count = (count + 1) / 2;
-        at.first = k == 0;
-        for (int64_t r = 0; r < rows; r += kRows) {
-          at.x = g.pairs + (row + r) * g.x_stride + k / 2;
-          at.y = sums + r * width;
-          brain_tile_of(rows - r < kRows ? rows - r : kRows, columns)(at);
+      const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
+      for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
+        columns = columns_of((width - c) / W);
+        const int8_t* weight = g.weight + first * padded_k + 4 * c;
+        BrainPlace at = {};
+        at.x_stride = g.x_stride;
+        at.weight = wide;
+        at.y_stride = columns * W;
+        for (int64_t k = 0; k < g.k; k += kBlock, weight += kBlock * width) {
+          const int64_t count = g.k - k < kBlock ? g.k - k : kBlock;
+          widen_pairs(weight, 4 * width, count, columns, wide);
+          at.count = (count + 1) / 2;
+          at.first = k == 0;
+          for (int64_t r = 0; r < rows; r += kRows) {
+            at.x = g.pairs + (row + r) * g.x_stride + k / 2;
+            at.y = sums + r * columns * W;
+            brain_tile_of(rows - r < kRows ? rows - r : kRows, columns)(at);
+          }
         }
+        finish_floats(g, row, rows, first + c, columns * W, sums);
       }
-      finish_floats(g, row, rows, first, width, sums);
     }
   }
 }
