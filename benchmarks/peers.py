@@ -80,6 +80,13 @@ def fxq_w8a8(model: Model) -> Load:
     )
 
 
+def fxq_without_calibration(recipe: str, model: Model) -> Load:
+    """`fxq.quantize` with a recipe that needs no calibration data; what has no form in it stays float."""
+    return _module(
+        fxq.quantize(model.module, model.calibration[0], recipe=recipe, on_low_sqnr="ignore", progress=False)
+    )
+
+
 def torch_quantized(model: Model) -> nn.Module:
     """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, linear by linear."""
     import torch.ao.quantization as ao
@@ -293,6 +300,7 @@ def openvino_int8(model: Model) -> Load:
 
 PEERS: dict[str, Callable[[Model], Load]] = {
     "fxq": fxq_w8a8,
+    **{f"fxq {recipe}": functools.partial(fxq_without_calibration, recipe) for recipe in ("w8a8-dynamic", "w8a32")},
     "torch float32": float32,
     "torch.ao static": torch_static,
     "torch.ao dynamic": torch_dynamic,

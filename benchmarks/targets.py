@@ -97,5 +97,5 @@ def shape_text(row: Any) -> str:
 def best_peer(row: Any, threads: str) -> str | None:
     """The fastest peer whose output is not noise (at least `MIN_SQNR` dB); None where there is none."""
     times = row["threads"][threads]["us"]
-    honest = [name for name in times if name != "fxq" and row["sqnr"].get(name, 0) >= MIN_SQNR]
+    honest = [name for name in times if not name.startswith("fxq") and row["sqnr"].get(name, 0) >= MIN_SQNR]
     return min(honest, key=times.__getitem__, default=None)

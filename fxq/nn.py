@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxq import numerics
 from fxq.errors import InputError
+from fxq.gradients import refuse_gradients
 from fxq.observers import WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linear_weight_only import linear_weight_only
@@ -41,8 +42,11 @@ class QuantizedLinear(nn.Module):
     def from_float(cls, linear: nn.Linear) -> Self:
         """The layer that computes what `linear` does, whose weight is rounded to int8 with a scale per output channel.
 
-        Raises `InputError` for a weight of another dtype than its activations will have, or one that is not finite.
+        Raises `InputError` for anything but a linear, for a weight of another dtype than its activations will have, or
+        one that is not finite.
         """
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"{cls.__name__}.from_float takes an nn.Linear, not a {type(linear).__name__}")
         w, b = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         if w.dtype not in cls.dtypes or w.device.type != "cpu":
             names = " or ".join(str(dtype) for dtype in cls.dtypes)
@@ -61,10 +65,24 @@ class QuantizedLinear(nn.Module):
     def _take(self, q_w: Tensor) -> None:
         self.weight_packed.copy_(torch.from_numpy(numerics.pack(q_w.numpy())))
 
-    def _check(self, x: Tensor) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features], of one of the `dtypes`; returns [..., out_features] of the same. There is no gradient.
+
+        Raises `InputError`, in the backward of who asks for one as well.
+        """
         if x.dtype not in self.dtypes:
             names = " or ".join(str(dtype) for dtype in self.dtypes)
-            raise TypeError(f"{type(self).__name__} takes activations of {names}, not of {x.dtype}")
+            raise InputError(f"{type(self).__name__} takes activations of {names}, not of {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise InputError(f"{type(self).__name__} takes [..., {self.in_features}], not {list(x.shape)}")
+        y = self._product(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            refused: Tensor = refuse_gradients(y, x, type(self).__name__)
+            return refused
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Keep the scales and the bias float32 where a model is converted to another floating-point type."""
@@ -86,9 +104,7 @@ class W8A32Linear(QuantizedLinear):
     scheme = "w8a32"
     dtypes = (torch.float32,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., in_features]; returns float32 [..., out_features]."""
-        self._check(x)
+    def _product(self, x: Tensor) -> Tensor:
         y: Tensor = linear_weight_only(x, self.weight_packed, self.weight_scale, self.bias)
         return y
 
@@ -99,9 +115,7 @@ class W8A16Linear(QuantizedLinear):
     scheme = "w8a16"
     dtypes = (torch.bfloat16, torch.float16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: bfloat16 or float16 [..., in_features]; returns [..., out_features] of the same type."""
-        self._check(x)
+    def _product(self, x: Tensor) -> Tensor:
         y: Tensor = linear_weight_only(x, self.weight_packed, self.weight_scale, self.bias)
         return y
 
@@ -123,9 +137,7 @@ class W8A8Linear(QuantizedLinear):
         super()._take(q_w)
         self.column_sums.copy_(q_w.sum(1, dtype=torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., in_features]; returns float32 [..., out_features]."""
-        self._check(x)
+    def _product(self, x: Tensor) -> Tensor:
         y: Tensor = qlinear_dynamic(x, self.weight_packed, self.column_sums, self.weight_scale, self.bias)
         return y
 

@@ -8,16 +8,15 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.fx.graph import PythonCode, _format_target
 from torch.nn.modules import module as hooks
-from torch.utils import _pytree as pytree
 
 from fxq.decisions import Report
 from fxq.encoding import decode, encode
-from fxq.errors import InputError
 from fxq.expansion import summary
+from fxq.gradients import refuse_gradients
 from fxq.graph import STATE
 from fxq.outputs import dequantized, output_qparams
 from fxq.qtypes import QParams
@@ -140,30 +139,8 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     if torch.is_grad_enabled():
         for value in (*args, *kwargs.values()) if kwargs else args:
             if getattr(value, "requires_grad", False):
-                return _refuse_gradients(run(*args, **kwargs), value)
+                return refuse_gradients(run(*args, **kwargs), value)
     return run(*args, **kwargs)
-
-
-class _NoGradient(torch.autograd.Function):
-    """The same numbers; whoever asks for their gradient learns that there is none, where torch would leave it None."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, cause: Tensor) -> Tensor:
-        return output.detach().view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise InputError("an integer model has no gradients; train with fxq.prepare_qat, or call it on x.detach()")
-
-
-def _refuse_gradients(outputs: Any, cause: Tensor) -> Any:
-    """`outputs`, of a call that `cause` wants a gradient of."""
-
-    def refuse(output: Tensor) -> Tensor:
-        refused: Tensor = _NoGradient.apply(output, cause)  # type: ignore[no-untyped-call]
-        return refused if output.is_floating_point() else output
-
-    return pytree.tree_map_only(Tensor, refuse, outputs)
 
 
 def weight_bytes(gm: nn.Module) -> int:

@@ -48,7 +48,7 @@ def test_a_layer(kind, dtype, bias):
     assert repr(layer) == f"{kind.__name__}(in_features=40, out_features=30, bias={bias})"
     assert not list(layer.parameters())
     assert layer.half().weight_scale.dtype == torch.float32
-    with pytest.raises(TypeError, match=f"{kind.__name__} takes activations of .*, not of torch.float64"):
+    with pytest.raises(fxq.InputError, match=f"{kind.__name__} takes activations of .*, not of torch.float64"):
         layer(x.double())
 
 
@@ -60,6 +60,25 @@ def test_weights_that_do_not_fit(kind, dtype):
     linear.weight.data[1, 1] = torch.nan
     with pytest.raises(fxq.InputError, match="NaN or infinity"):
         kind.from_float(linear)
+
+
+@pytest.mark.parametrize("kind", [fxq.nn.W8A32Linear, fxq.nn.W8A16Linear, fxq.nn.W8A8Linear])
+def test_what_a_layer_does_not_take(kind):
+    """A number of features that the packed weight would hold, too; another type; gradients; another module."""
+    dtype, other = kind.dtypes[0], torch.float16 if kind.dtypes[0] is torch.float32 else torch.float32
+    layer = kind.from_float(nn.Linear(7, 3, dtype=dtype))
+    for shape in ((2, 8), (2, 5), ()):
+        with pytest.raises(fxq.InputError, match=rf"{kind.__name__} takes \[\.\.\., 7\], not"):
+            layer(torch.zeros(shape, dtype=dtype))
+    with pytest.raises(fxq.InputError, match=f"{kind.__name__} takes activations of {dtype}.*, not of {other}"):
+        layer(torch.zeros(2, 7, dtype=other))
+    x = torch.zeros(2, 7, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer(x.detach()))
+    with pytest.raises(fxq.InputError, match=f"{kind.__name__} has no gradients"):
+        y.sum().backward()
+    with pytest.raises(fxq.InputError, match=r"from_float takes an nn\.Linear, not a Conv1d"):
+        kind.from_float(nn.Conv1d(3, 3, 1))
 
 
 def test_swap():
