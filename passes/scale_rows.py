@@ -98,7 +98,7 @@ def _factors(gm: GraphModule, node: Node) -> Tensor | None:
     factors = scaled.args[1]
     if not isinstance(factors, Node) or factors.op != "get_attr":
         return None
-    values = constant(gm, factors)
+    values = constant(gm, factors).detach()
     return values if values.dim() == 1 and bool((torch.frexp(values).mantissa == 0.5).all()) else None
 
 
