@@ -1,10 +1,10 @@
-"""Peak memory of MiniLM-L6: converting it beside the float model, and running it beside float eager.
+"""Peak memory: running MiniLM-L6 and ResNet-18 in int8 beside float eager, and converting MiniLM-L6.
 
 python -m benchmarks.memory
 
 Each figure is the most memory that a process of its own held at a time (VmHWM), beyond what it held before: before a
 model was loaded for running, with the model and its calibration data in memory for converting. Calls are of 8 x 128
-tokens, at one thread. The float model is loaded the same way for both, from one file.
+tokens or 8 images, at one thread. Beyond the weights is what a call takes: activations and whatever it computes in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 import fxq
 from benchmarks import models
 
-WORKLOAD = next(workload for workload in models.WORKLOADS if workload.name == "MiniLM-L6")
+WORKLOADS = {workload.name: workload for workload in models.WORKLOADS}
+SHAPES = {"MiniLM-L6": (8, 128), "ResNet-18": (8, 3, 224, 224)}
+CONVERTED = "MiniLM-L6"
 MB = 1e6
 
 
@@ -38,9 +40,9 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def running(path: Path, quantized: bool) -> dict[str, float]:
+def running(name: str, path: Path, quantized: bool) -> dict[str, float]:
     """Load the model at `path` and call it twice."""
-    (inputs,) = WORKLOAD.inputs(True, (8, 128), 1)
+    (inputs,) = WORKLOADS[name].inputs(True, SHAPES[name], 1)
     warm = torch.nn.Linear(8, 8)
     with torch.inference_mode():
         warm(torch.zeros(1, 8))
@@ -56,7 +58,8 @@ def running(path: Path, quantized: bool) -> dict[str, float]:
 
 def converting(path: Path) -> dict[str, float]:
     """Quantize the float model at `path`."""
-    calibration = WORKLOAD.inputs(False, WORKLOAD.calibrated_on, WORKLOAD.batches)
+    workload = WORKLOADS[CONVERTED]
+    calibration = workload.inputs(False, workload.calibrated_on, workload.batches)
     fxq.quantize(torch.nn.Linear(8, 8), torch.zeros(4, 8), on_low_sqnr="ignore")
     start = now("VmRSS")
     model = torch.load(path, weights_only=False)
@@ -76,10 +79,30 @@ def child(*arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show(name: str, folder: Path) -> Path:
+    """Measure both models of one name, each in a child; returns where the float one lies."""
+    exact, quantized = folder / f"{name}.pt", folder / f"{name}.fxq"
+    workload = WORKLOADS[name]
+    model = workload.module()
+    torch.save(model, exact)
+    calibration = workload.inputs(False, workload.calibrated_on, workload.batches)
+    fxq.save(fxq.quantize(model, calibration[0], calibration_data=calibration, progress=False), quantized)
+    before = None
+    print(f"{name}, {' x '.join(map(str, SHAPES[name])):<20}{'weights':>10}{'a call':>10}{'peak':>10}")
+    for kind, path in (("float32 eager", exact), ("int8", quantized)):
+        found = child("--measure", kind, "--model", name, "--path", str(path))
+        call = found["peak"] - found["loaded"]
+        ratio = f"   a call {call / before[0]:.2f}, peak {found['peak'] / before[1]:.2f} of float32" if before else ""
+        before = call, found["peak"]
+        print(f"{kind:<31}{found['loaded']:7.0f} MB{call:7.0f} MB{found['peak']:7.0f} MB{ratio}", flush=True)
+    return exact
+
+
 def main() -> None:
-    """Prepare both models, then measure each in a child."""
+    """Prepare the models, then measure each in a child."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", choices=("float", "int8", "convert"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("float32 eager", "int8", "convert"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=SHAPES, help="this one only")
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -87,24 +110,17 @@ def main() -> None:
         print(json.dumps(converting(options.path)))
         return
     if options.measure:
-        print(json.dumps(running(options.path, options.measure == "int8")))
+        print(json.dumps(running(options.model, options.path, options.measure == "int8")))
         return
     with tempfile.TemporaryDirectory() as folder:
-        exact, quantized = Path(folder) / "model.pt", Path(folder) / "model.fxq"
-        model = WORKLOAD.module()
-        torch.save(model, exact)
-        calibration = WORKLOAD.inputs(False, WORKLOAD.calibrated_on, WORKLOAD.batches)
-        fxq.save(fxq.quantize(model, calibration[0], calibration_data=calibration), quantized)
-        float_run = child("--measure", "float", "--path", str(exact))
-        int8_run = child("--measure", "int8", "--path", str(quantized))
-        convert = child("--measure", "convert", "--path", str(exact))
-    print(f"{'MiniLM-L6, 8 x 128 tokens':<28}{'loaded':>10}{'peak':>10}")
-    print(f"{'float32 eager':<28}{float_run['loaded']:7.0f} MB{float_run['peak']:7.0f} MB")
-    ratio = int8_run["peak"] / float_run["peak"]
-    print(f"{'int8':<28}{int8_run['loaded']:7.0f} MB{int8_run['peak']:7.0f} MB   {ratio:.2f} of float32")
-    ratio = convert["peak"] / convert["parameters"]
-    size = convert["parameters"]
-    print(f"converting: {convert['peak']:.0f} MB at most, {ratio:.2f} times the {size:.0f} MB of parameters")
+        for name in [options.model] if options.model else SHAPES:
+            exact = show(name, Path(folder))
+            if name == CONVERTED:
+                convert = child("--measure", "convert", "--path", str(exact))
+                ratio, size = convert["peak"] / convert["parameters"], convert["parameters"]
+                print(
+                    f"converting: {convert['peak']:.0f} MB at most, {ratio:.2f} times the {size:.0f} MB of parameters"
+                )
 
 
 if __name__ == "__main__":
