@@ -432,6 +432,7 @@ OPS: dict[str, Op] = {
     "fxq.qmax_pool": Op(numerics.qmax_pool),
     "fxq.qupsample_nearest": Op(numerics.qupsample_nearest),
     "fxq.qupsample_bilinear": Op(numerics.qupsample_bilinear),
+    "fxq.qcat": Op(lambda tensors: np.concatenate(tensors, 1)),
     "pad": Op(golden_images.pad),
     "channel_shuffle": Op(golden_images.channel_shuffle),
     "reshape": Op(lambda input, shape: np.reshape(input, shape)),

@@ -1,19 +1,23 @@
 """order_channels: an image that becomes integers for convolutions becomes channels-last in the same pass over it.
 
     qconv(quantize(x, s, z), ...)    ->  qconv(quantize_channels_last(x, s, z), ...)
+    cat([qconv(...), ...], 1)        ->  qcat([qconv(...), ...])
 
 The ops of `fxq.layout` read and give channels-last memory; shapes stay as they were, [B, C, *spatial]. So the order
 changes at the borders only: here, and where a flatten or a float operation reads. An input that lies channels-last
-already is not copied. Not where something else reads the integers before any such op does.
+already is not copied. Not where something else reads the integers before any such op does. Channels are put side by side
+in one pass where all operands lie channels-last for certain.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import replace
+from fxq.ops.cat import qcat
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_fixed, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
 from fxq.ops.lookup import lookup
@@ -45,11 +49,29 @@ class OrderChannels:
     numbers: Numbers = Numbers.SAME
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Returns the number of borders placed."""
+        """Returns the number of borders placed and of concatenations rewritten."""
         borders = [node for node in gm.graph.nodes if node.target is quantize and _wants_channels_last(node)]
         for node in borders:
             replace(gm, node, quantize_channels_last, node.args, node.meta["qparams"])
-        return len(borders)
+        cats = [node for node in gm.graph.nodes if _joins_channels(node)]
+        for node in cats:
+            replace(gm, node, qcat, node.args[:1], node.meta["qparams"])
+        return len(borders) + len(cats)
+
+
+def _joins_channels(node: Node) -> bool:
+    """Whether `node` puts channels of integers side by side that all lie channels-last."""
+    if node.target is not torch.cat or "qparams" not in node.meta or node.args[1:] != (1,):
+        return False
+    operands = node.args[0]
+    assert isinstance(operands, list | tuple)
+    return all(isinstance(operand, Node) and _lies_channels_last(operand) for operand in operands)
+
+
+def _lies_channels_last(node: Node) -> bool:
+    if node.target is lookup:
+        return isinstance(node.args[0], Node) and _lies_channels_last(node.args[0])
+    return node.target in _CHANNELS_LAST or node.target in (quantize_channels_last, qcat) or _joins_channels(node)
 
 
 def _wants_channels_last(node: Node) -> bool:
