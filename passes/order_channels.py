@@ -5,8 +5,8 @@
 
 The ops of `fxq.layout` read and give channels-last memory; shapes stay as they were, [B, C, *spatial]. So the order
 changes at the borders only: here, and where a flatten or a float operation reads. An input that lies channels-last
-already is not copied. Not where something else reads the integers before any such op does. Channels are put side by side
-in one pass where all operands lie channels-last for certain.
+already is not copied. Not where something else reads the integers before any such op does. Channels are joined in one
+pass where all operands lie channels-last for certain.
 """
 
 from __future__ import annotations
