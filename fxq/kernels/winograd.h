@@ -249,8 +249,7 @@ static void winograd(const Conv& c, const int32_t* weight, int64_t tile, int64_t
         const int64_t strip = columns * W;
         for (int64_t p = 0; p < 36; ++p)
           for (int64_t t = 0; t < count;) {
-            // kRows at a time, and kRows - 1 where that makes the numbers meet.
-            const bool tall = count - t >= kRows && (count - t) % (kRows - 1) != 0;
+            const bool tall = (count - t) % kRows == 0;  // as many low ones as make the numbers meet come first
             (tall ? pair_sums_of<kRows>(columns) : pair_sums_of<kRows - 1>(columns))(
                 v + (t * 36 + p) * pairs, 36 * pairs, panel + p * position + channel, width, pairs,
                 m + (t * 36 + p) * strip, 36 * strip);
