@@ -177,7 +177,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const int64_t first = row;
   for (; row < row_end; row += kRows) {
     int64_t rows = row_end - row < kRows ? row_end - row : kRows;
-    if (rows > 1 && rows < kRows && row_end - first >= kRows) {  // the last ones, some of them again
+    // The last ones, some of them again, where those cost less than leaving sums does.
+    if (rows > 1 && rows < kRows && row_end - first >= kRows && (kRows - rows) * g.k <= 256) {
       row = row_end - kRows;
       rows = kRows;
     }
