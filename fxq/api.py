@@ -26,7 +26,7 @@ from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
-from fxq.observers import Observer, Rows, WeightObserver, learning, paused, sample_of
+from fxq.observers import WeightObserver, learning, paused, sample_of
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
@@ -244,7 +244,7 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
     Raises `CalibrationError` naming the first value that no data has reached.
     """
     _context(prepared, Stage.OBSERVED, "fxq.convert")
-    observers = [m for m in prepared.modules() if isinstance(m, Observer | Rows | WeightObserver)]
+    observers = [m for m in prepared.modules() if isinstance(m, FakeQuantize | WeightObserver)]  # they write to theirs
     changing = {id(tensor) for observer in observers for tensor in tensors_of(observer)}
     kept = [] if prepared.meta.get(STATE) else [t for t in tensors_of(prepared) if id(t) not in changing]
     gm = copy.deepcopy(prepared, aliases(kept)).eval()

@@ -96,6 +96,23 @@ def exclusive_constants(gm: GraphModule) -> set[Node]:
     return {nodes[0] for nodes in holders.values() if len(nodes) == 1 and len(nodes[0].users) == 1}
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinity; takes no memory of the tensor's size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def drop_unread(gm: GraphModule, keep: str | None = None) -> None:
+    """Forget the parameters and buffers that no node reads, itself or in a module that it calls, nor is in `keep`."""
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for path, _ in _constants(gm):
+        owner, _, name = path.rpartition(".")
+        inside = any(owner == module or owner.startswith(f"{module}.") for module in called)
+        kept = keep is not None and path.startswith(f"{keep}.")
+        if path not in read and not inside and not kept:
+            delattr(gm.get_submodule(owner), name)
+
+
 def set_constant(gm: GraphModule, path: str, tensor: Tensor) -> str:
     """Register `tensor` as a buffer at `path`, or at `path_1`, ... if that is taken; return the path used."""
     owner_path, _, name = path.rpartition(".")

@@ -317,6 +317,8 @@ class Rows(nn.Module):
         return x
 
 
+HOLDER = "observers"
+"""The submodule of a graph that holds its observers."""
 SAMPLE = "calibration_sample"
 """The submodule of a graph with observers that holds its `Sample`."""
 
@@ -382,8 +384,9 @@ class WeightObserver(nn.Module):
 
     def scales_of(self, w: Tensor) -> Tensor:
         """The scales that the largest magnitudes of `w` have: float32 [N], or [1] per tensor."""
-        magnitude = w.detach().float().abs().reshape(len(w), w[:1].numel())
-        peak = magnitude.amax(1) if magnitude.numel() else magnitude.new_zeros(len(w))
+        rows = w.detach().float().reshape(len(w), w[:1].numel())
+        low, high = torch.aminmax(rows, dim=1) if rows.numel() else (rows.new_zeros(len(w)),) * 2
+        peak = torch.maximum(-low, high)
         if self.granularity == "per_tensor":
             peak = peak.amax().reshape(1) if len(peak) else peak.new_zeros(1)
         return torch.from_numpy(weight_scales(peak.numpy()))

@@ -21,9 +21,9 @@ from fxq import dump
 from fxq.decisions import Report
 from fxq.errors import VerifyError
 from fxq.family import Family
-from fxq.graph import NodeError, find_state, is_known, propagate, unchanged
+from fxq.graph import NodeError, drop_unread, find_state, is_known, propagate, unchanged
 from fxq.inputs import Call
-from fxq.observers import paused
+from fxq.observers import HOLDER, paused
 from fxq.qtypes import Spec
 from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
@@ -116,6 +116,8 @@ def run(passes: Sequence[Pass], gm: GraphModule, ctx: Context) -> GraphModule:
             changed = []
         elif changed:
             verify_laws(gm, ctx, _after(changed, ctx))
+        if rewrites and step.takes is not Stage.FLOAT:
+            drop_unread(gm, keep=HOLDER)  # a weight is in memory in one form at a time
         ctx.timings.append((step.name, rewrites, time.perf_counter() - start))
         if before is not None:
             gm.recompile()

@@ -14,7 +14,7 @@ from fxq import numerics
 from fxq.decisions import Reason
 from fxq.errors import CalibrationError
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, is_tensor, place_of, set_constant
+from fxq.graph import call, constant, get_attr, is_finite, is_tensor, place_of, set_constant
 from fxq.packing import shared_constant, sibling
 from fxq.pattern import Match
 from fxq.qtypes import MAX_K, Scheme
@@ -43,7 +43,7 @@ def claim(gm: GraphModule, node: Node, schemes: Mapping[torch.dtype, tuple[Schem
     if weight.layout != torch.strided:
         return Refusal(Reason.NO_INTEGER_OP, f"its weight is {weight.layout}")
     for operand in (w, b):
-        if isinstance(operand, Node) and not bool(torch.isfinite(constant(gm, operand)).all()):
+        if isinstance(operand, Node) and not is_finite(constant(gm, operand)):
             raise CalibrationError(
                 f"{place_of(node)}: the parameter {operand.target} holds NaN or infinity; repair the checkpoint"
             )

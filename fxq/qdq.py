@@ -71,18 +71,26 @@ def _requantize(q: Tensor, z_x: int, multiplier: float, zero_point: int, low: in
     return round_clamp(steps_from(laid_like(q, q), z_x, multiplier), zero_point, low, high)
 
 
+AT_ONCE = 1 << 20
+"""Weights that are in memory as float64 at a time."""
+
+
 def _column(scales: Tensor, ndim: int) -> Tensor:
     return scales.reshape(-1, *[1] * (ndim - 1))
 
 
 def _quantize_weight(w: Tensor, scales: Tensor) -> Tensor:
-    steps = w.to(torch.float64, copy=True).div_(_column(scales, w.ndim).to(torch.float64)).round_()
-    return steps.clamp_(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8).contiguous()
+    q, column = w.new_empty(w.shape, dtype=torch.int8), _column(scales, w.ndim).to(torch.float64)
+    some = max(1, AT_ONCE // max(1, w[:1].numel()))
+    columns = column.expand(len(w), *column.shape[1:])
+    for part, own, s in zip(*(torch.split(each, some) for each in (w, q, columns)), strict=True):
+        own.copy_(part.to(torch.float64, copy=True).div_(s).round_().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX))
+    return q
 
 
 def _dequantize_weight(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     expect_dtype("dequantize_weight", "q", q, torch.int8)
-    return (q.to(torch.float32) * _column(scales, q.ndim)).to(dtype)
+    return q.to(torch.float32).mul_(_column(scales, q.ndim)).to(dtype)
 
 
 def _fake_quantize_rows(x: Tensor) -> Tensor:

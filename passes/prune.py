@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxq.graph import is_call
+from fxq.graph import drop_unread, is_call
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -28,7 +28,8 @@ class Prune:
         before = len(gm.graph.nodes) + _constants(gm)
         gm.graph.eliminate_dead_code(is_impure_node=_stays)
         gm.delete_all_unused_submodules()
-        _delete_unused_constants(gm)
+        drop_unread(gm)
+        _delete_empty_submodules(gm)
         return before - len(gm.graph.nodes) - _constants(gm)
 
 
@@ -38,18 +39,6 @@ def _stays(node: Node) -> bool:
 
 def _constants(gm: GraphModule) -> int:
     return len(list(gm.named_parameters(remove_duplicate=False))) + len(list(gm.named_buffers(remove_duplicate=False)))
-
-
-def _delete_unused_constants(gm: GraphModule) -> None:
-    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    for path, _ in named:
-        owner, _, name = path.rpartition(".")
-        inside = any(owner == module or owner.startswith(f"{module}.") for module in called)
-        if path not in used and not inside:
-            delattr(gm.get_submodule(owner), name)
-    _delete_empty_submodules(gm)
 
 
 def _delete_empty_submodules(gm: GraphModule) -> None:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from fxq import kernels
 from fxq.decisions import Reason
 from fxq.family import Claim, Refusal
-from fxq.graph import constant, get_attr, replace, set_constant
+from fxq.graph import constant, get_attr, is_finite, replace, set_constant
 from fxq.pattern import Const, Match, Op
 from fxq.qdq import dequantize_weight, expect_dtype
 
@@ -99,7 +99,7 @@ class Embedding:
         weight = constant(gm, table)
         if weight.dtype != torch.float32:
             return Refusal(Reason.NOT_FLOAT32, f"its table is {weight.dtype}")
-        if not weight.numel() or not bool(torch.isfinite(weight).all()):
+        if not weight.numel() or not is_finite(weight):
             return Refusal(Reason.NO_INTEGER_OP, "its table is empty or not finite")
         return Claim("product", (), table)
 
