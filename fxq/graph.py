@@ -107,7 +107,7 @@ def drop_unread(gm: GraphModule, keep: str | None = None) -> None:
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     for path, _ in _constants(gm):
         owner, _, name = path.rpartition(".")
-        inside = any(owner == module or owner.startswith(f"{module}.") for module in called)
+        inside = any(owner[:i] in called for i in range(len(owner) + 1) if owner[i : i + 1] in (".", ""))
         kept = keep is not None and path.startswith(f"{keep}.")
         if path not in read and not inside and not kept:
             delattr(gm.get_submodule(owner), name)
