@@ -11,6 +11,7 @@ from fxq.ops import (
     attention,
     block,
     carry,
+    cat,
     chain,
     clamp,
     conv,
@@ -18,6 +19,7 @@ from fxq.ops import (
     dropout,
     embedding,
     feed_forward,
+    gate,
     linear,
     linear_dynamic,
     linear_weight_only,
@@ -32,7 +34,7 @@ from fxq.ops import (
     upsample,
 )
 
-WITHOUT_FAMILY = (activation, add_engine, block, chain, feed_forward, linears, quantize_engine)
+WITHOUT_FAMILY = (activation, add_engine, block, cat, chain, feed_forward, gate, linears, quantize_engine)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (

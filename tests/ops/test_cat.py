@@ -1,11 +1,16 @@
 """qcat: channels side by side, in one pass over channels-last memory; `order_channels` puts it there."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fxq
+import fxq.ops
 from fxq.layout import channels_last
 from fxq.ops.cat import qcat
 from passes import order_channels
@@ -71,6 +76,14 @@ def test_concatenations_of_images_are_one_pass(model_of, tmp_path):
     for other in (fxq.load(tmp_path / "m.fxq"), torch.compile(qmodel, backend="eager")):
         assert torch.equal(other(x), qmodel(x))
     assert order_channels.PASS.run(qmodel, None) == 0, "idempotent"
+
+
+def test_a_process_that_loads_files_knows_every_op():
+    """Without the passes, which a process that only loads and calls never imports."""
+    files = {path.stem for path in Path(fxq.ops.__file__).parent.glob("*.py")} - {"__init__"}
+    code = "import fxq, sys; print(*(name for name in sys.modules if name.startswith('fxq.ops.')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.removeprefix("fxq.ops.") for name in found} >= files
 
 
 @pytest.mark.parametrize(("forward", "channels"), [(joined_rows, 6), (joined_with_a_move, 12)])
