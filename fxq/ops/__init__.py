@@ -19,9 +19,11 @@ from fxq.ops import (
     dropout,
     embedding,
     feed_forward,
+    fixed_point,
     gate,
     linear,
     linear_dynamic,
+    linear_dynamic_engine,
     linear_weight_only,
     linears,
     lookup,
@@ -34,7 +36,19 @@ from fxq.ops import (
     upsample,
 )
 
-WITHOUT_FAMILY = (activation, add_engine, block, cat, chain, feed_forward, gate, linears, quantize_engine)
+WITHOUT_FAMILY = (
+    activation,
+    add_engine,
+    block,
+    cat,
+    chain,
+    feed_forward,
+    fixed_point,
+    gate,
+    linear_dynamic_engine,
+    linears,
+    quantize_engine,
+)
 """Ops that passes put together from those of families; imported here so that a file that holds them finds them."""
 
 FAMILIES: tuple[Family, ...] = (

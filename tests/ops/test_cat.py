@@ -81,7 +81,7 @@ def test_concatenations_of_images_are_one_pass(model_of, tmp_path):
 def test_a_process_that_loads_files_knows_every_op():
     """Without the passes, which a process that only loads and calls never imports."""
     files = {path.stem for path in Path(fxq.ops.__file__).parent.glob("*.py")} - {"__init__"}
-    code = "import fxq, sys; print(*(name for name in sys.modules if name.startswith('fxq.ops.')))"
+    code = "import fxq.ops, sys; print(*(name for name in sys.modules if name.startswith('fxq.ops.')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name.removeprefix("fxq.ops.") for name in found} >= files
 
