@@ -22,7 +22,7 @@ def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     blocks = []
     for width, part in (
         (numerics.PANEL, packed[: full * k4 * 4]),
-        (-(-(n - full) // 16) * 16, packed[full * k4 * 4 :]),
+        (-(-(n - full) // 16) * 16, packed[full * k4 * 4 : len(packed) - -k % 4]),
     ):
         if width and part.numel():
             blocks.append(part.reshape(-1, k4, width, 4).permute(0, 2, 1, 3).reshape(-1, k4 * 4))

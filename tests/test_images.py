@@ -111,6 +111,19 @@ def test_all_of_it_runs_on_integers(name, model_of):
         assert sqnr(model(wide), q(wide)) > 20
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3, dilation=2), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose2d(3, 4, 3, 2)],
+    ids=str,
+)
+def test_images_of_other_channels_are_refused(conv):
+    x = torch.randn(2, 16, 8, 8)
+    qmodel = fxq.quantize(nn.Sequential(conv, nn.ReLU()).eval(), x[:, : conv.in_channels])
+    for channels in set(range(conv.groups, 16, conv.groups)) - {conv.in_channels}:
+        with pytest.raises(RuntimeError, match="packed weight of shape"):
+            qmodel(x[:, :channels])
+
+
 def test_channels_last_images_give_the_same_bits(model_of):
     _, q, x = quantized("strides", model_of)
     assert torch.equal(q(x), q(x.contiguous(memory_format=torch.channels_last)))

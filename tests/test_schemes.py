@@ -109,6 +109,18 @@ def test_activations_of_another_dtype(scheme):
         qmodel(x.double())
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", *SCHEMES])
+@pytest.mark.parametrize("features", [5, 8])
+def test_rows_of_another_width_are_refused(recipe, features):
+    model, x = nn.Sequential(nn.Linear(features, 3), nn.Softmax(-1)).eval(), torch.randn(4, 16)
+    if recipe == "w8a16":
+        model, x = model.bfloat16(), x.bfloat16()
+    qmodel = fxq.quantize(model, x[:, :features], recipe=recipe)
+    for width in set(range(1, 16)) - {features}:
+        with pytest.raises(RuntimeError, match=rf"x\[4, {width}\]"):
+            qmodel(x[:, :width])
+
+
 def test_the_layers_compute_the_same(scheme):
     """`swap_linears` and `quantize` round weights alike, and call the same ops."""
     linear = nn.Linear(16, 5).to(torch.bfloat16 if scheme == "w8a16" else torch.float32)

@@ -29,7 +29,7 @@ struct Conv {
     return runs() * ceil_div(run_bytes(), 4) * 4;
   }
   int64_t weight_bytes() const {
-    return in_lanes() ? packed_size(channels, k()) : groups * packed_size(product.n, k());
+    return in_lanes() ? packed_size(channels, k()) : groups * packed_size(product.n, k()) + lacking(run_bytes());
   }
   int64_t panels() const { return in_lanes() ? 1 : panel_count(product.n); }
 

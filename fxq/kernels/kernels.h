@@ -182,7 +182,9 @@ struct Kernels {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
-inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (ceil_div(k, 4) * 4); }
+// What k lacks of a multiple of four; a packed weight ends in so many zeros, by which its length tells k.
+inline int64_t lacking(int64_t k) { return ceil_div(k, 4) * 4 - k; }
+inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (k + lacking(k)) + lacking(k); }
 
 // scratch.cpp: memory of this thread, aligned to 64 bytes, that holds until the thread asks for it again.
 void* scratch(int64_t bytes);

@@ -2,8 +2,9 @@
 
 In channels-last memory the pixels of a kernel row lie side by side, so a row of `kernel` pixels is one run of
 kernel * C bytes, unless dilation spreads it or a group takes part of the channels only: then every tap is a run. Each
-run is padded to a multiple of four bytes with zeros. Where groups are so small that every output channel has inputs of
-its own (depthwise ones, and groups of 4 or 8 channels), all groups are packed as one weight [N, taps * C / groups].
+run is padded to a multiple of four bytes with zeros; as many stand once more at the end, so that the length tells C.
+Where groups are so small that every output channel has inputs of its own (depthwise ones, and groups of 4 or 8
+channels), all groups are packed as one weight [N, taps * C / groups].
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def packed_conv_size(n: int, channels: int, kernel: Ints, dilation: Ints, groups
     if in_lanes(n, channels, groups):
         return packed_size(n, math.prod(kernel) * channels)
     runs, length = conv_runs(channels, kernel, dilation, groups)
-    return groups * packed_size(n // groups, runs * (-(-length // 4) * 4))
+    return groups * packed_size(n // groups, runs * (-(-length // 4) * 4)) + -length % 4
 
 
 def pack_conv(q_w: I8, dilation: Ints, groups: int) -> I8:
@@ -48,7 +49,7 @@ def pack_conv(q_w: I8, dilation: Ints, groups: int) -> I8:
         return pack(rows.reshape(n, -1))
     runs, length = conv_runs(channels, kernel, dilation, groups)
     rows = np.pad(rows.reshape(n, runs, length), ((0, 0), (0, 0), (0, -length % 4))).reshape(groups, n // groups, -1)
-    return np.concatenate([pack(group) for group in rows])
+    return np.concatenate([*(pack(group) for group in rows), np.zeros(-length % 4, np.int8)])
 
 
 def unpack_conv(packed: I8, n: int, channels: int, kernel: Ints, dilation: Ints, groups: int) -> I8:
@@ -59,7 +60,8 @@ def unpack_conv(packed: I8, n: int, channels: int, kernel: Ints, dilation: Ints,
     else:
         runs, length = conv_runs(channels, kernel, dilation, groups)
         padded = -(-length // 4) * 4
-        rows = np.concatenate([unpack(part, n // groups, runs * padded) for part in np.split(packed, groups)])
+        parts = np.split(packed[: len(packed) - (padded - length)], groups)
+        rows = np.concatenate([unpack(part, n // groups, runs * padded) for part in parts])
         rows = rows.reshape(n, runs, padded)[:, :, :length]
     return np.ascontiguousarray(rows.reshape(n, -1, channels).transpose(0, 2, 1)).reshape(n, channels, *kernel)
 

@@ -17,15 +17,17 @@ def panel_widths(n: int) -> list[int]:
 
 
 def packed_size(n: int, k: int) -> int:
-    """Bytes of an [n, k] weight once packed: both rounded up, n to a multiple of 16 and k of 4."""
-    return sum(panel_widths(n)) * (-(-k // 4) * 4)
+    """Bytes of an [n, k] weight once packed: both rounded up, n to a multiple of 16 and k of 4, and what k lacks."""
+    return sum(panel_widths(n)) * (-(-k // 4) * 4) + -k % 4
 
 
 def pack(q_w: I8) -> I8:
     """The one packed layout, for every instruction set: panels of 64 output channels, [panel][K/4][width][4].
 
     q_w: int8 [N, K]. Four consecutive k of one channel lie together (what `vpdpbusd` multiplies), then the channels of
-    the panel, then k. The last panel is as wide as N needs, in steps of 16; padding is 0. Returns int8 [packed_size].
+    the panel, then k. The last panel is as wide as N needs, in steps of 16; padding is 0. At the end stand as many
+    zeros as K lacks of a multiple of four, so that the length tells K, and an input of another width is refused.
+    Returns int8 [packed_size].
     """
     n, k = q_w.shape
     k4 = -(-k // 4)
@@ -35,7 +37,7 @@ def pack(q_w: I8) -> I8:
         rows = q_w[i * PANEL : i * PANEL + width]
         panel[: len(rows), :k] = rows
         panels.append(panel.reshape(width, k4, 4).transpose(1, 0, 2).reshape(-1))
-    return np.concatenate(panels) if panels else np.zeros(0, np.int8)
+    return np.concatenate([*panels, np.zeros(-k % 4, np.int8)])
 
 
 def unpack(packed: I8, n: int, k: int) -> I8:

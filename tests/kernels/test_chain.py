@@ -156,7 +156,7 @@ def _damage(offset, value):
         (_damage(0, 0), "does not begin with", "begins"),
         (_damage(8, 2), "version is 2", "version 2"),
         (_damage(12, 200), "no table of 200 layers", "200 layers"),
-        (_damage(17, 0), "layer 0 is damaged", "layer 0"),
+        (_damage(17, 1), "layer 0 is damaged", "layer 0"),
         (_damage(64 + 7, 9), "layer 0 is damaged", "layer 0"),
         (_damage(64 + 24, 99), "layer 0 is damaged", "layer 0"),
     ],
