@@ -33,7 +33,10 @@ class Reason(enum.Enum):
     FLOAT_DATA = ("it moves data that is float here", "")
     ALIASED = ("its memory is modified in place", "write the assignment out of place")
     LEAF_MODULE = ("its code is not looked into", "")
-    RECURRENT = ("its steps wait for one another, and torch runs them in one call, which fxq does not take apart", "")
+    RECURRENT = (
+        "torch computes its gates, and all steps, in one call that fxq does not take apart",
+        "write them with nn.Linear",
+    )
     UNTRACEABLE = ("its code cannot be traced", "write it with torch functions (torch.where, ...)")
 
     def __init__(self, text: str, remedy: str) -> None:

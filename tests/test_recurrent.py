@@ -98,6 +98,27 @@ def test_recurrent_cells_are_listed_with_their_reason(kind, model_of):
     assert fxq.compare(model, qmodel, X[:2]).output > 20
 
 
+def test_gates_written_with_linears_as_the_report_advises(model_of):
+    cell, reads, keeps = nn.GRUCell(16, 8), nn.Linear(16, 24), nn.Linear(8, 24)
+    reads.weight, reads.bias, keeps.weight, keeps.bias = cell.weight_ih, cell.bias_ih, cell.weight_hh, cell.bias_hh
+
+    def forward(self, x):
+        state = x.new_zeros(x.shape[0], 8)
+        for step in x.unbind(1):
+            (r, z, n), (own_r, own_z, own_n) = self.reads(step).chunk(3, 1), self.keeps(state).chunk(3, 1)
+            update = torch.sigmoid(z + own_z)
+            state = (1 - update) * torch.tanh(n + torch.sigmoid(r + own_r) * own_n) + update * state
+        return state
+
+    model, state = model_of(forward, reads=reads, keeps=keeps), None
+    for step in X.unbind(1):
+        state = cell(step, state)
+    torch.testing.assert_close(model(X), state)
+    qmodel = fxq.quantize(model, X)
+    assert [d.form for d in linears(qmodel)] == ["int8"] * 12
+    assert fxq.compare(model, qmodel, X[:2]).output > 20
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_an_encoder_whose_fused_path_zeroes_padding_says_so(model_of):
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
