@@ -12,7 +12,6 @@ namespace {
 struct Seen {
   const uint8_t* begin;                 // the first tap of the first window
   int64_t plane_tap, row_step, pixel_step;  // bytes from one plane of taps, row, pixel to the next
-  std::unique_ptr<uint8_t[]> copy;
 };
 
 bool lies_inside(const Conv& c) {
@@ -49,12 +48,13 @@ Seen look(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t row_
   const int64_t top = row * c.stride[1] - c.before[1], front = plane * c.stride[0] - c.before[0];
   if (is_direct(c))
     return {x + front * c.x_step[1] + top * c.x_step[2] - c.before[2] * c.x_step[3], c.dilation[0] * c.x_step[1],
-            c.x_step[2], c.x_step[3], nullptr};
+            c.x_step[2], c.x_step[3]};
   const int64_t height = (row_end - row - 1) * c.stride[1] + (c.kernel[1] - 1) * c.dilation[1] + 1;
   const int64_t width = (c.out[2] - 1) * c.stride[2] + (c.kernel[2] - 1) * c.dilation[2] + 1;
   const int64_t bytes = width * c.channels;
-  std::unique_ptr<uint8_t[]> copy(new uint8_t[c.kernel[0] * height * bytes + 3]);  // a run's last group may end behind
-  uint8_t* to = copy.get();
+  // A run's last group may end behind it.
+  auto* const begin = static_cast<uint8_t*>(scratch(c.kernel[0] * height * bytes + 3, Holder::kPart));
+  uint8_t* to = begin;
   for (int64_t a = 0; a < c.kernel[0]; ++a) {
     const int64_t depth = front + a * c.dilation[0];
     for (int64_t r = 0; r < height; ++r, to += bytes) {
@@ -66,8 +66,7 @@ Seen look(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t row_
     }
   }
   memset(to, 0, 3);
-  const uint8_t* begin = copy.get();
-  return {begin, height * bytes, bytes, c.channels, std::move(copy)};
+  return {begin, height * bytes, bytes, c.channels};
 }
 
 }  // namespace

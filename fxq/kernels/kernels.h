@@ -186,8 +186,10 @@ inline int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
 inline int64_t lacking(int64_t k) { return ceil_div(k, 4) * 4 - k; }
 inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 * (k + lacking(k)) + lacking(k); }
 
-// scratch.cpp: memory of this thread, aligned to 64 bytes, that holds until the thread asks for it again.
-void* scratch(int64_t bytes);
+// scratch.cpp: memory of this thread, aligned to 64 bytes, that holds until the same holder asks again. It stays with the
+// thread: what goes back to the system after each call comes again page by page, which can take half of a call's time.
+enum class Holder { kKernel, kPart, kOperator };  // a kernel; what one thread does of an operator; an operator
+void* scratch(int64_t bytes, Holder holder = Holder::kKernel);
 
 // dispatch.cpp
 const Kernels& active();               // those in use

@@ -90,7 +90,7 @@ class Block {
       results_.push_back(Tensor::empty({sizes, 3}, width < 0 ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8()));
     }
     written_.resize(widths.size());
-    arena_ = static_cast<uint8_t*>(memory(rows_ * per_row_ + 64));
+    arena_ = static_cast<uint8_t*>(scratch(rows_ * per_row_ + 64, Holder::kOperator));
     values_.reserve(inputs.size() + steps);
     for (int64_t i = 0; i < steps; ++i) step();
     for (bool written : written_)
@@ -104,16 +104,6 @@ class Block {
     Words words(program_.data<int64_t>(), program.numel());
     if (words.word() != kMagic) fail(kOp, ": the program does not begin as one");
     return words;
-  }
-
-  // Not `scratch`, which the kernels of the steps use.
-  static void* memory(int64_t bytes) {
-    struct alignas(64) Line {
-      uint8_t bytes[64];
-    };
-    static thread_local std::vector<Line> lines;
-    if (int64_t(lines.size()) * 64 < bytes) lines.resize(ceil_div(bytes, 64));
-    return lines.data();
   }
 
   void take(const Tensor& input) {

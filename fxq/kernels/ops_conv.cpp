@@ -40,8 +40,7 @@ Split split(const Conv& c, int64_t threads) {
 void run_tiles(const Conv& c, int64_t threads) {
   const Kernels& kernels = active();
   const int64_t n = c.product.n, groups = c.channels / 4, tiles = c.tiles();
-  const std::unique_ptr<int32_t[]> memory(new int32_t[tile_weights_size(c.channels, n) + 16]);
-  int32_t* const weight = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / 4;
+  auto* const weight = static_cast<int32_t*>(scratch(tile_weights_size(c.channels, n) * 4, Holder::kOperator));
   parallel(groups, ceil_div(groups, threads), [&](int64_t begin, int64_t end) {
     kernels.winograd_weights(c.product.weight, c.channels, n, begin, end, weight);
   });

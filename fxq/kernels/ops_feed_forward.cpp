@@ -1,6 +1,5 @@
 // Two linears with an activation between them as one torch operator.
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -39,13 +38,13 @@ struct Constants {
 void feed(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end) {
   const int64_t fit = kBlockBytes / (wide.n * int64_t(sizeof(float)) + 1), most = std::max<int64_t>(fit / kMaxRows, 4) * kMaxRows;
   const int64_t blocks = ceil_div(row_end - row, most), height = ceil_div(ceil_div(row_end - row, blocks), kMaxRows) * kMaxRows;
-  const std::unique_ptr<float[]> between(new float[std::min(height, row_end - row) * wide.n]);
+  auto* const between = static_cast<float*>(scratch(std::min(height, row_end - row) * wide.n * 4, Holder::kPart));
   for (; row < row_end; row += height) {
     const int64_t rows = std::min(height, row_end - row);
     Gemm first = wide, second = narrow;
     first.x += row * wide.x_stride;
-    first.y = between.get();
-    second.float_x = between.get();
+    first.y = between;
+    second.float_x = between;
     second.y = static_cast<float*>(narrow.y) + row * narrow.y_stride;
     if (narrow.addend) second.addend = narrow.addend + row * narrow.addend_stride;
     active().gemm(first, 0, rows, 0, panel_count(first.n));
@@ -61,9 +60,9 @@ void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
   if (rows == 0 || narrow.n == 0) return;
   if (threads == 1 || work < 2 * kProductGrain) return feed(wide, narrow, 0, rows);
   if (tiles < 4 * threads) {  // all threads share the channels of one, then those of the other
-    const std::unique_ptr<float[]> between(new float[rows * wide.n]);
-    wide.y = between.get();
-    narrow.float_x = between.get();
+    auto* const between = static_cast<float*>(scratch(rows * wide.n * 4, Holder::kPart));
+    wide.y = between;
+    narrow.float_x = between;
     run_gemm(wide, rows);
     return run_gemm(narrow, rows);
   }
