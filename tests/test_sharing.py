@@ -52,7 +52,21 @@ class Weights(Model):
         self.norm.weight.mul_(1.5)
 
 
-KINDS = (Model, InPlace, BehindTheVersion, OtherBatches, Weights)
+class WhereCompiled(Model):
+    """What its eager runs do cannot be traced, and what it does where it is being compiled writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def write(self, x):
+        if torch.compiler.is_compiling():
+            self.count.add_(1)
+        elif (x == x).all():
+            return
+
+
+KINDS = (Model, InPlace, BehindTheVersion, OtherBatches, Weights, WhereCompiled)
 RECIPE = fxq.Recipe(modules={"second": fxq.FLOAT}, judge_costs=False)
 
 
@@ -86,6 +100,13 @@ def test_a_quantized_model_does_not_follow_its_origin():
         for tensor in tensors_of(model):
             tensor.zero_()
     assert torch.equal(qmodel(X), y)
+
+
+def test_what_is_written_where_the_model_is_compiled_begins_as_in_the_model():
+    traced = fxq.trace(WhereCompiled().eval(), X)
+    assert float(traced.count) == 0
+    traced(X)
+    assert float(traced.count) == 1
 
 
 def test_own_keeps_what_is_tied_and_what_is_a_view():

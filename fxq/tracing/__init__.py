@@ -42,7 +42,7 @@ from fxq.tracing.graph_functions import (
 from fxq.tracing.origin import Origin, line_of
 from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
-from fxq.tracing.sharing import own, shared, tensors_of
+from fxq.tracing.sharing import Writes, own, shared, tensors_of
 
 __all__ = [
     "AS_LEAF",
@@ -190,7 +190,10 @@ def _verified(task: _Task, served: str) -> fx.GraphModule:
     """Record a graph and hold it to what the model computes; modules that differ become leaves."""
     while True:
         try:
-            gm = _graph_module(task, *_record(task))
+            recorder, constants = _record(task)
+            if recorder.writes:
+                task = replace(task, eager=replace(task.eager, writes=True))
+            gm = _graph_module(task, recorder, constants)
             for node in gm.graph.nodes:
                 if node.op == "call_module" and node.target in task.untraceable:
                     node.meta["untraceable"] = task.untraceable[node.target]
@@ -235,7 +238,7 @@ def _record_either(task: _Task, watch: bool = False) -> Recording:
         refusal = error
     try:
         with _seen_as_compiling():
-            compiled = _record_once(task, watch)
+            compiled = _record_once(task, watch, as_eager=False)
     except TraceError as error:
         if refusal is not None and error.what != refusal.what:
             what = f"{refusal.what}. Where it is told that it is being compiled: {error.what}"
@@ -256,9 +259,13 @@ def _watch(task: _Task, call: verify.Call) -> dict[str, torch.Tensor]:
     return _record_either(replace(task, call=call), watch=True)[0].watched or {}
 
 
-def _record_once(task: _Task, watch: bool) -> Recording:
-    """Run a copy of the model under a recorder; return it with the constants that its graph needs."""
-    root = task.copied(task.prepared)
+def _record_once(task: _Task, watch: bool, as_eager: bool = True) -> Recording:
+    """Run a copy of the model under a recorder; return it with the constants that its graph needs.
+
+    as_eager: whether the model writes to its memory only where its eager runs have shown that.
+    """
+    root = task.copied(task.prepared) if as_eager else copy.deepcopy(task.prepared)
+    writes = None if as_eager else Writes(task.prepared, root)
     exported = None
     if task.program is not None:
         exported = root.__dict__["forward"] = Exported(task.program, root, task.several)
@@ -280,6 +287,7 @@ def _record_once(task: _Task, watch: bool) -> Recording:
         raise recorder.refusal
     constants = recorder.finish(output)
     outside.check(recorder)
+    recorder.writes = writes is not None and writes.seen()
     return recorder, constants
 
 

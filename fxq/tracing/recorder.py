@@ -66,6 +66,7 @@ class Recorder(Questions):
         self.buffers = {module: dict(module._buffers) for module in root.modules()}
         self.read: set[str] = set()
         self.impure: set[str] = set()
+        self.writes = False  # to parameters or buffers, where the model's eager runs do not
         self.thread = threading.get_ident()
         self.watched: dict[str, torch.Tensor] | None = {} if watch else None
         for path, module in root.named_modules():
