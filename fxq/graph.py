@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ def module_of(node: Node) -> str:
     """The user's module path that `node` comes from; "" is the root."""
     origin = node.meta.get("origin")
     return origin.module if origin is not None else ""
+
+
+def common_module(nodes: Sequence[Node]) -> str:
+    """The innermost module of the user's that holds what all of `nodes` come from."""
+    paths = [module_of(node).split(".") for node in nodes]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def line_of(node: Node) -> str:

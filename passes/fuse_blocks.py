@@ -16,13 +16,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.expansion import Link
-from fxq.graph import Value, call, get_attr, is_tensor, module_of, set_constant, target_name
+from fxq.graph import Value, call, common_module, get_attr, is_tensor, line_of, set_constant, target_name
 from fxq.ops import block
 from fxq.ops.block import STEPS, Constant, Step, Written, qblock
 from fxq.pipeline import Context, Numbers
 from fxq.shapes import Shape, shapes
 from fxq.spelling import GETITEM
 from fxq.stages import Stage
+from fxq.tracing.origin import Origin
 
 LEAST = 3
 """Operations that are worth a call of their own."""
@@ -127,11 +128,13 @@ def _fuse(gm: GraphModule, found: _Run) -> None:
     last = found.members[-1]
     widths = [(-1 if n.meta["value"].dtype == torch.float32 else 1) * n.meta["value"].shape[-1] for n in results]
     with gm.graph.inserting_after(last):
-        first_link = next(node for node in found.members if node.target is not GETITEM)
-        path = set_constant(gm, f"{_common(found.members)}.program".lstrip("."), program)
+        first = next(node for node in found.members if node.target is not GETITEM)
+        origin = Origin(common_module(found.members), line_of(first))
+        path = set_constant(gm, f"{origin.module}.program".lstrip("."), program)
         held = get_attr(gm, path, last)
+        held.meta["origin"] = origin
     with gm.graph.inserting_after(held):
-        fused = call(gm, qblock, ([*rows, *masks], constants, held, widths), first_link)
+        fused = call(gm, qblock, ([*rows, *masks], constants, held, widths), held)
     fused.meta.pop("source", None)
     fused.meta["value"] = [node.meta["value"] for node in results]
     links = [(Link.of(node), *node.meta.get("inside", ())) for node in found.members]  # of a step, and of what it runs
@@ -158,13 +161,6 @@ def _unify_parts(found: _Run) -> None:
             node.replace_all_uses_with(taken[node.args])
             found.members.remove(node)
             node.graph.erase_node(node)
-
-
-def _common(members: list[Node]) -> str:
-    """The module that all of them come from."""
-    paths = [module_of(node).split(".") for node in members]
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    return ".".join(shared)
 
 
 def _program(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.expansion import Link
-from fxq.graph import constant, get_attr, line_of, module_of, replace, set_constant
+from fxq.graph import common_module, constant, get_attr, line_of, replace, set_constant
 from fxq.ops import chain
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.pipeline import Context, Numbers
@@ -76,12 +76,13 @@ def _fuse(gm: GraphModule, links: list[Node]) -> None:
     to_float = last.target is qlinear_float
     program = chain.encode(chain.Chain(layers, front, to_float))
     inside = tuple(Link.of(node) for node in links)
+    module = common_module([node for node in links if node.target is not quantize])
     with gm.graph.inserting_before(last):
-        stored = get_attr(gm, set_constant(gm, f"{_common_module(links)}.chain".lstrip("."), program), last)
+        stored = get_attr(gm, set_constant(gm, f"{module}.chain".lstrip("."), program), last)
     target = chain.qchain_float if to_float else chain.qchain
     fused = replace(gm, last, target, (first.args[0], stored), last.meta.get("qparams"))
     fused.meta["inside"] = inside
-    fused.meta["origin"] = Origin(_common_module(links), line_of(last))
+    fused.meta["origin"] = Origin(module, line_of(last))
 
 
 def _layer(gm: GraphModule, node: Node) -> chain.Layer:
@@ -89,17 +90,6 @@ def _layer(gm: GraphModule, node: Node) -> chain.Layer:
     assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(bias, Node) and isinstance(multiplier, Node)
     operands = constant(gm, weight), int(x.meta["value"].shape[-1]), constant(gm, bias), constant(gm, multiplier)
     return chain.Layer(*operands, *rest)  # type: ignore[arg-type]
-
-
-def _common_module(links: list[Node]) -> str:
-    """The innermost module that holds all the layers."""
-    paths = [module_of(node).split(".") for node in links if node.target is not quantize]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
 
 
 PASS = FuseChains()

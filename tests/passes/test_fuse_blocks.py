@@ -56,6 +56,12 @@ def inputs(b, t):
     return torch.randn(b, t, 32), mask
 
 
+def test_a_block_belongs_to_the_module_that_holds_its_layers():
+    qmodel = made(Model().eval())
+    (block,) = qmodel.graph.find_nodes(op="call_function", target=qblock)
+    assert (module_of(block), block.name) == ("layers", "layers_qblock")
+
+
 def made(model, recipe=RECIPE, **options):
     data = [inputs(3, 6) for _ in range(4)]
     return fxq.quantize(model, data[0], calibration_data=data, recipe=recipe, **options)
