@@ -3,7 +3,7 @@
     qlinears(x, ...) -> qattention -> qlinear_float -> norm_and_quantize -> ...        ->  qblock([x, ...], ...)
 
 A run of operations on rows [B, T, width], whose constants stay what they are; masks come in from outside. At 16 tokens
-a third of a call is spent between operations, in Python, in torch's dispatcher and on tensors that nobody sees. What
+a quarter of a call is spent between operations, in Python, in torch's dispatcher and on tensors that nobody sees. What
 stood there is kept in `meta["inside"]`: text, picture, `compare` and `golden` still show every layer.
 """
 

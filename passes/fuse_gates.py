@@ -61,7 +61,7 @@ def _between(x: object, gate: object) -> tuple[Node, Node, Node] | None:
     for targets in ((qconv_act_quantize,), (qconv, qconv_act_quantize)):
         if not isinstance(part, Node) or part.target not in targets or len(part.users) != 1:
             return None
-        if set(str(part.args[4]).split("x")) != {"1"}:
+        if set(str(part.args[4]).split("x")) != {"1"}:  # a window of one pixel, with stride 1 and without padding
             return None
         products.append(part)
         part = part.args[0]

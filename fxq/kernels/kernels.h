@@ -148,9 +148,9 @@ struct Kernels {
   // A row of `pixels` outputs of a convolution in groups of run_bytes = 1, 4 or 8 channels in and out: x at the first
   // window, x_stride to the next, runs the taps.
   void (*lanes)(const Gemm& g, int64_t pixels);
-  // A 3 x 3 convolution by tiles of outputs; winograd.cpp says which. Weights are transformed first, those of the groups of
-  // four channels [group, group_end), then tiles [tile, tile_end). largest_sum: of one output channel's
-  // positive weights, or of its negative ones.
+  // A 3 x 3 convolution by tiles of outputs; winograd.cpp says which. Weights are transformed first, those of the groups
+  // of four channels [group, group_end), then tiles [tile, tile_end). largest_sum: of one output channel's positive
+  // weights, or of its negative ones.
   int64_t (*largest_sum)(const int8_t* packed, int64_t k, int64_t n);
   void (*winograd_weights)(const int8_t* packed, int64_t channels, int64_t n, int64_t group, int64_t group_end,
                            int32_t* to);
