@@ -40,13 +40,14 @@ PEERS = ("torch.ao static", "ORT static int8", "OpenVINO NNCF int8")
 
 DEFAULT = fxq.Recipe(judge_costs=False)
 """Without choices by time: accuracy alone is measured."""
-NONE = replace(DEFAULT, balance=False, scale_rows=False, round_weights=False, correct_bias=None)
+NONE = replace(DEFAULT, balance=False, scale_rows=False, round_weights=None, correct_bias=None)
 METHODS = {
     "the default": DEFAULT,
     "with equalize": replace(DEFAULT, equalize=True),
     "without balance": replace(DEFAULT, balance=False),
     "without scale_rows": replace(DEFAULT, scale_rows=False),
-    "without round_weights": replace(DEFAULT, round_weights=False),
+    "without round_weights": replace(DEFAULT, round_weights=None),
+    "round_weights adaround": replace(DEFAULT, round_weights="adaround"),
     "without correct_bias": replace(DEFAULT, correct_bias=None),
     "correct_bias analytic": replace(DEFAULT, correct_bias="analytic"),
     "none of them": NONE,

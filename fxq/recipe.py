@@ -16,6 +16,7 @@ Requant = Literal["float", "fixed"]
 RequantRounding = Literal["single", "tflite"]
 Outputs = Literal["float32", "uint8"]
 BiasCorrection = Literal["empirical", "analytic"]
+WeightRounding = Literal["feedback", "adaround"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Recipe:
     balance: whether ranges and channels between float islands and products are chosen by the products' error (observer
     "histogram" only).
     scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
-    round_weights: whether the weights of a product are rounded together, so that their errors cancel.
+    round_weights: how the weights of a product are rounded together, so that their errors cancel: "feedback", where
+    each takes over the errors of those before it (GPTQ); "adaround", where each goes up or down as an optimizer finds
+    best, which takes a hundred times as long; None rounds each to its nearest.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     makes a model that does not depend on a clock.
     correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network
@@ -103,7 +106,7 @@ class Recipe:
     equalize: bool = False
     balance: bool = True
     scale_rows: bool = True
-    round_weights: bool = True
+    round_weights: WeightRounding | None = "feedback"
     judge_costs: bool = True
     correct_bias: BiasCorrection | None = "empirical"
     learn_steps: bool = False
@@ -128,6 +131,9 @@ class Recipe:
         if self.correct_bias not in (None, *get_args(BiasCorrection)):
             kinds = ", ".join(map(repr, get_args(BiasCorrection)))
             raise RecipeError(f"unknown correct_bias {self.correct_bias!r}; there are {kinds} and None")
+        if self.round_weights not in (None, *get_args(WeightRounding)):
+            kinds = ", ".join(map(repr, get_args(WeightRounding)))
+            raise RecipeError(f"unknown round_weights {self.round_weights!r}; there are {kinds} and None")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")

@@ -97,7 +97,7 @@ class JudgeCosts:
         trial = GraphModule(gm, copy.deepcopy(gm.graph))
         trial.meta = dict(gm.meta)
         specs = {p: QuantSpec("min_max") if isinstance(s, QuantSpec) else s for p, s in ctx.specs.items()}
-        recipe = replace(ctx.recipe, balance=False, round_weights=False)
+        recipe = replace(ctx.recipe, balance=False, round_weights=None)
         own = Context(recipe, ctx.families, ctx.examples, copy.deepcopy(ctx.report), specs=specs)
         pipeline.run(self.trial[:1], trial, own)
         examples = ctx.examples.clone()

@@ -43,7 +43,7 @@ class Observe:
             if isinstance(spec, SharedSpec):
                 path = owners[spec.owner]
             else:
-                sampled = ctx.recipe.balance or ctx.recipe.round_weights or ctx.recipe.scale_rows
+                sampled = ctx.recipe.balance or ctx.recipe.round_weights is not None or ctx.recipe.scale_rows
                 sampled = sampled and place.readers is not None and products.issuperset(place.readers)
                 path = _new(gm, place, value, readers, spec, sampled)
             if place.readers is None:

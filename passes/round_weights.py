@@ -1,17 +1,20 @@
 """round_weights: round the weights of a product together, so that their errors cancel on the calibration data.
 
-Rounding each weight to its nearest integer is best for that weight, not for the product x w^T. Column by column, the
-error that a weight's rounding makes is taken over by the columns that come after it, as far as x holds the same there:
+Rounding each weight to its nearest integer is best for that weight, not for the product x w^T. With "feedback", column
+by column, the error that a weight's rounding makes is taken over by the columns that come after it, as far as x holds
+the same there:
 
     H = x^T x / rows + damping = L L^T (L lower),  q_k = round((w_k + sum_{j > k} (w_j - s q_j) L_jk / L_kk) / s)
 
 (Frantar et al., GPTQ, 2022, in the form of Chee et al., QuIP, 2023, which needs no inverse of H) from the last column
-to the first, those with the largest inputs last, at the scales that the weight has. x: what the product reads in the
-integer network, all products before it rounded already; of a convolution its windows, of one with groups each group by
-itself. Products that read the same x are rounded at once. 1024 rows or windows are drawn with a fixed seed. Three
-quarters fit; the result is kept if it is at least 0.3 dB better on the rest, and all weights stay as they were if the
-output of the network loses by it.
-It takes some 20 ms for 384 x 384 weights and 100 ms for 1536 inputs.
+to the first, those with the largest inputs last, at the scales that the weight has. With "adaround" an optimizer finds
+which weights go up and which down (`fxq.reconstruction`).
+
+x: what the product reads in the integer network, all products before it rounded already; of a convolution its windows,
+of one with groups each group by itself. Products that read the same x are rounded at once. 1024 rows or windows are
+drawn with a fixed seed. Three quarters fit; the result is kept if it is at least 0.3 dB better on the rest, and all
+weights stay as they were if the output of the network loses by it.
+"feedback" takes some 20 ms for 384 x 384 weights and 100 ms for 1536 inputs, "adaround" 1.3 s and 12 s.
 
 Left alone: products of more than 1536 inputs, transposed convolutions, whose places see different taps, and weights
 with other readers.
@@ -33,6 +36,8 @@ from fxq.observers import FixedScales, WeightObserver
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize_weight, quantize_weight
 from fxq.qtypes import WEIGHT_QMAX
+from fxq.recipe import WeightRounding
+from fxq.reconstruction import reconstructed
 from fxq.simulation import Simulation, calibrated_products
 from fxq.spelling import CONV_TRANSPOSE, LINEAR
 from fxq.stages import Stage
@@ -48,6 +53,8 @@ enough to tell its inputs apart (up to 4608, no network of `make accuracy` gaine
 ROWS = 1024
 BLOCK = 64
 """Columns whose errors are passed on together to those behind them."""
+TITLES: dict[WeightRounding, str] = {"feedback": "rounded together", "adaround": "rounded by reconstruction"}
+"""In reports."""
 
 
 class Rounded(NamedTuple):
@@ -70,7 +77,8 @@ class RoundWeights:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of weights rounded; the effect goes into the decisions of the report."""
-        if not ctx.recipe.round_weights:
+        how = ctx.recipe.round_weights
+        if how is None:
             return 0
         exclusive = exclusive_constants(gm)
         products = {node for node in calibrated_products(gm, ctx.recipe) if _may_round(gm, node, exclusive)}
@@ -80,13 +88,13 @@ class RoundWeights:
         done: dict[Node, Rounded] = {}
         for node in simulation.stops(products, "rounding weights"):
             if node not in done:
-                done |= _round(gm, [other for other in products if _reads_alike(gm, node, other)], simulation)
+                done |= _round(gm, [other for other in products if _reads_alike(gm, node, other)], simulation, how)
             found, scales, was, now = done.pop(node)
             if now - was >= LEAST_GAIN:
                 before[node] = _weight(gm, node)
                 _put(gm, node, found, scales)
                 simulation.rerun(node)
-                effects[node.name] = f"rounded together: {was:.1f} -> {now:.1f} dB"
+                effects[node.name] = f"{TITLES[how]}: {was:.1f} -> {now:.1f} dB"
         if simulation.gain < 0:
             loss = f"the output would lose {-simulation.gain:.2f} dB"
             ctx.report.notes.append(f"{self.name}: all weights stay as they were, since {loss}")
@@ -180,7 +188,7 @@ def _reads_alike(gm: GraphModule, product: Node, other: Node) -> bool:
     return same and shapes[0] == shapes[1]
 
 
-def _round(gm: GraphModule, products: list[Node], simulation: Simulation) -> dict[Node, Rounded]:
+def _round(gm: GraphModule, products: list[Node], simulation: Simulation, how: WeightRounding) -> dict[Node, Rounded]:
     """The weights of `products`, which multiply by the same, rounded together."""
     weights, scales = [], []
     for node in products:
@@ -193,7 +201,8 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation) -> dic
         return {node: Rounded(w, s, 0.0, 0.0) for node, w, s in zip(products, weights, scales, strict=True)}
     grouped = [_grouped(node, w) for node, w in zip(products, weights, strict=True)]
     own = [s.expand(w.shape[0] * w.shape[1]).reshape(w.shape[:2]) for s, w in zip(scales, grouped, strict=True)]
-    found = compensated(torch.cat(grouped, 1), torch.cat(own, 1), rounded[:, :fit])
+    method = compensated if how == "feedback" else reconstructed
+    found = method(torch.cat(grouped, 1), torch.cat(own, 1), damped_hessian(rounded[:, :fit]))
     results = {}
     parts = torch.split(found, [w.shape[1] for w in grouped], 1)
     for node, w, s, grid, new in zip(products, grouped, scales, own, parts, strict=True):
@@ -205,17 +214,22 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation) -> dic
     return results
 
 
-def compensated(w: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """`w` on the grid of its scales, integers times scales; where x is all 0, the nearest.
-
-    w: float32 [G, n, K]; scales: [G, n]; x: [G, rows, K].
-    """
+def damped_hessian(x: Tensor) -> Tensor:
+    """H of the module's docstring, [G, K, K], the identity where x is all 0; x: [G, rows, K]."""
     hessian = x.mT @ x / max(1, x.shape[1])
-    power = hessian.diagonal(dim1=1, dim2=2)
-    order = torch.argsort(power, 1)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    diagonal.add_(torch.where(mean > 0, DAMPING * mean, 1.0))
+    return hessian
+
+
+def compensated(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """`w` on the grid of its scales, integers times scales, by the feedback of errors.
+
+    w: float32 [G, n, K]; scales: [G, n]; hessian: [G, K, K].
+    """
+    order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), 1)
     hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
-    mean = power.mean(1, keepdim=True)
-    hessian.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, DAMPING * mean, 1.0))
     lower = torch.linalg.cholesky(hessian)
     share = lower.mT / lower.diagonal(dim1=1, dim2=2)[:, :, None]  # [G, k, j]: of the error at j, what k takes over
     places = order[:, :, None].expand(-1, -1, w.shape[1])

@@ -89,7 +89,7 @@ def spoiled():
     return model
 
 
-RECIPE = fxq.Recipe(observer="min_max", balance=False, round_weights=False, weight="per_tensor")
+RECIPE = fxq.Recipe(observer="min_max", balance=False, round_weights=None, weight="per_tensor")
 
 
 def test_remedies_are_tried_and_can_be_pasted(spoiled):

@@ -54,7 +54,7 @@ LAYERS = [
         "fxq.quantized",
         "fxq.remedies",
     },
-    {"fxq.pipeline", "fxq.simulation", "fxq.swapping", "fxq.leaves"},
+    {"fxq.pipeline", "fxq.reconstruction", "fxq.simulation", "fxq.swapping", "fxq.leaves"},
     {"passes"},
     {"fxq.api"},
     {"fxq.importing", "fxq.inspection"},

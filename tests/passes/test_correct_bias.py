@@ -15,7 +15,7 @@ from fxq.recipe import Recipe
 from fxq.simulation import Simulation, calibrated_products, rows_of
 from passes import correct_bias
 
-PLAIN = {"balance": False, "round_weights": False}
+PLAIN = {"balance": False, "round_weights": None}
 
 
 def far_from_zero(rows=512, width=16):

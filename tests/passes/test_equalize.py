@@ -11,7 +11,7 @@ from fxq.pipeline import run
 from fxq.recipe import Recipe
 from passes import equalize
 
-PLAIN = {"equalize": True, "balance": False, "round_weights": False, "correct_bias": None}
+PLAIN = {"equalize": True, "balance": False, "round_weights": None, "correct_bias": None}
 
 
 def uneven(first, second):

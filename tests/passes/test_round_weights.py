@@ -10,9 +10,10 @@ from fxq.comparison import sqnr
 from fxq.observers import FixedScales, WeightObserver
 from fxq.pipeline import run
 from fxq.recipe import Recipe
+from fxq.reconstruction import reconstructed
 from fxq.simulation import Simulation, calibrated_products, rows_of
 from passes import round_weights
-from passes.round_weights import compensated
+from passes.round_weights import compensated, damped_hessian
 
 
 def related(rows=512, width=48, rank=12):
@@ -20,25 +21,31 @@ def related(rows=512, width=48, rank=12):
     return torch.randn(rows, rank) @ torch.randn(rank, width) + 0.05 * torch.randn(rows, width)
 
 
+@pytest.fixture(params=[compensated, reconstructed], ids=["feedback", "adaround"])
+def method(request):
+    return request.param
+
+
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_weights_lie_on_the_grid_and_the_product_gains(groups):
+def test_the_weights_lie_on_the_grid_and_the_product_gains(groups, method):
     x, w = torch.stack([related() for _ in range(groups)]), torch.randn(groups, 16, 48)
     scales = WeightObserver("w", "per_channel").scales_of(w.reshape(-1, 48)).reshape(groups, 16)
-    found = compensated(w, scales, x)
+    hessian = damped_hessian(x)
+    found = method(w, scales, hessian)
     steps = found / scales[:, :, None]
     assert (steps - steps.round()).abs().max() < 1e-4
     assert steps.abs().max() < 127.01
     nearest = (w / scales[:, :, None]).round() * scales[:, :, None]
     assert sqnr(x @ w.mT, x @ found.mT) > sqnr(x @ w.mT, x @ nearest.mT) + 3
     for i in range(groups):
-        alone = compensated(w[i : i + 1], scales[i : i + 1], x[i : i + 1])
+        alone = method(w[i : i + 1], scales[i : i + 1], hessian[i : i + 1])
         assert ((alone[0] - found[i]).abs() > 0.5 * scales[i, :, None]).float().mean() < 0.01, "groups do not mix"
 
 
-def test_no_input_nearest_weights():
+def test_no_input_nearest_weights(method):
     w = torch.randn(1, 4, 8)
     scales = WeightObserver("w", "per_channel").scales_of(w[0])[None]
-    found = compensated(w, scales, torch.zeros(1, 5, 8))
+    found = method(w, scales, damped_hessian(torch.zeros(1, 5, 8)))
     assert torch.allclose(found, (w / scales[..., None]).round() * scales[..., None])
 
 
@@ -75,11 +82,30 @@ def test_convolutions():
     model, data, unseen = nn.Conv2d(8, 8, 3).eval(), [images(8) for _ in range(4)], images(16)
     plain, qmodel = (
         fxq.quantize(model, data[0], calibration_data=data, recipe=Recipe(round_weights=rounded, observer="min_max"))
-        for rounded in (False, True)
+        for rounded in (None, "feedback")
     )
     assert "rounded together" in str(fxq.report(qmodel))
     assert sqnr(model(unseen), qmodel(unseen)) > sqnr(model(unseen), plain(unseen)) + 0.1
     assert (fxq.golden(qmodel)(unseen.numpy()) == qmodel(unseen).numpy()).all()
+
+
+def test_adaround_takes_neighbours_only():
+    """Each weight goes down or up, and the same run gives the same."""
+    x, w = related()[None], torch.randn(1, 16, 48)
+    scales = WeightObserver("w", "per_channel").scales_of(w[0])[None]
+    first, second = (reconstructed(w, scales, damped_hessian(x)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert ((first - w).abs() / scales[:, :, None]).max() < 1.001
+
+
+def test_adaround_by_recipe():
+    x, unseen = related(768).split([512, 256])
+    model = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    plain, qmodel = (fxq.quantize(model, x, recipe=Recipe(round_weights=how)) for how in (None, "adaround"))
+    assert "rounded by reconstruction: " in str(fxq.report(qmodel))
+    assert "rounded together" not in str(fxq.report(qmodel))
+    assert sqnr(model(unseen), qmodel(unseen)) > sqnr(model(unseen), plain(unseen)) + 0.2
+    assert (fxq.golden(qmodel)(x.numpy()) == qmodel(x).numpy()).all()
 
 
 def test_products_between_integers():
@@ -118,7 +144,7 @@ def test_the_pass(staged):
 def test_it_pays_and_can_be_switched_off(tmp_path):
     x, unseen = related(768).split([512, 256])
     model = nn.Linear(48, 16).eval()
-    plain = fxq.quantize(model, x, recipe=Recipe(round_weights=False))
+    plain = fxq.quantize(model, x, recipe=Recipe(round_weights=None))
     qmodel = fxq.quantize(model, x)
     alone = fxq.quantize(model, x, recipe=Recipe(balance=False))
     assert "rounded" not in str(fxq.report(plain))
