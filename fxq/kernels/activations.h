@@ -72,7 +72,7 @@ static void map(float* y, int64_t count) {  // count: a multiple of W, at most a
 // y = gate(y, logit(y)) in two loops: each step waits for the one before, and a processor looks only so far ahead.
 template <F (*logit)(F)>
 static void map_gate(float* y, int64_t count) {
-  alignas(64) float logits[kRows * kColumns * W];
+  alignas(64) float logits[kMaxRows * kPanel];
   for (int64_t i = 0; i < count; i += W) store(logits + i, logit(load<F>(y + i)));
   for (int64_t i = 0; i < count; i += W) store(y + i, gate(load<F>(y + i), load<F>(logits + i)));
 }

@@ -1,4 +1,4 @@
-// softmax(q k^T) v as one pass over each head; a part of body.h, compiled once per instruction set.
+// softmax(q k^T) v as one pass over each head; a part of products.h, compiled once per instruction set.
 //
 // Keys and values of a head are packed once into vectors of W lanes, then kRows queries at a time go through both
 // products and the softmax between them in a few kilobytes of scratch memory.

@@ -153,9 +153,10 @@ def _compile(command: list[str], path: Path) -> None:
 
 def _compile_in(command: list[str], scratch: Path) -> Path:
     # Beside the kernels, reading torch's headers takes longest: the other sources are compiled as one, which reads them
-    # once. It takes longest of all, and starts first.
+    # once. What takes longest starts first.
     others = scratch / "others.cpp"
     kernels = [source for source in _SOURCES if source.name.startswith("kernels_")]
+    kernels.sort(key=lambda source: -source.stat().st_size)
     others.write_text("".join(f'#include "{source}"\n' for source in _SOURCES if source not in kernels), "utf-8")
     compile_ = (*command, *_COMPILE, "-isystem", str(TORCH / "include"))
     objects = {source: scratch / f"{source.stem}.o" for source in (others, *kernels)}

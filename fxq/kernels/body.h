@@ -1,25 +1,14 @@
-// The kernels, written once over vectors of W lanes. Each kernels_<isa>.cpp includes this inside a namespace of its
-// own, after defining
+// The kernels, written once over vectors of W lanes: those that need no integer dot product; products.h has the others.
+// Each kernels_<isa>.cpp includes this inside a namespace of its own, after defining
 //   W, I, B, L, F            lanes in a vector; vectors of int32, uint8, int64 and float (`Vectors<W>`)
 //   Bytes                    4 * W uint8
-//   kRows, kColumns          the register tile: rows x vectors of channels; kColumns * W divides 64, or is 64
-//   Weights, weights(p)      4 * W int8: four k of W channels
-//   Input, input(uint32_t)   four uint8 of one row, for all lanes
-//   input_lanes(I)           the same, other four in every lane
-//   spread(p, I index)       int32 at p + 4 * index[lane] in each lane; reads W bytes
-//   dot(acc, Input, Weights) acc[lane] += the four products, exact
-//   pair_weights(p)          2 * W int16, in a register
-//   dot_pairs(acc, I, I)     acc[lane] += both products of int16, modulo 2**32
+//   kColumns                 the register tile in vectors of channels; kColumns * W divides 64, or is 64
 //   fused(F a, F b, F c)     a * b + c, rounded once
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
-//   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
-//   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
 //   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
 //   MASKED                   (optional) there are load_masked<V>(p, count) and store_masked(p, v, count)
-//   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
-//   kIsa                     its name
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
 // to fused multiply-add (-ffp-contract=off), which would change bits; `fused` is one wherever it runs.
 
@@ -88,24 +77,16 @@ struct Affine {  // f32((q - zero_point) * multiplier)
   }
 };
 
+// Tiles are kColumns, 2 or 1 vectors wide; what is between is made of two.
+static inline int64_t columns_of(int64_t left) { return left >= kColumns ? kColumns : left >= 2 ? 2 : 1; }
+
 #include "elementwise.h"
 #include "activations.h"
 #include "fixed_point.h"
 #include "epilogue.h"
-#include "gemm.h"
-#include "depthwise.h"
-#include "lanes.h"
-#include "winograd.h"
+#include "winograd_tiles.h"
 #include "images.h"
 #include "norms.h"
-#include "attention.h"
-#include "dynamic.h"
 #include "weight_only.h"
 #include "embedding.h"
 #include "lookup.h"
-
-extern const Kernels kernels;
-const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
-                         add_fixed, norm, gemm, attention, depthwise, lanes, largest_sum, winograd_weights, winograd,
-                         max_of, mean_of, mean_of_fixed, mix_of, interleave_four, multiply, gemm_dynamic, float_gemm,
-                         embed, lookup};

@@ -1,5 +1,5 @@
 // Depthwise convolutions to uint8: four taps of 4 * W channels become lanes of four bytes, as `dot` wants them; a part
-// of body.h. `interleave` leaves channels in an order that `deinterleave` takes back: in lane l of vector j is channel
+// of products.h. `interleave` leaves channels in an order that `deinterleave` takes back: in lane l of vector j is channel
 // l / 4 * 16 + 4 * j + l % 4. Fewer channels than 4 * W are those of several pixels side by side.
 
 // The operands of the channels of one tile, in the order of `interleave`.

@@ -12,10 +12,8 @@ namespace generic { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
-namespace avx512_vnni {
-extern const Kernels kernels;
-void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
-}
+namespace avx512_vnni { extern const Kernels kernels; }
+namespace zmm { void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end); }
 namespace avx_vnni { extern const Kernels kernels; }
 #endif
 
@@ -49,7 +47,7 @@ const Kernels& active() {
 void (*brain_gemm())(const FloatGemm&, int64_t, int64_t, int64_t, int64_t) {
 #if defined(__x86_64__)
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  if (supported && &active() == &avx512_vnni::kernels) return avx512_vnni::brain_gemm;
+  if (supported && &active() == &avx512_vnni::kernels) return zmm::brain_gemm;
 #endif
   return nullptr;
 }

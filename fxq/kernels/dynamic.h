@@ -1,4 +1,4 @@
-// Rows that find their own scale and zero point, before gemm; a part of body.h, compiled once per instruction set.
+// Rows that find their own scale and zero point, before gemm; a part of products.h, compiled once per instruction set.
 
 // One row as uint8, step by step as `numerics.quantize_rows`; `negative` becomes its zero point, negated.
 static void quantize_row(const float* x, int64_t count, uint8_t* q, float* scale, int32_t* negative) {

@@ -1,4 +1,4 @@
-// The integer product with its epilogues; a part of body.h, compiled once per instruction set.
+// The integer product with its epilogues; a part of products.h, compiled once per instruction set.
 
 // What a tile leaves: results made in registers, or its sums, for `finish_sums`.
 enum class Leaves { kUint8, kFloat, kSums };
@@ -118,9 +118,6 @@ static void tile(const Gemm& g, const Place& at) {
 }
 
 using Tile = void (*)(const Gemm&, const Place&);
-
-// Tiles are kColumns, 2 or 1 vectors wide; what is between is made of two.
-static inline int64_t columns_of(int64_t left) { return left >= kColumns ? kColumns : left >= 2 ? 2 : 1; }
 
 template <int R, Leaves kLeaves>
 static Tile tile_of(int64_t columns) {

@@ -1,7 +1,8 @@
 // The kernels as plain C++, without torch: what one instruction set offers, and what a call asks of it.
 //
 // Every function returns the bits of the function of the same name in fxq/numerics/. `kernels_<isa>.cpp` compiles
-// body.h once per instruction set; dispatch.cpp chooses among them; ops_*.cpp make them torch operators.
+// body.h once per width of vectors and products.h once per way to multiply; dispatch.cpp chooses among them; ops_*.cpp
+// make them torch operators.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -6,8 +6,7 @@
 namespace fxq::generic {
 
 constexpr const char* kIsa = "generic";
-constexpr int W = 4;
-constexpr int kRows = 4, kColumns = 1;
+constexpr int W = 4, kColumns = 1, kRows = 4;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using Bytes = Vectors<4 * W>::B;
@@ -97,5 +96,6 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
 }
 
 #include "body.h"
+#include "products.h"
 
 }  // namespace fxq::generic

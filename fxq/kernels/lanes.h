@@ -1,5 +1,5 @@
 // Convolutions whose output channels have inputs of their own, which lie in the lanes beside their weights: depthwise
-// ones, and groups of 4 or 8 channels; a part of body.h.
+// ones, and groups of 4 or 8 channels; a part of products.h.
 
 // Four taps of W channels: the bytes that `dot` multiplies in each lane.
 static inline I gather(const uint8_t* x, const int64_t* taps, int64_t count, int64_t valid) {

@@ -67,7 +67,7 @@ static void float_tile(const FloatPlace& at) {
 
 using FloatTile = void (*)(const FloatPlace&);
 
-// Tiles of widened weights, which are for many rows, are kRows to kRows / 2 high, those of packed ones 1 to kRows. They
+// Tiles of widened weights, which are for many rows, are kMaxRows to kMaxRows / 2 high, those of packed ones 1 to kMaxRows. They
 // are as wide as the integer product's, or of any width where there are few rows, whose sums wait for each other.
 constexpr int64_t kFewRows = 2;
 
@@ -95,7 +95,7 @@ static FloatTile packed_tile_of(int64_t rows, int64_t columns) {
 
 template <int R>
 static FloatTile wide_tile_of(int64_t rows, int64_t columns) {
-  if constexpr (R > kRows / 2)
+  if constexpr (R > kMaxRows / 2)
     if (rows < R) return wide_tile_of<R - 1>(rows, columns);
   return float_tile_of<R, kColumns, true>(columns);
 }
@@ -131,7 +131,7 @@ static void finish_floats(const FloatGemm& g, int64_t row, int64_t rows, int64_t
 static void float_strip(const FloatGemm& g, int64_t row, int64_t rows, int64_t channel, int64_t columns,
                         const int8_t* weight, int64_t step, float* wide, float* sums) {
   const int64_t width = columns * W;
-  const bool widen = rows > kRows;  // each weight is then widened once for all rows
+  const bool widen = rows > kMaxRows;  // each weight is then widened once for all rows
   FloatPlace at = {};
   at.x_stride = g.x_stride;
   at.y_stride = width;
@@ -144,17 +144,17 @@ static void float_strip(const FloatGemm& g, int64_t row, int64_t rows, int64_t c
     if (widen) widen_weights(packed, step, at.count, columns, wide);
     for (int64_t r = 0, height; r < rows; r += height) {
       const int64_t left = rows - r;  // the last two tiles share what they have to do
-      height = left <= kRows ? left : left < 2 * kRows ? (left + 1) / 2 : kRows;
+      height = left <= kMaxRows ? left : left < 2 * kMaxRows ? (left + 1) / 2 : kMaxRows;
       at.x = g.x + (row + r) * g.x_stride + k;
       at.y = sums + r * width;
-      (widen ? wide_tile_of<kRows> : packed_tile_of<kRows>)(height, columns)(at);
+      (widen ? wide_tile_of<kMaxRows> : packed_tile_of<kMaxRows>)(height, columns)(at);
     }
   }
   finish_floats(g, row, rows, channel, width, sums);
 }
 
 static void float_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-  constexpr int64_t kHeight = 192 / kRows * kRows, kWidth = kColumns * W;
+  constexpr int64_t kHeight = 192 / kMaxRows * kMaxRows, kWidth = kColumns * W;
   float* wide = static_cast<float*>(scratch((kBlock + kHeight) * kWidth * sizeof(float)));
   float* sums = wide + kBlock * kWidth;
   const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fxq.kernels.binary import PACKAGE
 
-HEADER = [re.sub(r"//|[BAG](\^T)? =", "", line) for line in Path(PACKAGE, "winograd.h").read_text().splitlines()]
+HEADER = [re.sub(r"//|[BAG](\^T)? =", "", line) for line in Path(PACKAGE, "winograd_tiles.h").read_text().splitlines()]
 TABLE = [[int(n) for n in line.split()] for line in HEADER if re.fullmatch(r"[-\s\d]+", line) and line.strip()]
 B = np.array([row[:6] for row in TABLE], object)
 G = np.array([row[6:9] for row in TABLE], object)

@@ -1,0 +1,28 @@
+// The kernels that are products of uint8 and int8, written once as body.h, compiled once per way to multiply. Each
+// kernels_<isa>.cpp includes this once for each, in a namespace that sees body.h's, after defining
+//   kRows                    the register tile in rows, at most kMaxRows
+//   Weights, weights(p)      4 * W int8: four k of W channels
+//   Input, input(uint32_t)   four uint8 of one row, for all lanes
+//   input_lanes(I)           the same, other four in every lane
+//   spread(p, I index)       int32 at p + 4 * index[lane] in each lane; reads W bytes
+//   dot(acc, Input, Weights) acc[lane] += the four products, exact
+//   pair_weights(p)          2 * W int16, in a register
+//   dot_pairs(acc, I, I)     acc[lane] += both products of int16, modulo 2**32
+//   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
+//   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
+//   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
+//   kIsa                     its name
+
+#include "gemm.h"
+#include "depthwise.h"
+#include "lanes.h"
+#include "winograd.h"
+#include "attention.h"
+#include "dynamic.h"
+
+extern const Kernels kernels;
+const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
+                         add_fixed, norm, gemm, attention, depthwise, lanes, largest_sum, winograd_weights, winograd,
+                         max_of, mean_of, mean_of_fixed, mix_of, interleave_four, multiply, gemm_dynamic, float_gemm,
+                         embed, lookup};
+#undef WIDEN_ROWS
