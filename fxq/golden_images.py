@@ -150,7 +150,7 @@ def conv_parts(
     return {"x_q": x, "acc": acc, "acc+bias": acc + bias.reshape(-1, *[1] * (x.ndim - 2))}
 
 
-def _transposed(x: U8, weight: I8, multiplier: F32, window: str, z_x: int) -> tuple[I8, numerics.ConvTranspose]:
+def _transposed(x: U8, weight: I8, multiplier: Array, window: str, z_x: int) -> tuple[I8, numerics.ConvTranspose]:
     own = numerics.Window.parse(window)
     n, channels = len(multiplier), x.shape[1] // own.groups
     geometry = n, channels, own.kernel, own.stride, own.padding, own.dilation, own.groups
@@ -176,6 +176,24 @@ def qconv_transpose(
     return numerics.qconv_transpose(x, w, bias, multiplier, conv, zero_point, low, high)
 
 
+def qconv_transpose_fixed(
+    x: U8,
+    weight: I8,
+    bias: I32,
+    multiplier: I32,
+    shift: I32,
+    window: str,
+    z_x: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """`numerics.qconv_transpose_fixed`."""
+    w, conv = _transposed(x, weight, multiplier, window, z_x)
+    return numerics.qconv_transpose_fixed(x, w, bias, multiplier, shift, conv, zero_point, low, high, rounding)
+
+
 def qconv_transpose_float(
     x: U8,
     weight: I8,
@@ -194,19 +212,34 @@ def conv_transpose_weight(
     x: U8,
     weight: I8,
     bias: I32,
-    multiplier: F32,
+    multiplier: Array,
     window: str,
     z_x: int,
     *rest: object,
     **named: object,
 ) -> I8:
-    """The weight [C, N / groups, *kernel]."""
+    """The weight [N, C / groups, *kernel]."""
     return _transposed(x, weight, multiplier, window, z_x)[0]
 
 
-def conv_transpose_parts(x: U8, *rest: object, **named: object) -> dict[str, Array]:
-    """The input of a transposed convolution."""
-    return {"x_q": x}
+def conv_transpose_fixed_weight(x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, *rest: Any) -> I8:
+    """`conv_transpose_weight` of `qconv_transpose_fixed`."""
+    return conv_transpose_weight(x, weight, bias, multiplier, *rest)
+
+
+def conv_transpose_parts(
+    x: U8, weight: I8, bias: I32, multiplier: Array, window: str, z_x: int, *rest: object, **named: object
+) -> dict[str, Array]:
+    """What lies inside a transposed convolution: its input, and the integer sums with each phase's bias."""
+    w, conv = _transposed(x, weight, multiplier, window, z_x)
+    return {"x_q": x, "acc+bias": conv.sums(x, w, bias)}
+
+
+def conv_transpose_fixed_parts(
+    x: U8, weight: I8, bias: I32, multiplier: I32, shift: I32, *rest: Any
+) -> dict[str, Array]:
+    """`conv_transpose_parts` of `qconv_transpose_fixed`."""
+    return conv_transpose_parts(x, weight, bias, multiplier, *rest)
 
 
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}

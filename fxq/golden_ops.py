@@ -115,7 +115,7 @@ def _dynamic_parts(x: F32, weight: I8, column_sums: I32, *rest: object, **named:
     return {"x_q": q, "scale": scale, "zero_point": zero_point, "acc": acc}
 
 
-def _linear_weight_only(x: F32, weight: I8, scale: F32, bias: F32 | None = None) -> F32:
+def _linear_weight_only(x: F32, weight: I8, scale: F32, bias: F32 | None = None, dtype: object = None) -> F32:
     if x.dtype != np.float32:
         raise GoldenError(f"fxq.linear_weight_only of {x.dtype}: a golden model computes in float32 alone")
     return numerics.linear_weight_only(x, numerics.unpack(weight, len(scale), x.shape[-1]), scale, bias)
@@ -404,6 +404,7 @@ OPS: dict[str, Op] = {
     "fxq.qattention": Op(numerics.qattention, partial(_attention_parts, before_heads=3), "y_q"),
     "fxq.qattention_float": Op(numerics.qattention_float, partial(_attention_parts, before_heads=2), "y"),
     "fxq.qmul": Op(numerics.qmul),
+    "fxq.qmul_fixed": Op(numerics.qmul_fixed),
     "fxq.lookup": Op(numerics.lookup),
     "fxq.lookup_channels": Op(numerics.lookup_channels),
     "fxq.quantize_channels_last": Op(numerics.quantize),
@@ -419,6 +420,12 @@ OPS: dict[str, Op] = {
     "fxq.qconv_transpose": Op(
         golden_images.qconv_transpose, golden_images.conv_transpose_parts, "y_q", golden_images.conv_transpose_weight
     ),
+    "fxq.qconv_transpose_fixed": Op(
+        golden_images.qconv_transpose_fixed,
+        golden_images.conv_transpose_fixed_parts,
+        "y_q",
+        golden_images.conv_transpose_fixed_weight,
+    ),
     "fxq.qconv_transpose_float": Op(
         golden_images.qconv_transpose_float,
         golden_images.conv_transpose_parts,
@@ -432,6 +439,7 @@ OPS: dict[str, Op] = {
     "fxq.qmax_pool": Op(numerics.qmax_pool),
     "fxq.qupsample_nearest": Op(numerics.qupsample_nearest),
     "fxq.qupsample_bilinear": Op(numerics.qupsample_bilinear),
+    "fxq.qupsample_bilinear_fixed": Op(numerics.qupsample_bilinear_fixed),
     "fxq.qcat": Op(lambda tensors: np.concatenate(tensors, 1)),
     "pad": Op(golden_images.pad),
     "channel_shuffle": Op(golden_images.channel_shuffle),

@@ -20,15 +20,25 @@ from fxq.ops.linear_weight_only import linear_weight_only
 from fxq.qdq import quantize_weight
 from fxq.qtypes import MAX_K
 
+_REMEDIES = {
+    torch.float32: '; recipe "w8a32" takes float32',
+    **dict.fromkeys((torch.bfloat16, torch.float16), '; recipe "w8a16" takes bfloat16 and float16'),
+}
+"""Who else takes such activations."""
+
 
 class QuantizedLinear(nn.Module):
-    """What the layers share. Buffers: weight_packed int8, weight_scale float32 [N], bias float32 [N] or None."""
+    """What the layers share. Buffers: weight_packed int8, weight_scale float32 [N], bias float32 [N] or None.
+
+    path: where `fxq.swap_linears` put the layer, for messages; "" for one that was put there by hand.
+    """
 
     scheme: ClassVar[str]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     weight_packed: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    path: str = ""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -72,14 +82,21 @@ class QuantizedLinear(nn.Module):
         """
         if x.dtype not in self.dtypes:
             names = " or ".join(str(dtype) for dtype in self.dtypes)
-            raise InputError(f"{type(self).__name__} takes activations of {names}, not of {x.dtype}")
+            raise InputError(
+                f"{self._title} takes activations of {names}, not of {x.dtype}; convert them with "
+                f"x.to({self.dtypes[0]}){_REMEDIES.get(x.dtype, '')}"
+            )
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise InputError(f"{type(self).__name__} takes [..., {self.in_features}], not {list(x.shape)}")
+            raise InputError(f"{self._title} takes [..., {self.in_features}], not {list(x.shape)}")
         y = self._product(x)
         if x.requires_grad and torch.is_grad_enabled():
-            refused: Tensor = refuse_gradients(y, x, type(self).__name__)
+            refused: Tensor = refuse_gradients(y, x, self._title)
             return refused
         return y
+
+    @property
+    def _title(self) -> str:
+        return f"{self.path} ({type(self).__name__})" if self.path else type(self).__name__
 
     def _product(self, x: Tensor) -> Tensor:
         raise NotImplementedError

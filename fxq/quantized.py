@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,12 +20,14 @@ from fxq.gradients import refuse_gradients
 from fxq.graph import STATE
 from fxq.outputs import dequantized, output_qparams
 from fxq.qtypes import QParams
+from fxq.refusals import wrong_dtype
 
 
 class QuantizedModule(GraphModule):
     """A GraphModule made by fxq; `report` says what became of every operation."""
 
     report: Report
+    source_lines: ClassVar[list[str]]
     _run: Callable[..., Any]
 
     @classmethod
@@ -77,6 +79,7 @@ class QuantizedModule(GraphModule):
             if node.op in ("get_attr", "call_module"):
                 path = _format_target("self", str(node.target))
                 source = source.replace(f"{node.name} = {path}", f"{node.name} = {self._direct(str(node.target))}")
+        type(self).source_lines = source.splitlines()
         scope = dict(code.globals)
         exec(compile(source, f"<fxq {id(self)}>", "exec"), scope)
         type(self).forward = scope["forward"]
@@ -123,24 +126,33 @@ _OVERLOAD = re.compile(r"torch\.ops\.fxq\.(\w+)\.default\(")
 
 
 def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
-    """What `nn.Module.__call__` does; the way through it only where a hook or a tracer may stand on it."""
-    if (
-        self._forward_hooks
-        or self._forward_pre_hooks
-        or self._compiled_call_impl is not None
-        or nn.Module.__call__ is not _module_call
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or torch._C._get_tracing_state()
-        or "forward" in self.__dict__
-    ):
-        return nn.Module.__call__(self, *args, **kwargs)
-    run = self.forward if torch.compiler.is_compiling() else self._run
-    if torch.is_grad_enabled():
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if getattr(value, "requires_grad", False):
-                return refuse_gradients(run(*args, **kwargs), value)
-    return run(*args, **kwargs)
+    """What `nn.Module.__call__` does; the way through it only where a hook or a tracer may stand on it.
+
+    A failure costs nothing where there is none: it is told in the user's terms where an input's dtype is its cause.
+    """
+    try:
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._compiled_call_impl is not None
+            or nn.Module.__call__ is not _module_call
+            or hooks._global_forward_hooks
+            or hooks._global_forward_pre_hooks
+            or torch._C._get_tracing_state()
+            or "forward" in self.__dict__
+        ):
+            return nn.Module.__call__(self, *args, **kwargs)
+        run = self.forward if torch.compiler.is_compiling() else self._run
+        if torch.is_grad_enabled():
+            for value in (*args, *kwargs.values()) if kwargs else args:
+                if getattr(value, "requires_grad", False):
+                    return refuse_gradients(run(*args, **kwargs), value)
+        return run(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        told = wrong_dtype(self, args, kwargs, error.__traceback__, self.report.recipe)
+        if told is None:
+            raise
+        raise told from error
 
 
 def weight_bytes(gm: nn.Module) -> int:

@@ -51,6 +51,7 @@ def swap_linears(model: nn.Module, recipe: str | Recipe = "w8a32") -> tuple[nn.M
                 made[linear] = LAYERS[scheme].from_float(linear)
             except InputError as error:
                 raise InputError(f"{path or 'the model itself'}: {error}") from None
+            made[linear].path = path
             first = packed.setdefault((id(linear.weight), scheme), made[linear])
             for name in ("weight_packed", "weight_scale", "column_sums"):
                 if hasattr(first, name):

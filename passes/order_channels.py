@@ -19,10 +19,10 @@ from torch.fx import GraphModule, Node
 from fxq.graph import replace
 from fxq.ops.cat import qcat
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_fixed, qconv_float
-from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_float
+from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_fixed, qconv_transpose_float
 from fxq.ops.lookup import lookup
 from fxq.ops.pool import qadaptive_avg_pool, qadaptive_avg_pool_fixed, qavg_pool, qavg_pool_fixed, qmax_pool
-from fxq.ops.upsample import qupsample_bilinear, qupsample_nearest
+from fxq.ops.upsample import qupsample_bilinear, qupsample_bilinear_fixed, qupsample_nearest
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import quantize, quantize_channels_last
 from fxq.spelling import CAT, PAD
@@ -31,7 +31,7 @@ from fxq.stages import Stage
 _CHANNELS_LAST = frozenset(
     {
         *(qconv, qconv_act_quantize, qconv_add, qconv_fixed, qconv_float, qconv_transpose, qconv_transpose_float),
-        *(qavg_pool_fixed, qadaptive_avg_pool_fixed),
+        *(qavg_pool_fixed, qadaptive_avg_pool_fixed, qconv_transpose_fixed, qupsample_bilinear_fixed),
         *(qavg_pool, qadaptive_avg_pool, qmax_pool, qupsample_nearest, qupsample_bilinear),
     }
 )

@@ -1,10 +1,12 @@
 """use_fixed_point: under `Recipe(requant="fixed")` no integer meets a float multiply on its way to the next integer op.
 
     qlinear(x, w, b, multiplier, ...)           ->  qlinear_fixed(x, w, b, multiplier, shift, ..., rounding)
-    qconv(x, w, b, multiplier, ...)             ->  qconv_fixed(x, w, b, multiplier, shift, ..., rounding)
+    qconv, qconv_transpose(x, w, b, ...)        ->  qconv_fixed, qconv_transpose_fixed(x, w, b, multiplier, shift, ...)
     qavg_pool, qadaptive_avg_pool(x, ...)       ->  qavg_pool_fixed, qadaptive_avg_pool_fixed(x, ..., rounding)
     requantize(q, z_x, multiplier, ...)         ->  requantize_fixed(q, z_x, multiplier, shift, ..., rounding)
     qadd(a, b, m_a, z_a, m_b, z_b, ...)         ->  qadd_fixed(a, b, m_a, z_a, m_b, z_b, shift, ...)
+    qmul(a, b, m, z_a, z_b, ...)                ->  qmul_fixed(a, b, z_a, z_b, multiplier, shift, ..., rounding)
+    qupsample_bilinear(x, size, scales, ...)    ->  qupsample_bilinear_fixed(x, size, steps, ...)
 
 Multipliers are made of the scales themselves, in float64, not of their float32 quotients. What remains float is written
 into the report (`Report.float_steps`): all arithmetic on real numbers but the conversions at the model's own edges, a
@@ -25,10 +27,11 @@ from fxq import numerics
 from fxq.graph import Value, constant, get_attr, is_call, module_of, place_of, replace, set_constant, target_name
 from fxq.ops.add import qadd
 from fxq.ops.conv import qconv, qconv_fixed, qconv_float
-from fxq.ops.conv_transpose import qconv_transpose_float
-from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, requantize_fixed
+from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_fixed, qconv_transpose_float
+from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, qmul_fixed, requantize_fixed
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.ops.lookup import lookup, lookup_channels
+from fxq.ops.mul import qmul
 from fxq.ops.pool import (
     MOST_COUNTED,
     qadaptive_avg_pool,
@@ -38,23 +41,29 @@ from fxq.ops.pool import (
     qmax_pool,
 )
 from fxq.ops.quantize_scaled import quantize_scaled
-from fxq.ops.upsample import qupsample_nearest
+from fxq.ops.upsample import qupsample_bilinear, qupsample_bilinear_fixed, qupsample_nearest
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, quantize, requantize
 from fxq.recipe import RequantRounding
 from fxq.spelling import CAT, CLAMP, GETITEM, MAX_POOLS, MOVES, RELU, SPLITS
 from fxq.stages import Stage, is_integer_op
 
-_PRODUCTS: dict[object, OpOverload] = {qlinear: qlinear_fixed, qconv: qconv_fixed}
+_PRODUCTS: dict[object, OpOverload] = {
+    qlinear: qlinear_fixed,
+    qconv: qconv_fixed,
+    qconv_transpose: qconv_transpose_fixed,
+}
 _POOLS: dict[object, OpOverload] = {qavg_pool: qavg_pool_fixed, qadaptive_avg_pool: qadaptive_avg_pool_fixed}
 _INTEGER_ONLY = frozenset(
     {
         *_PRODUCTS.values(),
         *_POOLS.values(),
         qadd_fixed,
+        qmul_fixed,
         requantize_fixed,
         qmax_pool,
         qupsample_nearest,
+        qupsample_bilinear_fixed,
         lookup,
         lookup_channels,
     }
@@ -88,6 +97,10 @@ class UseFixedPoint:
                 _fix_requantize(gm, node, ctx.recipe.rounding)
             elif node.target is qadd:
                 _fix_add(gm, node)
+            elif node.target is qmul:
+                _fix_mul(gm, node, ctx.recipe.rounding)
+            elif node.target is qupsample_bilinear:
+                _fix_upsample(gm, node)
             else:
                 continue
             count += 1
@@ -143,6 +156,20 @@ def _fix_add(gm: GraphModule, node: Node) -> None:
     (m_a, m_b), shift = numerics.fixed_multipliers(np.array([_scale(a), _scale(b)]) / _scale(node))
     args = (a, b, int(m_a), z_a, int(m_b), z_b, shift, *bounds)
     replace(gm, node, qadd_fixed, args, node.meta["qparams"])
+
+
+def _fix_mul(gm: GraphModule, node: Node, rounding: RequantRounding) -> None:
+    a, b, _, z_a, z_b, *bounds = node.args
+    multiplier, shift = numerics.fixed_multiplier(np.float64(_scale(a)) * _scale(b) / _scale(node))
+    args = (a, b, z_a, z_b, int(multiplier), int(shift), *bounds, rounding)
+    replace(gm, node, qmul_fixed, args, node.meta["qparams"])
+
+
+def _fix_upsample(gm: GraphModule, node: Node) -> None:
+    x, size, factors, align_corners = node.args
+    assert isinstance(factors, tuple | list)
+    steps = tuple(numerics.fixed_step(factor) for factor in factors)  # type: ignore[arg-type]
+    replace(gm, node, qupsample_bilinear_fixed, (x, size, steps, align_corners), node.meta["qparams"])
 
 
 def _float_steps(gm: GraphModule) -> list[str]:

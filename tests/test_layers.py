@@ -27,6 +27,7 @@ LAYERS = [
     },
     {
         "fxq.gradients",
+        "fxq.refusals",
         "fxq.family",
         "fxq.product",
         "fxq.releasing",

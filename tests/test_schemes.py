@@ -103,10 +103,75 @@ def test_rows_keep_to_themselves(scheme, value):
     assert found[2].isfinite().all()
 
 
-def test_activations_of_another_dtype(scheme):
-    _, x, qmodel = quantized(scheme)
-    with pytest.raises((fxq.InputError, TypeError, RuntimeError), match=r"(?i)float32|bfloat16|dtype"):
-        qmodel(x.double())
+RECIPES = ["w8a8", *SCHEMES, fxq.Recipe(requant="fixed")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_activations_of_another_dtype(recipe, dtype, tmp_path):
+    """The error names the module, the input, both dtypes and the way out; also of a loaded model, and of hooks'."""
+    _, x, qmodel = quantized(recipe)
+    if dtype == x.dtype:
+        return
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    hooked = copy.deepcopy(qmodel)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    title = fxq.Recipe.of(recipe).title
+    place = r"\(%\w+\): " if recipe in ("w8a8", RECIPES[-1]) else r"[abc] \(%\w+\): "
+    for model in (qmodel, fxq.load(tmp_path / "model.fxq"), hooked):
+        with pytest.raises(fxq.InputError, match=place + f"input 'x' has dtype {dtype}") as caught:
+            model(x.to(dtype))
+        assert f"quantized ({title}) for {x.dtype}: convert the input with .to({x.dtype})" in str(caught.value)
+        assert ("w8a16" in str(caught.value).partition("convert")[2]) == (dtype in (torch.bfloat16, torch.float16))
+        assert torch.isfinite(model(x)).all()
+
+
+def test_activations_of_another_dtype_inside_and_by_keyword():
+    """What a structure of inputs holds is named by the parameter; integers beside floats may be of any kind."""
+
+    class Picker(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc = nn.Embedding(5, 16), nn.Linear(16, 4)
+
+        def forward(self, ids, extras):
+            return self.fc(self.table(ids) + extras["more"])
+
+    ids, x = torch.tensor([1, 2, 3]), torch.randn(3, 16)
+    qmodel = fxq.quantize(Picker().eval(), {"ids": ids, "extras": {"more": x}}, recipe="w8a32")
+    y = qmodel(ids=ids, extras={"more": x})
+    assert torch.equal(qmodel(ids=ids.int(), extras={"more": x}), y)
+    with pytest.raises(fxq.InputError, match=r"fc \(%\w+\): input 'extras' has dtype torch.float64"):
+        qmodel(ids=ids, extras={"more": x.double()})
+    with pytest.raises(RuntimeError, match=r"x\[3, 3\]|size"):  # another cause keeps its own words
+        qmodel(ids=ids, extras={"more": x[:, :3]})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_swapped_layer_names_its_path(scheme):
+    dtype, other = (torch.bfloat16, torch.float32) if scheme == "w8a16" else (torch.float32, torch.bfloat16)
+    swapped, _ = swap_linears(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(16, 4))).to(dtype), scheme)
+    with pytest.raises(fxq.InputError, match=rf"1\.0 \(\w+\) takes activations of .*not of {other}; convert"):
+        swapped(X.to(other))
+    with pytest.raises(fxq.InputError, match=r"1\.0 \(\w+\) has no gradients"):
+        swapped(X.to(dtype).requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_gradients_are_refused(recipe):
+    _, x, qmodel = quantized(recipe)
+    with pytest.raises(fxq.InputError, match=r"an integer model has no gradients; train with fxq\.prepare_qat"):
+        qmodel(x.clone().requires_grad_()).sum().backward()
+    assert not any(p.requires_grad for p in qmodel.parameters())
+
+
+@pytest.mark.parametrize("call", [fxq.quantize, fxq.prepare, fxq.prepare_qat])
+def test_an_unknown_recipe_lists_those_there_are(call):
+    known = r"unknown recipe 'w4a4'; there are w8a8, w8a8-dynamic, w8a32, w8a16, float"
+    with pytest.raises(fxq.RecipeError, match=known):
+        call(nn.Linear(16, 4).eval(), X, recipe="w4a4")
+    with pytest.raises(fxq.RecipeError, match=known):
+        swap_linears(nn.Linear(16, 4), "w4a4")
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", *SCHEMES])

@@ -105,3 +105,18 @@ static void add_fixed(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32
     store_some(y + i, joined(right(even + half), right(odd + half), zero_point, low, high), count - i);
   }
 }
+
+template <bool twice>
+static void multiply_fixed(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32_t shift, int32_t zero_point,
+                           int32_t low, int32_t high) {
+  const FixedScale<twice> scale(a.multiplier - I{}, shift - I{});
+  for (int64_t i = 0; i < count; i += W) {
+    const I steps_a = widen(load_some<B>(a.q + i, count - i)) - a.zero_point;
+    const I steps_b = widen(load_some<B>(b.q + i, count - i)) - b.zero_point;
+    store_some(y + i, scale(steps_a * steps_b, zero_point, low, high), count - i);
+  }
+}
+static void multiply_fixed(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32_t shift, bool twice,
+                           int32_t zero_point, int32_t low, int32_t high) {
+  (twice ? multiply_fixed<true> : multiply_fixed<false>)(a, b, y, count, shift, zero_point, low, high);
+}

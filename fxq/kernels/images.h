@@ -86,6 +86,17 @@ static void mix_of(const uint8_t* const (&q)[4], float v0, float v1, float u0, f
   }
 }
 
+static void mix_of_fixed(const uint8_t* const (&q)[4], int32_t v0, int32_t v1, int32_t u0, int32_t u1, uint8_t* y,
+                         int64_t channels) {
+  for (int64_t c = 0; c < channels; c += W) {
+    const int64_t valid = channels - c < W ? channels - c : W;
+    I x[4];
+    UNROLL for (int i = 0; i < 4; ++i) x[i] = widen(load_some<B>(q[i] + c, valid));
+    const I top = x[0] * v0 + x[1] * v1, bottom = x[2] * v0 + x[3] * v1;
+    store_some(y + c, narrow((top * u0 + bottom * u1 + (1 << 21)) >> 22), valid);
+  }
+}
+
 static inline F steps(const Term& t, int64_t i, int64_t count) {
   return __builtin_convertvector(widen(load_some<B>(t.q + i, count)) - t.zero_point, F);
 }

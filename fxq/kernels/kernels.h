@@ -136,6 +136,9 @@ struct Kernels {
                            int32_t low, int32_t high);
   void (*add_fixed)(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32_t shift, int32_t zero_point,
                     int32_t low, int32_t high);
+  // (q_a - z_a) * (q_b - z_b) * multiplier of a * 2**-shift.
+  void (*multiply_fixed)(FixedTerm a, FixedTerm b, uint8_t* y, int64_t count, int32_t shift, bool twice,
+                         int32_t zero_point, int32_t low, int32_t high);
   // float32 to y and uint8 to q; either may be null.
   void (*norm)(const Norm& n, const float* x, float* y, uint8_t* q, int64_t rows);
   // The output rows [row, row_end) of the panels [panel, panel_end).
@@ -168,6 +171,9 @@ struct Kernels {
                         int32_t zero_point, int32_t low, int32_t high);
   // The mean of the rows q[0], q[1] and q[2], q[3], v along a row, u across.
   void (*mix_of)(const uint8_t* const (&q)[4], float v0, float v1, float u0, float u1, uint8_t* y, int64_t channels);
+  // The same by integer weights, of which each pair adds up to 2**11.
+  void (*mix_of_fixed)(const uint8_t* const (&q)[4], int32_t v0, int32_t v1, int32_t u0, int32_t u1, uint8_t* y,
+                       int64_t channels);
   // to[j * step + i] = from[i * stride + j] for i of 0..3 and j below count.
   void (*interleave_four)(const uint8_t* from, int64_t stride, uint8_t* to, int64_t step, int64_t count);
   // f32((q_a - z_a) * (q_b - z_b) * multiplier of a), `rows` rows of a by the same `count` values b.

@@ -345,7 +345,10 @@ Tensor conv_transpose(const char* op, const Operands& o, const std::string& wind
       empty = empty || p.taps == 0;
     }
     part.product.bias = b.data<int32_t>() + phase * n;
-    part.product.multiplier = m.data<float>();
+    if (part.product.output == Output::kFixed)
+      part.product.fixed = m.data<int32_t>();
+    else
+      part.product.multiplier = m.data<float>();
     const bool is_float = part.product.output == Output::kFloat;
     part.product.y = y.data<uint8_t>() + offset * (is_float ? sizeof(float) : 1);
     if (part.product.addend_stride) part.product.addend += offset;
@@ -374,6 +377,18 @@ Tensor qconv_transpose(const Tensor& x, const Tensor& weight, const Tensor& bias
                         requantized("qconv_transpose", zero_point, low, high));
 }
 
+Tensor qconv_transpose_fixed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
+                             const Tensor& shift, const std::string& window, int64_t z_x, int64_t zero_point,
+                             int64_t low, int64_t high, const std::string& rounding) {
+  constexpr const char* op = "qconv_transpose_fixed";
+  std::optional<Contiguous> shifts;
+  Conv c = requantized(op, zero_point, low, high);
+  c.product.output = Output::kFixed;
+  c.product.twice = rounds_twice(op, rounding);
+  c.product.shift = shifts_of(op, shift, multiplier.numel(), shifts);
+  return conv_transpose(op, {x, weight, bias, multiplier, aoti_torch_dtype_int32()}, window, z_x, nullptr, c);
+}
+
 Tensor qconv_transpose_float(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& multiplier,
                              const std::string& window, int64_t z_x, const std::optional<Tensor>& addend) {
   Conv c;
@@ -392,5 +407,6 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qconv_act_quantize", fxq::boxed<fxq::qconv_act_quantize>);
   m.impl("qconv_add", fxq::boxed<fxq::qconv_add>);
   m.impl("qconv_transpose", fxq::boxed<fxq::qconv_transpose>);
+  m.impl("qconv_transpose_fixed", fxq::boxed<fxq::qconv_transpose_fixed>);
   m.impl("qconv_transpose_float", fxq::boxed<fxq::qconv_transpose_float>);
 }

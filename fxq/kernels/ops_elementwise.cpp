@@ -214,6 +214,18 @@ Tensor qadd_fixed(const Tensor& a, const Tensor& b, int64_t m_a, int64_t z_a, in
   return combine("qadd_fixed", a, b, z_a, z_b, each_row(run));
 }
 
+Tensor qmul_fixed(const Tensor& a, const Tensor& b, int64_t z_a, int64_t z_b, int64_t multiplier, int64_t shift,
+                  int64_t zero_point, int64_t low, int64_t high, const std::string& rounding) {
+  expect_range("qmul_fixed", zero_point, low, high);
+  expect_fixed("qmul_fixed", multiplier, shift);
+  const bool twice = rounds_twice("qmul_fixed", rounding);
+  const auto run = [&](const uint8_t* q_a, const uint8_t* q_b, uint8_t* y, int64_t count) {
+    active().multiply_fixed({q_a, int32_t(z_a), int32_t(multiplier)}, {q_b, int32_t(z_b), 1}, y, count, int32_t(shift),
+                            twice, int32_t(zero_point), int32_t(low), int32_t(high));
+  };
+  return combine("qmul_fixed", a, b, z_a, z_b, each_row(run));
+}
+
 Tensor requantize_fixed(const Tensor& q, int64_t z_x, int64_t multiplier, int64_t shift, int64_t zero_point,
                         int64_t low, int64_t high, const std::string& rounding) {
   expect_dtype("requantize_fixed", "q", q, aoti_torch_dtype_uint8(), "uint8");
@@ -243,5 +255,6 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qadd", fxq::boxed<fxq::qadd>);
   m.impl("qmul", fxq::boxed<fxq::qmul>);
   m.impl("qadd_fixed", fxq::boxed<fxq::qadd_fixed>);
+  m.impl("qmul_fixed", fxq::boxed<fxq::qmul_fixed>);
   m.impl("requantize_fixed", fxq::boxed<fxq::requantize_fixed>);
 }

@@ -264,9 +264,9 @@ float source_step(int64_t size, int64_t out, double scale, bool align_corners) {
   return scale != 0 ? float(1.0 / scale) : float(size) / float(out);
 }
 
-Image upsampled(const char* op, const Tensor& t, const Ints& size, const std::vector<double>& scales) {
+Image upsampled(const char* op, const Tensor& t, const Ints& size, size_t rank) {
   expect_dtype(op, "x", t, aoti_torch_dtype_uint8(), "uint8");
-  expect_entries(op, "size", size, scales.size(), 0);
+  expect_entries(op, "size", size, rank, 0);
   Image image(op, t, int64_t(size.size()));
   for (size_t i = 0; i < size.size(); ++i) {
     if (image.in(i) < 1) fail(op, ": x", t.shape(), " has no pixels");
@@ -276,7 +276,7 @@ Image upsampled(const char* op, const Tensor& t, const Ints& size, const std::ve
 }
 
 Tensor qupsample_nearest(const Tensor& t, const Ints& size, const std::vector<double>& scales) {
-  const Image image = upsampled("qupsample_nearest", t, size, scales);
+  const Image image = upsampled("qupsample_nearest", t, size, scales.size());
   const ChannelsLast<uint8_t>& x = image.x;
   std::vector<int64_t> source[3] = {{0}, {0}, {0}};
   for (size_t i = 0, at = 3 - size.size(); i < size.size(); ++i, ++at) {
@@ -295,38 +295,69 @@ Tensor qupsample_nearest(const Tensor& t, const Ints& size, const std::vector<do
   return y;
 }
 
+template <class Weight>
 struct Neighbours {  // the two inputs that an output lies between, as offsets, and their weights
   int64_t first, second;
-  float w0, w1;
+  Weight w0, w1;
 };
 
-Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<double>& scales, bool align_corners) {
-  const Image image = upsampled("qupsample_bilinear", t, size, scales);
-  if (size.size() != 2) fail("qupsample_bilinear: x", t.shape(), ", expected [B, C, H, W]");
+// The means of four pixels each, by `mix`.
+template <class Weight, class Mix>
+Tensor mixed(const Image& image, const std::vector<Neighbours<Weight>> (&sources)[2], const Mix& mix) {
+  Tensor y = image.result();
   const ChannelsLast<uint8_t>& x = image.x;
-  std::vector<Neighbours> sources[2];
+  for_each_row(image, y, 4, [&](int64_t b, int64_t, int64_t h, uint8_t* to) {
+    const Neighbours<Weight>& v = sources[0][h];
+    const uint8_t* from = x.data + b * x.step[0];
+    for (const Neighbours<Weight>& u : sources[1]) {
+      const uint8_t* const pixels[4] = {from + v.first + u.first, from + v.first + u.second, from + v.second + u.first,
+                                        from + v.second + u.second};
+      mix(pixels, u.w0, u.w1, v.w0, v.w1, to, x.channels);
+      to += x.channels;
+    }
+  });
+  return y;
+}
+
+Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<double>& scales, bool align_corners) {
+  const Image image = upsampled("qupsample_bilinear", t, size, scales.size());
+  if (size.size() != 2) fail("qupsample_bilinear: x", t.shape(), ", expected [B, C, H, W]");
+  std::vector<Neighbours<float>> sources[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t last = x.size[i + 1] - 1;
+    const int64_t last = image.x.size[i + 1] - 1, pixel = image.x.step[i + 2];
     const float step = source_step(last + 1, size[i], scales[i], align_corners);
     for (int64_t o = 0; o < size[i]; ++o) {
       const float place = align_corners ? float(o) * step : std::max((float(o) + 0.5f) * step - 0.5f, 0.0f);
       const int64_t first = std::min<int64_t>(int64_t(place), last);
       const float w1 = std::clamp(place - float(first), 0.0f, 1.0f);
-      sources[i].push_back({first * x.step[i + 2], std::min(first + 1, last) * x.step[i + 2], 1.0f - w1, w1});
+      sources[i].push_back({first * pixel, std::min(first + 1, last) * pixel, 1.0f - w1, w1});
     }
   }
-  Tensor y = image.result();
-  for_each_row(image, y, 4, [&](int64_t b, int64_t, int64_t h, uint8_t* to) {
-    const Neighbours& v = sources[0][h];
-    const uint8_t* from = x.data + b * x.step[0];
-    for (const Neighbours& u : sources[1]) {
-      const uint8_t* const pixels[4] = {from + v.first + u.first, from + v.first + u.second, from + v.second + u.first,
-                                        from + v.second + u.second};
-      active().mix_of(pixels, u.w0, u.w1, v.w0, v.w1, to, x.channels);
-      to += x.channels;
+  return mixed(image, sources, active().mix_of);
+}
+
+// Places in steps of 2**-32, weights of 2**-11.
+Tensor qupsample_bilinear_fixed(const Tensor& t, const Ints& size, const Ints& steps, bool align_corners) {
+  constexpr const char* op = "qupsample_bilinear_fixed";
+  const Image image = upsampled(op, t, size, steps.size());
+  if (size.size() != 2) fail(op, ": x", t.shape(), ", expected [B, C, H, W]");
+  std::vector<Neighbours<int32_t>> sources[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t last = image.x.size[i + 1] - 1, pixel = image.x.step[i + 2];
+    int64_t step = steps[i];
+    if (align_corners)
+      step = size[i] <= 1 ? 0 : ((last << 33) / (size[i] - 1) + 1) >> 1;
+    else if (!step)
+      step = (((last + 1) << 33) / std::max<int64_t>(size[i], 1) + 1) >> 1;
+    for (int64_t o = 0; o < size[i]; ++o) {
+      const int64_t place =
+          align_corners ? o * step : std::max<int64_t>(((2 * o + 1) * step >> 1) - (int64_t(1) << 31), 0);
+      const int64_t first = std::min(place >> 32, last);
+      const auto w1 = int32_t(((place & 0xFFFFFFFF) + (1 << 20)) >> 21);
+      sources[i].push_back({first * pixel, std::min(first + 1, last) * pixel, 2048 - w1, w1});
     }
-  });
-  return y;
+  }
+  return mixed(image, sources, active().mix_of_fixed);
 }
 
 // Pixels in parts that stay in the first-level cache, channels in parts of 64: quantized as they lie, then transposed.
@@ -403,6 +434,7 @@ STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
   m.impl("qadaptive_avg_pool", fxq::boxed<fxq::qadaptive_avg_pool>);
   m.impl("qmax_pool", fxq::boxed<fxq::qmax_pool>);
   m.impl("qupsample_nearest", fxq::boxed<fxq::qupsample_nearest>);
+  m.impl("qupsample_bilinear_fixed", fxq::boxed<fxq::qupsample_bilinear_fixed>);
   m.impl("qupsample_bilinear", fxq::boxed<fxq::qupsample_bilinear>);
   m.impl("quantize_channels_last", fxq::boxed<fxq::quantize_channels_last>);
 }

@@ -1,4 +1,5 @@
 // The product of float activations with int8 weights as a torch operator.
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -66,9 +67,11 @@ void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
 }
 
 Tensor linear_weight_only(const Tensor& x, const Tensor& weight, const Tensor& scale,
-                          const std::optional<Tensor>& bias) {
+                          const std::optional<Tensor>& bias,
+                          const std::optional<torch::headeronly::ScalarType>& expected) {
   constexpr const char* op = "linear_weight_only";
   const int32_t dtype = x.dtype();
+  if (expected && int32_t(*expected) != dtype) fail(op, ": x has the wrong dtype, expected that of the examples");
   const bool brain = dtype == aoti_torch_dtype_bfloat16(), half = dtype == aoti_torch_dtype_float16();
   if (!brain && !half) expect_dtype(op, "x", x, aoti_torch_dtype_float32(), "float32, bfloat16 or float16");
   expect_dtype(op, "weight", weight, aoti_torch_dtype_int8(), "int8 (packed)");

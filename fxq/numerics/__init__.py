@@ -50,6 +50,7 @@ from fxq.numerics.conv import (
     qconv_fixed,
     qconv_float,
     qconv_transpose,
+    qconv_transpose_fixed,
     qconv_transpose_float,
     transposed_sizes,
 )
@@ -88,6 +89,7 @@ from fxq.numerics.fixed_point import (
     mean_multiplier,
     qadd_fixed,
     qlinear_fixed,
+    qmul_fixed,
     requantize_fixed,
     scale_single,
     scale_tflite,
@@ -116,7 +118,13 @@ from fxq.numerics.pooling import (
     qavg_pool_fixed,
     qmax_pool,
 )
-from fxq.numerics.upsampling import qupsample_bilinear, qupsample_nearest, source_step
+from fxq.numerics.upsampling import (
+    fixed_step,
+    qupsample_bilinear,
+    qupsample_bilinear_fixed,
+    qupsample_nearest,
+    source_step,
+)
 from fxq.numerics.weight_only import linear_weight_only
 from fxq.numerics.window import Window
 
@@ -157,6 +165,7 @@ __all__ = [
     "fits_int32",
     "fixed_multiplier",
     "fixed_multipliers",
+    "fixed_step",
     "fold_bias",
     "fold_transposed_bias",
     "fused_multiply_add",
@@ -196,6 +205,7 @@ __all__ = [
     "qconv_fixed",
     "qconv_float",
     "qconv_transpose",
+    "qconv_transpose_fixed",
     "qconv_transpose_float",
     "qlinear",
     "qlinear_act",
@@ -206,6 +216,7 @@ __all__ = [
     "qlinear_float",
     "qmax_pool",
     "qmul",
+    "qmul_fixed",
     "qmul_multiplier",
     "qnnpack_constants",
     "quantize",
@@ -216,6 +227,7 @@ __all__ = [
     "quantize_scaled",
     "quantize_weight",
     "qupsample_bilinear",
+    "qupsample_bilinear_fixed",
     "qupsample_nearest",
     "real_multiplier",
     "relu",

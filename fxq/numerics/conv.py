@@ -70,10 +70,15 @@ def accumulate_conv(q_x: U8, q_w: I8, stride: Ints, padding: Ints, dilation: Int
     return np.ascontiguousarray(np.moveaxis(shaped, 0, 1)).astype(np.int32)
 
 
+def _column(values: Any, ndim: int) -> Any:
+    """One value a channel, for images of so many dimensions."""
+    return values.reshape(-1, *[1] * (ndim - 2))
+
+
 def _steps(acc: I32, bias: I32, multiplier: F32) -> F32:
     """f32(f32(acc + bias) * m), channel by channel."""
-    column = (-1, *[1] * (acc.ndim - 2))
-    return (acc + bias.reshape(column)).astype(np.float32) * multiplier.reshape(column)
+    y: F32 = (acc + _column(bias, acc.ndim)).astype(np.float32) * _column(multiplier, acc.ndim)
+    return y
 
 
 def _plus(y: F32, addend: F32 | None) -> F32:
@@ -119,9 +124,8 @@ def qconv_fixed(
 ) -> U8:
     """q_y = clamp(scale(acc + bias, multiplier, shift) + z_y, low, high), as `qlinear_fixed` of every window."""
     acc = conv.accumulate(q_x, q_w)
-    column = (-1, *[1] * (acc.ndim - 2))
-    scale = multiplier.reshape(column), shift.reshape(column)
-    v = acc.astype(np.int64) + bias.reshape(column)
+    scale = _column(multiplier, acc.ndim), _column(shift, acc.ndim)
+    v = acc.astype(np.int64) + _column(bias, acc.ndim)
     return clamp_integers(ROUNDINGS[rounding](v, *scale), zero_point, low, high)
 
 
@@ -247,10 +251,10 @@ class ConvTranspose:
     groups: int
     z_x: int
 
-    def steps(self, q_x: U8, q_w: I8, bias: I32, multiplier: F32) -> F32:
-        """f32(f32(acc + bias[phase]) * m) of every output."""
+    def sums(self, q_x: U8, q_w: I8, bias: I32) -> I32:
+        """acc + bias[phase] of every output."""
         geometry = (q_x.shape[2:], q_w.shape[2:], self.stride, self.padding, self.output_padding, self.dilation)
-        y = np.zeros((q_x.shape[0], len(q_w), *transposed_sizes(*geometry)), np.float32)
+        y = np.zeros((q_x.shape[0], len(q_w), *transposed_sizes(*geometry)), np.int32)
         ones = [1] * len(self.stride)
         for phase, own in zip(phases(*geometry), bias, strict=True):
             if not all(phase.sizes):
@@ -261,8 +265,12 @@ class ConvTranspose:
             else:
                 acc = np.zeros((q_x.shape[0], len(q_w), *phase.sizes), np.int32)
             where: list[Any] = [slice(first, None, s) for first, s in zip(phase.first, self.stride, strict=True)]
-            y[(..., *where)] = _steps(acc, own, multiplier)
+            y[(..., *where)] = acc + _column(own, acc.ndim)
         return y
+
+    def steps(self, q_x: U8, q_w: I8, bias: I32, multiplier: F32) -> F32:
+        """f32(f32(acc + bias[phase]) * m) of every output."""
+        return self.sums(q_x, q_w, bias).astype(np.float32) * _column(multiplier, q_x.ndim)
 
 
 def qconv_transpose(
@@ -275,6 +283,24 @@ def qconv_transpose(
     (`fold_transposed_bias`), the phase of o being o mod stride.
     """
     return round_clamp(conv.steps(q_x, q_w, bias, multiplier), zero_point, low, high)
+
+
+def qconv_transpose_fixed(
+    q_x: U8,
+    q_w: I8,
+    bias: I32,
+    multiplier: I32,
+    shift: I32,
+    conv: ConvTranspose,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """q_y = clamp(scale(acc + bias[phase], multiplier, shift) + z_y, low, high), else as `qconv_transpose`."""
+    v = conv.sums(q_x, q_w, bias).astype(np.int64)
+    scale = _column(multiplier, v.ndim), _column(shift, v.ndim)
+    return clamp_integers(ROUNDINGS[rounding](v, *scale), zero_point, low, high)
 
 
 def qconv_transpose_float(

@@ -154,3 +154,24 @@ def qadd_fixed(
     """
     v: I64 = (q_a.astype(np.int64) - z_a) * m_a + (q_b.astype(np.int64) - z_b) * m_b
     return clamp_integers((v + (1 << shift >> 1)) >> shift, zero_point, low, high)
+
+
+def qmul_fixed(
+    q_a: U8,
+    q_b: U8,
+    z_a: int,
+    z_b: int,
+    multiplier: int,
+    shift: int,
+    zero_point: int,
+    low: int,
+    high: int,
+    rounding: str = "single",
+) -> U8:
+    """q_y = clamp(scale((q_a - z_a) * (q_b - z_b), multiplier, shift) + z_y, low, high); q_a and q_b broadcast.
+
+    multiplier * 2**-shift = s_a * s_b / s_y.
+    """
+    v = (q_a.astype(np.int64) - z_a) * (q_b.astype(np.int64) - z_b)
+    steps = ROUNDINGS[rounding](v, np.array(multiplier, np.int32), np.array(shift, np.int32))
+    return clamp_integers(steps, zero_point, low, high)

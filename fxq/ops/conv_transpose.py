@@ -2,11 +2,13 @@
 
     acc[b, n, *o] = sum_{c, t: o = i * stride - padding + t * dilation} q_x[b, c, *i] * q_w[n, c, *t]     exact int32
     qconv_transpose        q_y = clamp(rne(f32(acc + bias_i32[phase]) * f32(s_x * s_w[n] / s_y)) + z_y, low, high) -> uint8
+    qconv_transpose_fixed  q_y = clamp(scale(acc + bias_i32[phase], multiplier[n], shift[n]) + z_y, low, high)         -> uint8
     qconv_transpose_float  y   = f32(acc + bias_i32[phase]) * f32(s_x * s_w[n]) [+ addend]                       -> float32
 
 x: uint8 [B, C, *spatial]; weight: int8, packed (`numerics.pack_transposed`); bias: int32 [phases, N]
 (`numerics.fold_transposed_bias`): the outputs o with one o mod stride, a phase, all see the same taps, and only those
-are folded; multiplier: float32 [N]; window: `numerics.Window` as text. Results are channels-last in memory.
+are folded; multiplier: float32 [N], fixed int32 [N] beside shift, with scale as in `fxq.ops.fixed_point`; window:
+`numerics.Window` as text. Results are channels-last in memory.
 NumPy truth: the functions of the same names in `fxq.numerics`.
 """  # noqa: E501
 
@@ -28,30 +30,26 @@ from fxq.graph import constant, replace
 from fxq.layout import channels_last, empty
 from fxq.pattern import Any as Operand
 from fxq.pattern import Const, Match, Op
-from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
+from fxq.qdq import (
+    dequantize,
+    dequantize_weight,
+    expect_dtype,
+    expect_fixed,
+    integer_bounds,
+    quantize,
+    round_clamp,
+)
 from fxq.spelling import CLAMP, CONV_TRANSPOSE, RELU, float_bounds
 
 
-def _accumulate(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    multiplier: Tensor,
-    window: str,
-    z_x: int,
-) -> Tensor:
-    """f32(acc + bias[phase]) * multiplier, in float64 up to the one rounding to float32.
-
-    A sum over x - z_x, with the part of the bias that folds z_x taken out again: torch has no padding with z_x here.
-    """
+def _sums(op: str, x: Tensor, weight: Tensor, bias: Tensor, n: int, window: str, z_x: int) -> Tensor:
+    """acc + bias[phase], exact in float64."""
     expect_dtype(op, "x", x, torch.uint8)
     expect_dtype(op, "weight", weight, torch.int8)
     expect_dtype(op, "bias", bias, torch.int32)
-    expect_dtype(op, "multiplier", multiplier, torch.float32)
     own = numerics.Window.parse(window)
     kernel, stride, padding, dilation, groups = own.kernel, own.stride, own.padding, own.dilation, own.groups
-    n, rank = multiplier.shape[0], len(kernel)
+    rank = len(kernel)
     if x.dim() != rank + 2 or x.shape[1] % groups or n % groups:
         raise ValueError(f"fxq::{op}: x {list(x.shape)}, window {window!r}, groups {groups}, N {n}")
     if bias.shape != (math.prod(stride), n):
@@ -61,7 +59,7 @@ def _accumulate(
     if weight.dim() != 1 or weight.numel() != size:
         raise ValueError(f"fxq::{op}: a packed weight of shape {list(weight.shape)}, expected [{size}]")
     q_w = numerics.unpack_transposed(weight.numpy(), *geometry)
-    y = torch.zeros(x.shape[0], n, *_sizes(x, own))
+    y = torch.zeros(x.shape[0], n, *_sizes(x, own), dtype=torch.float64)
     ones = [1] * rank
     column = (-1, *ones)
     parts = numerics.phases(x.shape[2:], kernel, stride, padding, own.output_padding, dilation)
@@ -75,8 +73,15 @@ def _accumulate(
             padded = F.pad(x.to(torch.float64), widths, value=float(z_x))
             acc = (F.conv1d, F.conv2d, F.conv3d)[rank - 1](padded, w, None, ones, 0, phase.dilation, groups)
         where: list[Any] = [slice(first, None, s) for first, s in zip(phase.first, stride, strict=True)]
-        y[(..., *where)] = (acc + biases.view(column)).to(torch.float32) * multiplier.view(column)
-    return channels_last(y)
+        y[(..., *where)] = acc + biases.view(column)
+    return y
+
+
+def _accumulate(op: str, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, window: str, z_x: int) -> Tensor:
+    """f32(acc + bias[phase]) * multiplier."""
+    expect_dtype(op, "multiplier", multiplier, torch.float32)
+    sums = _sums(op, x, weight, bias, multiplier.shape[0], window, z_x)
+    return channels_last(sums.to(torch.float32) * multiplier.view(-1, *[1] * (x.dim() - 2)))
 
 
 def _sizes(x: Tensor, own: numerics.Window) -> list[int]:
@@ -89,6 +94,22 @@ def _qconv_transpose(*args: Any) -> Tensor:
     return round_clamp(_accumulate("qconv_transpose", *operands), zero_point, low, high)
 
 
+def _qconv_transpose_fixed(
+    x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, shift: Tensor, window: str, z_x: int,
+    zero_point: int, low: int, high: int, rounding: str = "single",
+) -> Tensor:  # fmt: skip
+    op, n = "qconv_transpose_fixed", multiplier.numel()
+    for name, operand in (("multiplier", multiplier), ("shift", shift)):
+        expect_dtype(op, name, operand, torch.int32)
+        if operand.shape != (n,):
+            raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
+    if n:
+        expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
+    sums = _sums(op, x, weight, bias, n, window, z_x).to(torch.int64).movedim(1, -1).numpy()
+    steps = numerics.ROUNDINGS[rounding](sums, multiplier.numpy(), shift.numpy())
+    return channels_last(torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1))
+
+
 def _qconv_transpose_float(*args: Any) -> Tensor:
     addend = args[6] if len(args) > 6 else None  # the dispatcher drops what equals its default
     y = _accumulate("qconv_transpose_float", *args[:6])
@@ -98,15 +119,22 @@ def _qconv_transpose_float(*args: Any) -> Tensor:
     return y + added
 
 
-def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype) -> torch._ops.OpOverload:
+def _define(name: str, portable: Any, epilogue: str, dtype: torch.dtype, fixed: bool = False) -> torch._ops.OpOverload:
     def fake(x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor, *rest: Any) -> Tensor:
-        return empty(x, multiplier.shape[0], _sizes(x, numerics.Window.parse(rest[0])), dtype)
+        return empty(x, multiplier.shape[0], _sizes(x, numerics.Window.parse(rest[int(fixed)])), dtype)
 
-    operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier"
+    operands = "Tensor x, Tensor weight, Tensor bias, Tensor multiplier" + ", Tensor shift" * fixed
     return kernels.define(f"{name}({operands}, str window, int z_x, {epilogue}) -> Tensor", portable, fake)
 
 
 qconv_transpose = _define("qconv_transpose", _qconv_transpose, "int zero_point, int low, int high", torch.uint8)
+qconv_transpose_fixed = _define(
+    "qconv_transpose_fixed",
+    _qconv_transpose_fixed,
+    'int zero_point, int low, int high, str rounding="single"',
+    torch.uint8,
+    fixed=True,
+)
 qconv_transpose_float = _define("qconv_transpose_float", _qconv_transpose_float, "Tensor? addend=None", torch.float32)
 
 
@@ -206,7 +234,9 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     bounds = (match["low"], match["high"]) if conv.target is conv_transpose_clamp else (None, None)
     if constants.to_uint8:
         qparams = match["s_y"], match["z_y"]
-        replace(gm, root, qconv_transpose, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
+        args = (*operands, qparams[1], *integer_bounds(bounds, *qparams))
+        lowered = replace(gm, root, qconv_transpose, args, qparams, conv)
+        lowered.meta["weight_scales"] = constants.weight_scales  # for `use_fixed_point`
         return
     y = replace(gm, conv, qconv_transpose_float, (*operands, constants.addend))
     product.clamp_behind(gm, y, bounds)

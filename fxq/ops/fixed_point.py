@@ -3,13 +3,14 @@
     qlinear_fixed      q_y = clamp(scale(acc + bias_i32 - z_w * sum_k q_x[k], multiplier[n], shift[n]) + z_y, low, high)
     requantize_fixed   q_y = clamp(scale(q - z_x, multiplier, shift) + z_y, low, high)
     qadd_fixed         q_y = clamp(((q_a - z_a) * m_a + (q_b - z_b) * m_b + 2**(shift - 1) >> shift) + z_y, low, high)
+    qmul_fixed         q_y = clamp(scale((q_a - z_a) * (q_b - z_b), multiplier, shift) + z_y, low, high)
 
     scale(v, multiplier, shift) ~ v * multiplier * 2**-shift, rounded in one of two ways:
     "single"   v * multiplier + 2**(shift - 1) >> shift                        one rounding, ties towards plus infinity
     "tflite"   gemmlowp's doubling high multiply, then its rounding shift      two roundings
 
 multiplier: int32, a Q31 mantissa in 2**30..2**31 - 1, or 0; shift: int32, 0..62; z_w: int32 [N], the zero points of
-affine weights, none where they are symmetric. All else as in qlinear, qadd and requantize, whose places they take
+affine weights, none where they are symmetric. All else as in qlinear, qadd, qmul and requantize, whose places they take
 (`passes/use_fixed_point.py`). The products are exact in int64. NumPy truth: `fxq.numerics.fixed_point`.
 """
 
@@ -77,6 +78,17 @@ def _qadd_fixed(
     return laid_like(y, a, b)
 
 
+def _qmul_fixed(
+    a: Tensor, b: Tensor, z_a: int, z_b: int, multiplier: int, shift: int, zero_point: int, low: int, high: int,
+    rounding: str = "single",
+) -> Tensor:  # fmt: skip
+    expect_dtype("qmul_fixed", "a", a, torch.uint8)
+    expect_dtype("qmul_fixed", "b", b, torch.uint8)
+    expect_fixed("qmul_fixed", rounding, multiplier, shift, shift)
+    operands = a.numpy(), b.numpy(), z_a, z_b, multiplier, shift, zero_point, low, high, rounding
+    return laid_like(_tensor(numerics.qmul_fixed(*operands)), a, b)
+
+
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
     shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
     return shape
@@ -98,5 +110,11 @@ qadd_fixed = kernels.define(
     "qadd_fixed(Tensor a, Tensor b, int m_a, int z_a, int m_b, int z_b, int shift, int zero_point, int low, int high) "
     "-> Tensor",
     _qadd_fixed,
+    lambda a, b, *rest: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
+)
+qmul_fixed = kernels.define(
+    "qmul_fixed(Tensor a, Tensor b, int z_a, int z_b, int multiplier, int shift, int zero_point, int low, int high, "
+    'str rounding="single") -> Tensor',
+    _qmul_fixed,
     lambda a, b, *rest: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
 )

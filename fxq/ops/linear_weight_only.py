@@ -2,7 +2,8 @@
 
     y[m, n] = f32(f32(sum_k x[m, k] * q_w[n, k]) * scale[n]), then f32(y + bias[n]) where one is given
 
-x: float32, bfloat16 or float16 [..., K], and y likewise [..., N]; weight: int8, packed; scale, bias: float32 [N]. The
+x: float32, bfloat16 or float16 [..., K], and y likewise [..., N]; weight: int8, packed; scale, bias: float32 [N];
+dtype: of the activations that the model was quantized for, others being refused, or None where all three will do. The
 sum is float32 in one fixed order, by fused multiply-adds, so that every instruction set and NumPy agree bit for bit;
 16-bit activations are widened, which is exact, and the result is rounded once more. NumPy truth:
 `numerics.linear_weight_only`.
@@ -29,10 +30,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the activations."""
 
 
-def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _expect_activations(x: Tensor, dtype: torch.dtype | None) -> None:
+    if x.dtype not in (DTYPES if dtype is None else (dtype,)):
+        expected = " or ".join(map(str, DTYPES if dtype is None else (dtype,)))
+        raise TypeError(f"fxq::linear_weight_only: x has dtype {x.dtype}, expected {expected}")
+
+
+def _linear_weight_only(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     op = "linear_weight_only"
-    if x.dtype not in DTYPES:
-        raise TypeError(f"fxq::{op}: x has dtype {x.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+    _expect_activations(x, dtype)
     expect_dtype(op, "weight", weight, torch.int8)
     expect_dtype(op, "scale", scale, torch.float32)
     if bias is not None:
@@ -44,10 +52,17 @@ def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
     return torch.from_numpy(numerics.linear_weight_only(*arrays)).to(x.dtype)  # type: ignore[arg-type]
 
 
+def _fake(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    _expect_activations(x, dtype)
+    return x.new_empty(*x.shape[:-1], len(scale))
+
+
 linear_weight_only = kernels.define(
-    "linear_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    "linear_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, ScalarType? dtype=None) -> Tensor",
     _linear_weight_only,
-    lambda x, weight, scale, bias=None: x.new_empty(*x.shape[:-1], len(scale)),
+    _fake,
 )
 
 _WEIGHT = (
@@ -68,7 +83,7 @@ class LinearWeightOnly(Family):
         return None
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """linear(x, dequantize_weight(w, s_w), b) -> linear_weight_only(x, w, s_w, b)."""
+        """linear(x, dequantize_weight(w, s_w), b) -> linear_weight_only(x, w, s_w, b, dtype of x)."""
         match = next((m for pattern in _PATTERNS if isinstance(m := pattern.match(node), Match)), None)
         if match is None:
             return False
@@ -85,7 +100,8 @@ class LinearWeightOnly(Family):
             if bias is not None and constant(gm, bias).dtype != torch.float32:
                 wide = shared_constant(gm, sibling(path, "bias_f32"), constant(gm, bias).detach().float())
                 bias = get_attr(gm, wide, node)
-        replace(gm, node, linear_weight_only, (*operands, *([] if bias is None else [bias])))
+        x = match.node("x")
+        replace(gm, node, linear_weight_only, (*operands, bias, x.meta["value"].dtype))
         return True
 
 

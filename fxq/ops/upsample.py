@@ -2,10 +2,12 @@
 
     qupsample_nearest   q_y[..., o] = q_x[..., min(floor(f32(o * step)), size - 1)]
     qupsample_bilinear  q_y = rne(f32(f32(t * u0) + f32(b * u1))), t = f32(f32(q00 * v0) + f32(q01 * v1)), b likewise
+    qupsample_bilinear_fixed   q_y = t * u0 + b * u1 + 2**21 >> 22, t = q00 * v0 + q01 * v1, weights in steps of 2**-11
 
 x: uint8 [B, C, *spatial], four dimensions for bilinear; scales: the factors that were asked for, 0 where only the size
-was; step: source pixels per output pixel. Scale and zero point stay those of x: the weights of a mean add up to 1.
-Results are channels-last in memory. NumPy truth: the functions of the same names in `fxq.numerics`.
+was; step: source pixels per output pixel, steps the same in units of 2**-32. Scale and zero point stay those of x: the
+weights of a mean add up to 1. Results are channels-last in memory. NumPy truth: the functions of the same names in
+`fxq.numerics`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def _portable(name: str) -> Any:
     """NumPy itself, whose float32 steps are those of the contract."""
     function = getattr(numerics, name)
 
-    def run(x: Tensor, size: list[int], scales: list[float], *rest: Any) -> Tensor:
+    def run(x: Tensor, size: list[int], scales: list[Any], *rest: Any) -> Tensor:
         expect_dtype(name, "x", x, torch.uint8)
         if x.dim() != 2 + len(size) or len(size) != len(scales) or min(x.shape[2:], default=0) < 1:
             raise ValueError(f"fxq::{name}: x has shape {list(x.shape)}, size is {size}, scales {scales}")
@@ -51,6 +53,11 @@ qupsample_bilinear = kernels.define(
     "qupsample_bilinear(Tensor x, int[] size, float[] scales, bool align_corners) -> Tensor",
     _portable("qupsample_bilinear"),
     lambda x, size, scales, align_corners: empty(x, x.shape[1], size, x.dtype),
+)
+qupsample_bilinear_fixed = kernels.define(
+    "qupsample_bilinear_fixed(Tensor x, int[] size, int[] steps, bool align_corners) -> Tensor",
+    _portable("qupsample_bilinear_fixed"),
+    lambda x, size, steps, align_corners: empty(x, x.shape[1], size, x.dtype),
 )
 
 _OPTIONS = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")

@@ -1,6 +1,7 @@
 """use_fixed_point: requantization by integers alone, and what remains float by name."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -207,16 +208,63 @@ def test_a_convolutional_network_is_integer_only(recipe, tmp_path):
     assert arrays["0.multiplier_shift" if "0.multiplier_shift" in arrays else "0.shift"].dtype == np.int32
 
 
-def test_what_images_still_compute_in_float_is_named(model_of):
+def decoder(model_of):
+    """Transposed convolutions, a bilinear image, a product of images, a gate, and a function of both signs."""
+
     def forward(s, x):
         y = F.interpolate(s.a(x), scale_factor=2, mode="bilinear")
-        return s.b(F.avg_pool2d(y, 2, divisor_override=3) * s.c(x))
+        y = F.avg_pool2d(y, 2, divisor_override=3) * s.c(x)
+        y = torch.relu(s.up(y)) * torch.sigmoid(s.gate(F.adaptive_avg_pool2d(y, 1)))
+        large = F.interpolate(y, size=(45, 51), mode="bilinear", align_corners=True)
+        return s.last(torch.cat([F.hardswish(s.b(large)), large], 1))
 
-    convs = {"a": nn.Conv2d(3, 4, 1), "b": nn.ConvTranspose2d(4, 3, 2), "c": nn.Conv2d(3, 4, 1)}
-    qmodel = fxq.quantize(model_of(forward, **convs), IMAGES, recipe=FIXED)
-    steps = [step.split()[-1] for step in fxq.report(qmodel).float_steps]
-    assert steps == ["fxq.qupsample_bilinear", "fxq.qmul"]
-    assert "qavg_pool_fixed" in qmodel.code
+    convs = {"a": nn.Conv2d(3, 4, 1), "c": nn.Conv2d(3, 4, 1), "gate": nn.Conv2d(4, 6, 1)}
+    convs |= {"up": nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), "b": nn.Conv2d(6, 6, 1)}
+    return model_of(forward, **convs, last=nn.ConvTranspose2d(12, 2, 2))
+
+
+@pytest.mark.parametrize("recipe", [FIXED, TFLITE], ids=["single", "tflite"])
+def test_a_decoder_is_integer_only(model_of, recipe, tmp_path):
+    model = decoder(model_of)
+    qmodel = fxq.quantize(model, IMAGES, recipe=recipe, strict=True, check=True)
+    assert fxq.report(qmodel).float_steps == []
+    names = [str(node.target).split(".")[1] for node in qmodel.graph.nodes if "fxq." in str(node.target)]
+    for op, count in (("qupsample_bilinear_fixed", 2), ("qmul_fixed", 2), ("qconv_transpose_fixed", 1)):
+        assert names.count(op) == count
+    floats = [name for name, tensor in qmodel.state_dict().items() if tensor.is_floating_point()]
+    assert len(floats) == 1 and floats[0].startswith("last.")
+    golden = fxq.golden(qmodel)
+    expected = golden(IMAGES.numpy())
+    for isa in kernels.info().available:
+        with kernels.use_isa(isa):
+            assert same(qmodel(IMAGES), expected)
+    in_float = fxq.quantize(model, IMAGES, recipe=Recipe(balance=False))
+    assert fxq.report(qmodel).sqnr > fxq.report(in_float).sqnr - 1
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    assert torch.equal(fxq.load(tmp_path / "model.fxq")(IMAGES[:3]), qmodel(IMAGES[:3]))
+
+
+def test_the_files_of_a_decoder_hold_its_multipliers(model_of, tmp_path):
+    golden = fxq.golden(fxq.quantize(decoder(model_of), IMAGES, recipe=FIXED))
+    folder = golden.dump(tmp_path / "files", IMAGES[:1].numpy())
+    arrays = np.load(folder / "arrays.npz")
+    layers = {layer["op"]: layer for layer in json.loads((folder / "manifest.json").read_text())["layers"]}
+    up = layers["fxq.qconv_transpose_fixed"]["operands"]
+    multiplier, shift = (arrays[up[name]["array"]] for name in ("multiplier", "shift"))
+    assert multiplier.dtype == shift.dtype == np.int32 and multiplier.shape == shift.shape == (6,)
+    assert arrays["up.weight"].shape == (6, 4, 3, 3)
+    inside = {entry["array"] for entry in layers["fxq.qconv_transpose_fixed"]["inside"]}
+    assert "up.acc+bias" in inside
+    sums, result = (
+        arrays["up.acc+bias"].astype(np.int64),
+        arrays[layers["fxq.qconv_transpose_fixed"]["result"]["array"]],
+    )
+    scaled = sums * multiplier[:, None, None] + (1 << shift[:, None, None].astype(np.int64) >> 1)
+    steps = scaled >> shift[:, None, None].astype(np.int64)
+    assert np.array_equal(np.clip(steps + up["zero_point"], up["low"], up["high"]), result)
+    product = layers["fxq.qmul_fixed"]["operands"]
+    assert 2**30 <= product["multiplier"] < 2**31 and 0 <= product["shift"] <= 62
+    assert layers["fxq.qupsample_bilinear_fixed"]["operands"]["steps"] == [0, 0]
 
 
 def test_a_divisor_that_integers_do_not_take_stays_float(model_of):

@@ -1,0 +1,80 @@
+"""A call that fails in an integer model, told in the user's terms: which input has another dtype, what would do."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq.errors import InputError
+from fxq.graph import Value, place_of
+
+_NARROW = (torch.bfloat16, torch.float16)
+_VARIABLE = re.compile(r"\s*(\w+) =")
+
+
+def wrong_dtype(
+    gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], traceback: TracebackType | None, recipe: str
+) -> InputError | None:
+    """The error for a call of `gm` with tensors of another dtype than the examples had; None where they have the same.
+
+    traceback: of what failed. recipe: what the model was quantized with. Names the module whose operation failed.
+    """
+    for name, given, expected in _inputs(gm, args, kwargs):
+        if given != expected and (given.is_floating_point or expected.is_floating_point):
+            node = _failed(gm, traceback)
+            place = "" if node is None else f"{place_of(node)}: "
+            return InputError(
+                f"{place}input {name!r} has dtype {given}; this model was quantized ({recipe}) for {expected}: convert "
+                f"the input with .to({expected}){_other(given)}"
+            )
+    return None
+
+
+def _other(given: torch.dtype) -> str:
+    """The recipe that takes activations of another floating-point type."""
+    if given in _NARROW:
+        return f', or quantize the model in {given} with recipe="w8a16"'
+    if given == torch.float32:
+        return ", or quantize the float32 model"
+    return ""
+
+
+def _inputs(
+    gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+    """The tensors of a call by parameter name, each with its dtype and that of the examples.
+
+    What a structure holds is where the graph takes it out.
+    """
+    held: dict[Node, tuple[str, Any]] = {}
+    parameters = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, value in (*zip(parameters, args, strict=False), *((n, kwargs.get(str(n.target))) for n in parameters)):
+        held.setdefault(node, (str(node.target), value))
+    for node in gm.graph.nodes:
+        if node.target in (getattr, operator.getitem) and node.args[0] in held:
+            name, structure = held[node.args[0]]
+            if not isinstance(structure, Tensor):
+                held[node] = name, node.target(structure, *node.args[1:])
+    for node, (name, value) in held.items():
+        expected = node.meta.get("value")
+        if isinstance(value, Tensor) and isinstance(expected, Value):
+            yield name, value.dtype, expected.dtype
+
+
+def _failed(gm: GraphModule, traceback: TracebackType | None) -> Node | None:
+    """The node of `gm` at whose line the call failed, told from the frame of its generated code."""
+    lines: list[str] = getattr(type(gm), "source_lines", [])
+    nodes = {node.name: node for node in gm.graph.nodes}
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename.startswith(f"<fxq {id(gm)}"):
+            match = _VARIABLE.match(lines[traceback.tb_lineno - 1])
+            return nodes.get(match[1]) if match else None
+        traceback = traceback.tb_next
+    return None
