@@ -70,6 +70,23 @@ _INTEGER_ONLY = frozenset(
 )
 _TO_FLOAT: dict[object, int] = {qlinear_float: 4, qconv_float: 6, qconv_transpose_float: 6}
 """Products that dequantize, with the place of their addend."""
+_WHY: dict[str, str] = {
+    **dict.fromkeys(
+        ("softmax", "log_softmax", "scaled_dot_product_attention", "fxq.qattention", "fxq.qattention_float"),
+        "it takes exponentials and divides by what each row adds up to",
+    ),
+    **dict.fromkeys(
+        ("layer_norm", "rms_norm", "group_norm", "instance_norm", "fxq.norm", "fxq.norm_quantize"),
+        "it divides by the root of what each row adds up to",
+    ),
+    "fxq.qavg_pool": "its divisor is not in 1..2**23",
+    "fxq.quantize": "an output of the model reads the same value in float32",
+    **dict.fromkeys(
+        ("fxq.qlinear_float", "fxq.qconv_float", "fxq.qconv_transpose_float"),
+        "its bias does not fit int32 in steps of s_x * s_w",
+    ),
+}
+"""Why there is no form of an operation whose multipliers are known ahead of time."""
 _NO_ARITHMETIC = MOVES | MAX_POOLS | SPLITS | CAT | {GETITEM, CLAMP, RELU}
 
 
@@ -173,12 +190,14 @@ def _fix_upsample(gm: GraphModule, node: Node) -> None:
 
 
 def _float_steps(gm: GraphModule) -> list[str]:
-    """Where the graph computes on real numbers between its edges, as `module  operation`."""
-    return [
-        f"{module_of(node) or place_of(node)}  {_name(gm, node)}"
-        for node in gm.graph.nodes
-        if is_call(node) and _is_float_arithmetic(node)
-    ]
+    """Where the graph computes on real numbers between its edges, as `module  operation: reason`."""
+    steps = []
+    for node in gm.graph.nodes:
+        if is_call(node) and _is_float_arithmetic(node):
+            name = _name(gm, node)
+            why = f": {_WHY[name]}" if name in _WHY else ""
+            steps.append(f"{module_of(node) or place_of(node)}  {name}{why}")
+    return steps
 
 
 def _is_float_arithmetic(node: Node) -> bool:

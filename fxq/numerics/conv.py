@@ -270,7 +270,8 @@ class ConvTranspose:
 
     def steps(self, q_x: U8, q_w: I8, bias: I32, multiplier: F32) -> F32:
         """f32(f32(acc + bias[phase]) * m) of every output."""
-        return self.sums(q_x, q_w, bias).astype(np.float32) * _column(multiplier, q_x.ndim)
+        y: F32 = self.sums(q_x, q_w, bias).astype(np.float32) * _column(multiplier, q_x.ndim)
+        return y
 
 
 def qconv_transpose(

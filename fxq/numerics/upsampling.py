@@ -98,6 +98,6 @@ def qupsample_bilinear_fixed(q_x: U8, size: Ints, steps: Ints, align_corners: bo
         _fixed_neighbours(n, out, step, align_corners) for n, out, step in zip(q_x.shape[2:], size, steps, strict=True)
     )
     x = q_x.astype(np.int64)
-    rows = x[..., left] * v0 + x[..., right] * v1
-    mean = rows[:, :, top] * u0[:, None] + rows[:, :, bottom] * u1[:, None]
+    rows: Index = x[..., left] * v0 + x[..., right] * v1
+    mean: Index = rows[:, :, top] * u0[:, None] + rows[:, :, bottom] * u1[:, None]
     return ((mean + (1 << 2 * WEIGHT_BITS - 1)) >> 2 * WEIGHT_BITS).astype(np.uint8)
