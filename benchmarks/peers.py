@@ -88,7 +88,7 @@ def fxq_without_calibration(recipe: str, model: Model) -> Load:
 
 
 def torch_quantized(model: Model) -> nn.Module:
-    """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, linear by linear."""
+    """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, layer by layer."""
     import torch.ao.quantization as ao
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -98,7 +98,8 @@ def torch_quantized(model: Model) -> nn.Module:
         _observe(graph, model.calibration)
         return convert_fx(graph)
     module = copy.deepcopy(model.module)
-    ao.propagate_qconfig_(module, {nn.Linear: ao.get_default_qconfig("x86")})  # type: ignore[no-untyped-call]
+    layers = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), ao.get_default_qconfig("x86"))
+    ao.propagate_qconfig_(module, layers)  # type: ignore[no-untyped-call]
     ao.prepare(ao.add_quant_dequant(module), inplace=True)  # type: ignore[no-untyped-call]
     _observe(module, model.calibration)
     converted: nn.Module = ao.convert(module)  # type: ignore[no-untyped-call]
@@ -206,7 +207,7 @@ def ort_float(model: Model) -> Load:
 def onnx_quantized(model: Model) -> Path:
     """ONNX Runtime's static quantization, QDQ, uint8 activations and int8 weights per channel.
 
-    Of a transformer the matrix products only; of a convolutional network all that it can quantize.
+    Of a transformer the products only; of a convolutional network all that it can quantize.
     """
     from onnxruntime import quantization as q
 
@@ -228,7 +229,7 @@ def onnx_quantized(model: Model) -> Path:
         per_channel=True,
         activation_type=q.QuantType.QUInt8,
         weight_type=q.QuantType.QInt8,
-        op_types_to_quantize=None if convolves(model.module) else ["MatMul", "Gemm"],
+        op_types_to_quantize=None if convolves(model.module) else ["MatMul", "Gemm", "Conv", "ConvTranspose"],
         extra_options={"MatMulConstBOnly": True},
     )
     return path

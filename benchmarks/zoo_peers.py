@@ -1,12 +1,12 @@
 """Models that no one here wrote: the default recipe's accuracy beside that of the peers with static int8.
 
-    make zoo-peers                            all of them, some half an hour of one core; needs the peers installed
+    make zoo-peers                            all of them, some twenty minutes of one core; needs the peers installed
     python -m benchmarks.zoo_peers --only X   those whose name holds X
 
 Each model of tests/zoo is quantized by fxq (without choices by time, which would keep layers float) and by each peer
 from the same batches. SQNR is that of the worst float output, over batches that none has seen. Beside it stands how
-many products (two for an attention) and embedding tables are int8: who leaves some in float has it easier.
-Exits with 1 where a peer is ahead by more than `NOISE`.
+many products (two for an attention) and embedding tables are int8: who leaves some in float has it easier, and who
+leaves all of them is no contestant. Exits with 1 where a peer is ahead by more than `NOISE`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Reached:
     int8: int
 
     def __str__(self) -> str:
-        return f"{self.sqnr:6.1f} dB {self.int8:3d}"
+        return f"{self.sqnr:6.1f} dB {self.int8 or 'float':>5}"
 
 
 def torch_products(model: nn.Module) -> int:
@@ -175,7 +175,11 @@ def compete(name: str, kind: str, make: Callable[[], nn.Module], inputs: Callabl
     plain = Plain(model, as_call(data[0]))
     tuples = [[leaves(batch) for batch in batches] for batches in (data, held_out)]
     expected = joined([list(plain(*batch)) for batch in tuples[1]])
-    own = by_fxq(model, data, held_out, expected)
+    try:
+        own = by_fxq(model, data, held_out, expected)
+    except fxq.FxqError as error:
+        yield f"refused: {str(error).splitlines()[0]}"
+        return
     yield str(own)
     ahead = []
     with tempfile.TemporaryDirectory() as folder:
@@ -186,10 +190,10 @@ def compete(name: str, kind: str, make: Callable[[], nn.Module], inputs: Callabl
                 with silence():
                     reached = how.reach(given, tuples[1], expected)
             except Exception as error:  # a peer may fail in any way; the table says so
-                yield f"{type(error).__name__:>17.17}"
+                yield f"{type(error).__name__:>15.15}"
                 continue
             yield str(reached)
-            if reached.sqnr > own.sqnr + NOISE:
+            if reached.int8 and reached.sqnr > own.sqnr + NOISE:
                 fewer = own.int8 - reached.int8
                 ahead.append(f"{peer} ({fewer} fewer in int8)" if fewer > 0 else peer)
     yield f"ahead: {', '.join(ahead)}" if ahead else ""

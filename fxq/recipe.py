@@ -85,6 +85,8 @@ class Recipe:
     best, which takes a hundred times as long; None rounds each to its nearest.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     makes a model that does not depend on a clock.
+    judge_tables: whether embedding tables stay float where rounding them makes more noise in the output than all the
+    rest. False keeps them int8, a quarter of the memory.
     correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network
     shows it on calibration data; "analytic", what rounding the weights does to the mean input; None leaves them.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.
@@ -108,6 +110,7 @@ class Recipe:
     scale_rows: bool = True
     round_weights: WeightRounding | None = "feedback"
     judge_costs: bool = True
+    judge_tables: bool = True
     correct_bias: BiasCorrection | None = "empirical"
     learn_steps: bool = False
     requant: Requant = "float"

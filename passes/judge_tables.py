@@ -43,6 +43,8 @@ class JudgeTables:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of embeddings that stay float, which the report names with what that gains."""
+        if not ctx.recipe.judge_tables:
+            return 0
         found = [node for node in gm.graph.nodes if node.target is F.embedding and _observed(gm, node) is not None]
         if not found or not calibrated_products(gm, ctx.recipe):
             return 0
@@ -59,7 +61,7 @@ class JudgeTables:
             assert observed is not None and isinstance(observed.args[0], Node)
             node.replace_input_with(observed, observed.args[0])
             erase_unused(gm, observed)
-        names, detail = {node.name for node in kept}, f"with int8 tables the output loses {gain:.1f} dB"
+        names, detail = {node.name for node in kept}, f"with int8 tables (judge_tables=False) the output loses {gain:.1f} dB"
         ctx.report.decisions = [
             replace(d, form="float", reason=Reason.UNPROFITABLE, detail=detail, scheme="") if d.node in names else d
             for d in ctx.report.decisions

@@ -8,6 +8,7 @@ import fxq
 from fxq.ops.embedding import qembedding, qembedding_norm
 from passes import CONVERT, PREPARE, fuse_embeddings
 
+INT8_TABLES = fxq.Recipe(judge_tables=False)
 IDS = torch.randint(0, 20, (3, 7))
 
 
@@ -31,7 +32,10 @@ def targets(qmodel):
 def test_three_tables_become_one_op(model_of, tmp_path):
     model = model_of(bert, **members())
     without = tuple(step for step in CONVERT if step is not fuse_embeddings.PASS)
-    qmodel, apart = fxq.quantize(model, IDS), fxq.quantize(model, IDS, passes=(PREPARE, without))
+    qmodel, apart = (
+        fxq.quantize(model, IDS, recipe=INT8_TABLES),
+        fxq.quantize(model, IDS, recipe=INT8_TABLES, passes=(PREPARE, without)),
+    )
     assert targets(qmodel) == [qembedding_norm]
     assert targets(apart) == [qembedding] * 3
     for ids in (IDS, torch.randint(0, 20, (1, 9)), torch.randint(0, 20, (2, 1))):
@@ -72,7 +76,7 @@ def no_quantize(self, ids):
 @pytest.mark.parametrize("forward", [read_twice, other_addend, two_sums, no_quantize])
 def test_others_stay(model_of, forward):
     ids = IDS % 18
-    qmodel = fxq.quantize(model_of(forward, **members()), ids)
+    qmodel = fxq.quantize(model_of(forward, **members()), ids, recipe=INT8_TABLES)
     assert qembedding_norm not in targets(qmodel)
     assert qembedding in targets(qmodel)
 
@@ -90,7 +94,7 @@ def test_ids_that_are_one_number(model_of, sizes, changed, found):
     own = members()
     own["zeros"][5] += changed
     model = model_of(lambda s, ids: token_types(s, ids, sizes), **own)
-    qmodel = fxq.quantize(model, IDS)
+    qmodel = fxq.quantize(model, IDS, recipe=INT8_TABLES)
     (node,) = [node for node in qmodel.graph.nodes if node.target is qembedding_norm]
     assert [i.op for i in node.args[0]].count("get_attr") == found
     assert fxq.compare(model, qmodel, IDS).output > 30

@@ -58,7 +58,7 @@ def test_a_table_that_makes_the_noise_stays_float(judged):
     assert forms(ctx) == {"words": "float", "places": "int8"}
     (kept,) = [d for d in ctx.report.decisions if d.module == "words"]
     assert kept.reason is fxq.Reason.UNPROFITABLE
-    assert "with int8 tables the output loses" in kept.detail
+    assert "with int8 tables (judge_tables=False) the output loses" in kept.detail
 
 
 def test_all_tables_that_make_it(judged):
@@ -67,6 +67,12 @@ def test_all_tables_that_make_it(judged):
 
 def test_beside_more_noise_tables_are_int8(judged):
     assert set(forms(judged(Residual(30.0))).values()) == {"int8"}
+
+
+def test_switched_off():
+    model, data = Residual(0.01).eval(), calls()
+    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=fxq.Recipe(judge_tables=False))
+    assert set(forms(qmodel).values()) == {"int8"}
 
 
 def test_tables_alone_are_int8(staged, model_of):
