@@ -395,7 +395,7 @@ def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit
     result.report.sqnr = output_sqnr(expected, actual)
     if result.report.sqnr >= limit or action == "ignore":
         return
-    worst = compare_graphs(prepared, expand(result), examples).worst(3)
+    worst = compare_graphs(prepared, expand(result), examples, equalized=result.report.equalized).worst(3)
     lines = "\n".join(f"  {layer}" for layer in worst)
     text = (
         f"the int8 output has {result.report.sqnr:.1f} dB SQNR against float on the examples, below {limit:.1f} dB; "

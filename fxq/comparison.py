@@ -195,21 +195,26 @@ class _Values(Interpreter):
 
 
 def compare_graphs(
-    reference: GraphModule, quantized: GraphModule, call: Call, reached: Call | None = None
+    reference: GraphModule,
+    quantized: GraphModule,
+    call: Call,
+    reached: Call | None = None,
+    equalized: Mapping[str, tuple[int, list[float]]] | None = None,
 ) -> Comparison:
     """Compare a normalised float graph with the integer graph made of it, on one call.
 
     Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for. reached: the call as
-    it reaches the integer graph, where that is another.
+    it reaches the integer graph, where that is another. equalized: as in `Report`.
     """
     expected = {node.name: value for node, value in _Values(reference).all(call).items()}
     actual = _Values(quantized).all(call if reached is None else reached)
     qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
+    factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
 
     def real(node: Node, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return value[0]  # beside it the same in integers
-        factor = _factor(node, actual)
+        factor = factors[node]
         found = dequantize(value, *qparams[node]) if node in qparams else value
         return found if factor is None else found / factor
 
@@ -219,12 +224,12 @@ def compare_graphs(
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
         alone, accumulated = (
-            sqnr(truth, real(node, value)) for value in (_alone(node, expected, actual, qparams), actual[node])
+            sqnr(truth, real(node, value)) for value in (_alone(node, expected, actual, qparams, factors), actual[node])
         )
         place = module_of(node) or line_of(node)
         spread = None
         if node in qparams and isinstance(actual[node], Tensor) and actual[node].numel():
-            spread = _spread(truth, actual[node], _factor(node, actual), *qparams[node])
+            spread = _spread(truth, actual[node], factors[node], *qparams[node])
         layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
     outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
     first, second = outputs
@@ -248,10 +253,15 @@ def _spread(truth: Tensor, q: Tensor, factor: Tensor | None, scale: float, zero_
     )
 
 
-def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:
-    """What the integers of `node` were multiplied by, per channel, before they became integers."""
+def _factor(node: Node, actual: Mapping[Node, Any], equalized: Mapping[str, tuple[int, list[float]]]) -> Tensor | None:
+    """What `node` was multiplied by, per channel, before it became integers."""
+    if node.meta.get("source") in equalized and isinstance(actual[node], Tensor):
+        dim, divisors = equalized[node.meta["source"]]
+        shape = [1] * actual[node].dim()
+        shape[dim] = -1
+        return (1 / torch.tensor(divisors)).reshape(shape)
     if node.target is GETITEM and isinstance(node.args[0], Node):
-        return _factor(node.args[0], actual)
+        return _factor(node.args[0], actual, equalized)
     if isinstance(node.target, torch._ops.OpOverload):
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.name == "factor" and isinstance(value, Node):
@@ -261,7 +271,11 @@ def _factor(node: Node, actual: Mapping[Node, Any]) -> Tensor | None:
 
 
 def _alone(
-    node: Node, expected: Mapping[str, Any], actual: Mapping[Node, Any], qparams: Mapping[Node, tuple[float, int]]
+    node: Node,
+    expected: Mapping[str, Any],
+    actual: Mapping[Node, Any],
+    qparams: Mapping[Node, tuple[float, int]],
+    factors: Mapping[Node, Tensor | None],
 ) -> Any:
     """What `node` computes from the exact float values of its operands."""
 
@@ -269,7 +283,7 @@ def _alone(
         truth = expected.get(operand.meta.get("source", ""))
         several = isinstance(actual[operand], tuple | list)  # of which one is that float value
         if isinstance(truth, Tensor) and not several:
-            factor = _factor(operand, actual)
+            factor = factors[operand]
             scaled = truth if factor is None else truth * factor
             return quantize(scaled, *qparams[operand]) if operand in qparams else truth
         if operand.op == "call_function" and (operand in qparams or several) and callable(operand.target):

@@ -78,6 +78,7 @@ class Report:
     sqnr: signal to quantization noise of the output on the examples in dB, None where the model was not compared.
     weight_bytes: of all parameters and buffers, before and after. guards: what tracing fixed on a value.
     float_steps: under requant="fixed", where float arithmetic remains between the model's edges.
+    equalized: by the name of a float value, the dimension of its channels and by what the integers' are divided.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Report:
     weight_bytes: tuple[int, int] = (0, 0)
     sqnr: float | None = None
     float_steps: list[str] = field(default_factory=list)
+    equalized: dict[str, tuple[int, list[float]]] = field(default_factory=dict)
 
     @property
     def macs(self) -> tuple[int, int]:

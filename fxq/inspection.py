@@ -75,7 +75,7 @@ def compare(
         gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
         ctx = Context(Recipe(), (), exact.clone())
         pipeline.begin(gm, ctx)
-        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached)
+        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
 
     result = against(model, qmodel, call, call)
     inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}

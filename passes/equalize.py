@@ -71,6 +71,7 @@ class Equalize:
             return 0
         before = GraphModule(gm, copy.deepcopy(gm.graph))  # with the constants and observers that now are
         simulation, effects = Simulation(gm, ctx, exact_only=True), {}
+        divided: dict[str, tuple[int, list[float]]] = {}
         for node in simulation.stops(set(pairs), "equalizing channels"):
             pair = pairs[node]
             values, _ = simulation.values(node)
@@ -84,12 +85,17 @@ class Equalize:
                     run.step(_source(pair.second))
                     run.step(observed)
                 effects[pair.second.name] = f"equalized: {was:.1f} -> {now:.1f} dB"
+                value = pair.between.args[0]
+                assert isinstance(value, Node)
+                channels = -1 if pair.first.target is LINEAR else 1, best.tolist()
+                divided |= {node.meta["source"]: channels for node in (pair.first, value) if "source" in node.meta}
         loss = _reached(before, gm, ctx) - _reached(gm, gm, ctx) if effects else 0.0
         if loss > 0:
             ctx.report.notes.append(f"{self.name}: all channels stay as they were: the output would lose {loss:.2f} dB")
             _restore(gm, before)
             return 0
         ctx.report.add_details(effects)
+        ctx.report.equalized |= divided
         return len(effects)
 
 

@@ -174,3 +174,21 @@ def test_all_stays_as_it_was_where_the_output_would_lose(staged, text, monkeypat
     model, x = linears().eval(), torch.randn(64, 8)
     plain, equalized = (fxq.quantize(model, x, recipe=Recipe(**{**PLAIN, "equalize": on})) for on in (False, True))
     assert torch.equal(plain(x), equalized(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(linears, (64, 8)), (lambda: nn.Sequential(*uneven(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))), (8, 3, 9, 9))],
+    ids=["relu", "conv"],
+)
+def test_compared_in_the_units_of_the_float_model(make, shape, tmp_path):
+    model, x = make().eval(), torch.randn(shape)
+    qmodel = fxq.quantize(model, x, recipe=Recipe(**PLAIN))
+    assert "equalized" in str(fxq.report(qmodel))
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    for made in (qmodel, fxq.load(tmp_path / "model.fxq")):
+        layers = fxq.compare(model, made, x).layers
+        assert len(layers) == 3
+        assert all(layer.alone > 30 and layer.accumulated > 30 for layer in layers)
+        between = layers[1].spread
+        assert between is not None and between.clipped < 0.01
