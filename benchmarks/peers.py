@@ -88,7 +88,10 @@ def fxq_without_calibration(recipe: str, model: Model) -> Load:
 
 
 def torch_quantized(model: Model) -> nn.Module:
-    """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, layer by layer."""
+    """torch.ao.quantization, static, x86 engine: graph mode; where that cannot trace, eager mode, layer by layer.
+
+    Convolutions among them where the model does not look into them.
+    """
     import torch.ao.quantization as ao
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -97,13 +100,20 @@ def torch_quantized(model: Model) -> nn.Module:
         graph = prepare_fx(model.module, ao.get_default_qconfig_mapping("x86"), model.calibration[0])
         _observe(graph, model.calibration)
         return convert_fx(graph)
-    module = copy.deepcopy(model.module)
-    layers = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), ao.get_default_qconfig("x86"))
-    ao.propagate_qconfig_(module, layers)  # type: ignore[no-untyped-call]
-    ao.prepare(ao.add_quant_dequant(module), inplace=True)  # type: ignore[no-untyped-call]
-    _observe(module, model.calibration)
-    converted: nn.Module = ao.convert(module)  # type: ignore[no-untyped-call]
-    return converted
+
+    def layer_by_layer(*kinds: type[nn.Module]) -> nn.Module:
+        module = copy.deepcopy(model.module)
+        layers = dict.fromkeys(kinds, ao.get_default_qconfig("x86"))  # type: ignore[no-untyped-call]
+        ao.propagate_qconfig_(module, layers)  # type: ignore[no-untyped-call]
+        ao.prepare(ao.add_quant_dequant(module), inplace=True)  # type: ignore[no-untyped-call]
+        _observe(module, model.calibration)
+        converted: nn.Module = ao.convert(module)  # type: ignore[no-untyped-call]
+        return converted
+
+    try:
+        return layer_by_layer(nn.Linear, nn.Conv1d, nn.Conv2d)
+    except AttributeError:  # the model looks at the weight of a convolution, which a wrapper does not have
+        return layer_by_layer(nn.Linear)
 
 
 def torch_static(model: Model) -> Load:

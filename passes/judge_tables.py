@@ -61,10 +61,8 @@ class JudgeTables:
             assert observed is not None and isinstance(observed.args[0], Node)
             node.replace_input_with(observed, observed.args[0])
             erase_unused(gm, observed)
-        names, detail = (
-            {node.name for node in kept},
-            f"with int8 tables (judge_tables=False) the output loses {gain:.1f} dB",
-        )
+        names = {node.name for node in kept}
+        detail = f"with int8 tables (judge_tables=False) the output loses {gain:.1f} dB"
         ctx.report.decisions = [
             replace(d, form="float", reason=Reason.UNPROFITABLE, detail=detail, scheme="") if d.node in names else d
             for d in ctx.report.decisions
