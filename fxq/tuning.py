@@ -231,8 +231,6 @@ class _Run:
                 self._mix(list(candidates), bar)
             except _ExhaustedError:
                 complete = False
-            finally:
-                self.costs.save()
         found = self._found(complete)
         if found is None:
             raise TuningError("the budget ended before the first trial that keeps the metric; give it more seconds")
@@ -330,7 +328,9 @@ class _Run:
         return value
 
     def _predict(self, gm: GraphModule) -> float:
-        return sum(predict(gm, self.call, self.costs).values())
+        seconds = sum(predict(gm, self.call, self.costs).values())
+        self.costs.save()  # a run that goes on from the file of trials predicts by the same
+        return seconds
 
     def _found(self, complete: bool) -> Tuning | None:
         """The best of the trials so far; None where none keeps the metric."""
@@ -353,8 +353,9 @@ class _Run:
 
     def remember(self, file: Path, schemes: tuple[Scheme, ...]) -> None:
         """Keep trials in `file`, and take those that a run on the same model has left there."""
-        digest = hashlib.sha256(repr((__version__, self.model, self.base, schemes, sorted(self.options))).encode())
-        for name, tensor in self.model.state_dict().items():
+        capture = [(name, self.options.get(name)) for name in ("leaves", "frontend")]
+        digest = hashlib.sha256(repr((__version__, self.model, self.base, schemes, capture)).encode())
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             digest.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, tensor in self.call.tensors():
             digest.update(name.encode() + repr((tensor.dtype, tensor.shape)).encode())

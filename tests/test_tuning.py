@@ -281,3 +281,39 @@ def test_costs_are_kept_when_the_metric_raises(model):
     with pytest.raises(KeyboardInterrupt):
         tune(model, metric, 1)
     assert costs_path().exists()
+
+
+def test_costs_are_on_disk_before_the_next_trial(model, fidelity):
+    """So that a run which is killed and goes on from its file predicts as one that was not."""
+    there = []
+
+    def metric(candidate):
+        there.append(costs_path().exists() and len(json.loads(costs_path().read_text())["seconds"]))
+        return fidelity(candidate)
+
+    tune(model, metric, 80)
+    assert there[0] is False  # the float model itself is first
+    assert all(there[1:])
+    assert there[1:] == sorted(there[1:])
+    assert there[-1] > there[1]
+
+
+def test_a_file_of_other_leaves(model, fidelity, tmp_path):
+    tune(model, fidelity, 80, file=tmp_path / "trials.json")
+    with pytest.raises(fxq.FileError, match="belongs to another"):
+        tune(model, fidelity, 80, file=tmp_path / "trials.json", leaves=("1",))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_a_metric_that_never_changes_gives_the_fastest(model, tolerance):
+    found = tune(model, lambda candidate: 0.5, tolerance)
+    assert found.complete
+    assert found.seconds == min(trial.seconds for trial in found.trials)
+    assert all(s.loss == 0 for s in found.sensitivities)
+
+
+def test_a_model_of_one_layer():
+    model = nn.Linear(16, 4).eval()
+    found = tune(model, lambda candidate: 1.0, 0.0)
+    assert list(found.recipe.modules) == [""]
+    assert "(root)" in str(found)
