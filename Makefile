@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
-.PHONY: demo test lint check-types pytest sanitize bench zoo zoo-peers observers accuracy weight-only conversion tracing-table pictures plots clean
+.PHONY: demo test lint check-types pytest sanitize bench zoo zoo-peers observers accuracy weight-only conversion tracing-table recipe-table pictures plots clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/digits.py
@@ -26,6 +26,9 @@ sanitize: $(VENV)/ready
 
 tracing-table: $(VENV)/ready
 	$(BIN)/python docs/tracing_table.py
+
+recipe-table: $(VENV)/ready
+	$(BIN)/python docs/recipe_table.py
 
 weight-only: $(VENV)/ready
 	$(BIN)/python -m benchmarks.weight_only

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.errors import InputError
@@ -24,9 +26,11 @@ from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
-from fxq.spelling import GETITEM
+from fxq.spelling import CONVS, GETITEM, LINEAR, RELU
 from fxq.stages import is_integer_op
 from fxq.tracing.values import tensors
+
+_PRODUCTS = CONVS | {LINEAR}
 
 
 def sqnr(expected: Tensor, actual: Tensor) -> float:
@@ -203,9 +207,11 @@ def compare_graphs(
 ) -> Comparison:
     """Compare a normalised float graph with the integer graph made of it, on one call.
 
-    Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for. reached: the call as
-    it reaches the integer graph, where that is another. equalized: as in `Report`.
+    Nodes are matched by `meta["source"]`: the float node whose value an integer node stands for; products that torch
+    has quantized, whose graph was another, by their module. reached: the call as it reaches the integer graph, where
+    that is another. equalized: as in `Report`.
     """
+    by_module = _products_by_module(reference)
     expected = {node.name: value for node, value in _Values(reference).all(call).items()}
     actual = _Values(quantized).all(call if reached is None else reached)
     qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
@@ -220,7 +226,8 @@ def compare_graphs(
 
     layers = []
     for node in quantized.graph.nodes:
-        truth = expected.get(node.meta.get("source", ""))
+        source = node.meta.get("source", "")
+        truth = expected.get(source if source in expected else _float_of(node, by_module))
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
         alone, accumulated = (
@@ -235,6 +242,30 @@ def compare_graphs(
     first, second = outputs
     result = dequantized(actual[second], output_qparams(quantized.graph))
     return Comparison(layers, output_sqnr(expected[first.name], result))
+
+
+def _products_by_module(reference: GraphModule) -> dict[tuple[str, str], str]:
+    """For each module with one product alone: the nodes of its value, and of the relu that alone reads it."""
+    products = [node for node in reference.graph.nodes if node.target in _PRODUCTS and module_of(node)]
+    alone = Counter(map(module_of, products))
+    found = {}
+    for node in products:
+        if alone[module_of(node)] == 1:
+            found[module_of(node), "product"] = node.name
+            readers = list(node.users)
+            if len(readers) == 1 and readers[0].target is RELU:
+                found[module_of(node), "relu"] = readers[0].name
+    return found
+
+
+def _float_of(node: Node, products: Mapping[tuple[str, str], str]) -> str:
+    """The float node of an integer product, by its module; of its relu where it is clamped at the zero point."""
+    if not isinstance(node.target, OpOverload) or not target_name(node.target).startswith(("fxq.qlinear", "fxq.qconv")):
+        return ""
+    named = {argument.name: value for argument, value in zip(node.target._schema.arguments, node.args, strict=False)}
+    product = products.get((module_of(node), "product"), "")
+    clamped = "low" in named and named["low"] == named["zero_point"]
+    return products.get((module_of(node), "relu"), product) if clamped else product
 
 
 def _spread(truth: Tensor, q: Tensor, factor: Tensor | None, scale: float, zero_point: int) -> Spread:

@@ -157,7 +157,6 @@ class GoldenModel:
 
     def _write_down(self, step: Step, env: dict[str, Any], refs: dict[str, Any], files: golden_files.Files) -> Any:
         """Keep the arrays of a step, and a layer if its value holds any; returns what stands for its value."""
-        args, kwargs = _resolve(step.args, env), _resolve(step.kwargs, env)
         if step.op == "construct":
             return _resolve(step.kwargs, _Refs(refs, files, self.program.constants)) or list(
                 _resolve(step.args, _Refs(refs, files, self.program.constants))[1:]
@@ -170,12 +169,15 @@ class GoldenModel:
         for name, tagged in _named_operands(step, op):
             constant = tagged.get("$node", "") if isinstance(tagged, dict) else ""
             if name == "weight" and op is not None and op.weight is not None:
+                args, kwargs = _resolve(step.args, env), _resolve(step.kwargs, env)
                 operands[name] = files.keep(f"{step.label}.weight", op.weight(*args, **kwargs))
-            elif constant.startswith("constant "):
+            elif constant.startswith("constant ") and constant in env:
                 operands[name] = files.keep(f"{step.label}.{name}", env[constant])
             else:
                 operands[name] = _resolve(tagged, _Refs(refs, files, self.program.constants))
-        parts = op.parts(*args, **kwargs) if op is not None and op.parts is not None else {}
+        parts = {}
+        if op is not None and op.parts is not None:
+            parts = op.parts(*_resolve(step.args, env), **_resolve(step.kwargs, env))
         inside = [files.keep(f"{step.label}.{name}", array) for name, array in parts.items()]
         result = files.keep(f"{step.label}.{op.result}" if op is not None and op.result else step.label, value)
         files.layers.append(golden_files.Layer(step.label, step.op, step.line, operands, inside, result))
@@ -395,13 +397,18 @@ def _resolve(value: Any, env: Mapping[str, Any]) -> Any:
 
 
 class _Refs(dict[str, Any]):
-    """What stands for each value in files; a constant inside a list gets a name of its own when it is asked for."""
+    """What stands for each value in files; a constant inside a list gets a name of its own when it is asked for.
+
+    A constant that only torch reads is no array of the program: its own name stands for it.
+    """
 
     def __init__(self, refs: Mapping[str, Any], files: golden_files.Files, constants: Mapping[str, Array]) -> None:
         super().__init__(refs)
         self.files, self.constants = files, constants
 
     def __missing__(self, name: str) -> Any:
+        if name.removeprefix("constant ") not in self.constants:
+            return name.removeprefix("constant ")
         self[name] = ref = self.files.keep(name.replace(" ", "."), self.constants[name.removeprefix("constant ")])
         return ref
 

@@ -143,7 +143,11 @@ def golden(
         plain = encode(flat)
     except FileError as error:
         raise GoldenError(f"the model cannot be written down as a program: {error}") from error
-    constants = {name: value.numpy() for name, value in plain["constants"].items() if isinstance(value, Tensor)}
+    held = {name: value for name, value in plain["constants"].items() if isinstance(value, Tensor)}
+    for name, value in held.items():
+        if value.dtype == torch.bfloat16:
+            raise GoldenError(f"{name} is bfloat16, which NumPy does not have; quantize in float32")
+    constants = {name: value.numpy() for name, value in held.items()}
     named = zip(flat.graph.nodes, plain["nodes"], strict=True)
     types = {entry["target"]: node.target for node, entry in named if isinstance(node.target, type)}
     program = build(plain, constants, types, ops or ())

@@ -413,3 +413,15 @@ class TestRefusals:
         model = model_of(lambda s, x: s.f.add_scalar(s.q(x), 2), q=nnq.Quantize(0.1, 0, torch.quint8), f=f)
         with pytest.raises(fxq.FxqError, match=r"QFunctional\.add_scalar is not supported"):
             fxq.from_torch(model, X)
+
+
+def test_compare_finds_the_layers_by_their_modules():
+    """The imported graph is not that of the float model; a relu that torch has fused is compared behind the relu."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    x = torch.randn(64, 8)
+    prepared = prepare_fx(copy.deepcopy(model), tq.get_default_qconfig_mapping("fbgemm"), (x,))
+    prepared(x)
+    comparison = fxq.compare(model, fxq.from_torch(convert_fx(prepared), x), x)
+    layers = {layer.module: layer for layer in comparison.layers if "qlinear" in layer.op}
+    assert set(layers) == {"0", "2", "4"}
+    assert all(layer.alone > 25 and layer.accumulated > 25 for layer in layers.values())

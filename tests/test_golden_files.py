@@ -173,3 +173,14 @@ def test_c_literals_are_exact():
     assert [golden_files._number(v) for v in (float("nan"), float("-inf"), True, -(2**31), -(2**63), -5)] == [
         "NAN", "-INFINITY", "1", "(-2147483647 - 1)", "(-9223372036854775807 - 1)", "-5",
     ]  # fmt: skip
+
+
+def test_a_constant_that_only_torch_reads_is_named(tmp_path):
+    """A float island's weight is no array of the program; its files were refused with a KeyError."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    x = torch.randn(4, 3, 2, 2)
+    qmodel = fxq.quantize(model, x, recipe=Recipe("w8a8", judge_costs=False, modules={"0": fxq.FLOAT}))
+    folder = fxq.golden(qmodel, islands="torch").dump(tmp_path / "files", x[:1].numpy())
+    layers = json.loads((folder / "manifest.json").read_text())["layers"]
+    island = next(layer for layer in layers if layer["op"] == "torch")
+    assert "0.weight" in island["operands"].values()
