@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxq.calls import Begin, Calls, PerCall
 from fxq.decisions import Report
 from fxq.encoding import decode, encode
 from fxq.errors import FileError
@@ -31,18 +32,24 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
 
 def _plain(qmodel: QuantizedModule) -> dict[str, Any]:
     """`encode`, with the modules that it calls, out of which those that fxq made are taken and encoded likewise."""
-    modules: dict[str, nn.Module] = {}
-    inner: dict[str, dict[str, Any]] = {}
-    for path, module in qmodel.named_modules_called():
-        made = {name: m for name, m in module.named_modules(prefix=path) if isinstance(m, QuantizedModule)}
-        outermost = {name: m for name, m in made.items() if not any(name.startswith(f"{other}.") for other in made)}
-        modules[path] = copy.deepcopy(module, {id(m): nn.Module() for m in outermost.values()})
-        inner |= {name: _plain(m) for name, m in outermost.items()}
+    called = dict(qmodel.named_modules_called())
+    made = {
+        name: m
+        for path, module in called.items()
+        for name, m in module.named_modules(prefix=path, remove_duplicate=False)
+        if isinstance(m, QuantizedModule)
+    }
+    outermost = {name: m for name, m in made.items() if not any(name.startswith(f"{other}.") for other in made)}
+    modules = copy.deepcopy(called, {id(m): nn.Module() for m in outermost.values()})
+    plain = {id(m): _plain(m) for m in outermost.values()}
+    inner = {name: plain[id(m)] for name, m in outermost.items()}
     return {**encode(qmodel), "report": qmodel.report.to_dict(), "modules": modules, "inner": inner}
 
 
 def _from_plain(data: dict[str, Any], trust: bool) -> QuantizedModule:
-    inner = {path: _from_plain(part, trust) for path, part in data.get("inner", {}).items()}
+    parts = data.get("inner", {})
+    read = {id(part): _from_plain(part, trust) for part in parts.values()}
+    inner = {path: read[id(part)] for path, part in parts.items()}
     modules = {path: inner.get(path, module) for path, module in data["modules"].items()}
     qmodel = QuantizedModule.of(decode(data, modules, trust=trust), Report.from_dict(data["report"]))
     for path in inner.keys() - modules.keys():
@@ -60,7 +67,7 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
     _check_archive(path)
     classes = [c for c in vars(nn.modules).values() if isinstance(c, type) and issubclass(c, nn.Module)]
     try:
-        with torch.serialization.safe_globals([*classes, set]):
+        with torch.serialization.safe_globals([*classes, set, Begin, Calls, PerCall]):
             data = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "global" in str(error):

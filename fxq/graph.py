@@ -95,8 +95,14 @@ def constant(gm: GraphModule, node: Node) -> Tensor:
     return value
 
 
+SHARED = "shared"
+"""In a graph module's `meta`: True where other graphs read its weights, which no pass may change or store anew then."""
+
+
 def exclusive_constants(gm: GraphModule) -> set[Node]:
-    """The get_attr nodes with one user each whose memory no other node reads, under any name."""
+    """The get_attr nodes with one user each whose memory no other node reads, under any name, in any graph."""
+    if gm.meta.get(SHARED):
+        return set()
     holders: dict[int, list[Node]] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         if node.users:

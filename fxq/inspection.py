@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxq import leaves as inside
 from fxq import pipeline, tracing
 from fxq.api import Examples, check_model, quantize
+from fxq.calls import PerCall
 from fxq.comparison import Comparison, compare_graphs
 from fxq.costs import Costs
 from fxq.decisions import Reason, Report
@@ -80,13 +81,14 @@ def compare(
     result = against(model, qmodel, call, call)
     inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
     if inner:
-        plain = {path: path.removeprefix(f"{tracing.WHOLE}.") for path in inner}
+        plain = {path: _place(qmodel, path) for path in inner}
         evaluated = copy.deepcopy(model).eval()
-        exact = inside.first_calls(evaluated, list(plain.values()), call)
-        reached = inside.first_calls(copy.deepcopy(qmodel), list(inner), call)
-        for path in [path for path in inner if path in reached and plain[path] in exact]:
-            module = evaluated.get_submodule(plain[path])
-            result.layers.extend(against(module, inner[path], exact[plain[path]], reached[path]).layers)
+        exact = inside.calls_of(evaluated, {name for name, _ in plain.values()}, call)
+        reached = inside.calls_of(copy.deepcopy(qmodel), list(inner), call)
+        for path, (name, turn) in plain.items():
+            if reached[path] and len(exact[name]) > turn:
+                module = evaluated.get_submodule(name)
+                result.layers.extend(against(module, inner[path], exact[name][turn], reached[path][0]).layers)
     if calibration_data is None:
         return result
     base, data = Recipe.of(recipe), list(calibration_data)
@@ -107,6 +109,14 @@ def compare(
         return cast(float, again.report.sqnr)
 
     return replace(result, suspects=find_remedies(result, qmodel.report, base, attempt, seconds, progress))
+
+
+def _place(qmodel: QuantizedModule, path: str) -> tuple[str, int]:
+    """Where in the user's model the module stands that is integers at `path`, and which of its calls that is for."""
+    owner, _, name = path.rpartition(".")
+    several = bool(owner) and isinstance(qmodel.get_submodule(owner), PerCall)
+    outer, turn = (owner, int(name)) if several else (path, 0)
+    return outer.removeprefix(f"{tracing.WHOLE}."), turn
 
 
 @torch.inference_mode(False)

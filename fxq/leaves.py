@@ -4,10 +4,15 @@
 prepared, as a model of its own, on the first call that reaches it; where that fails, the modules in it are watched
 instead. So the largest that can be captured are prepared, whether the examples or the calibration data reach them. From
 then on they run as prepared, and learn. `convert` puts an integer module in the place of each.
+
+A module that is called several times in a run learns from each call apart, as it would where a graph shows its calls,
+on one weight; from all together where their number differs from run to run, is too large, or it keeps state.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -18,16 +23,22 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxq import pipeline, tracing
+from fxq.calls import Begin, Calls, PerCall, share_equal
 from fxq.decisions import Decision
 from fxq.errors import FxqError, GuardError, InputError, TraceError
-from fxq.graph import unchanged
+from fxq.graph import SHARED, STATE, unchanged
 from fxq.inputs import Call
-from fxq.observers import paused
+from fxq.observers import HOLDER, paused, sample_of
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule, weight_bytes
+from fxq.tracing.sharing import aliases, tensors_of
 
 META = "leaves"
 """Where a prepared graph's `meta` holds its `Leaves`."""
+MOST_CALLS = 8
+"""Of one module in a run that learn apart."""
+_BEGIN = "_leaf_calls"
+"""The submodule of a graph that begins to count the calls inside its leaves."""
 
 
 @dataclass
@@ -35,7 +46,8 @@ class Leaves:
     """What is known of the modules inside the leaves of one prepared graph.
 
     opaque: what the user wants left alone. own: the decisions about the graph itself. roots: the leaves' paths by node.
-    probing: the examples are running, which are counted and not learned from.
+    probing: the examples are running, which are counted and not learned from. calls: counts those of modules inside
+    leaves; uncounted: runs in the middle of which a module was given up on, and those in it were watched instead.
     """
 
     ctx: Context
@@ -45,6 +57,8 @@ class Leaves:
     roots: dict[str, str]
     watched: dict[str, Watch] = field(default_factory=dict)
     probing: bool = False
+    calls: Calls = field(default_factory=Calls)
+    uncounted: set[int] = field(default_factory=set)
 
     def prepared(self, root: str = "") -> list[Watch]:
         """The watches whose module is prepared, in the leaf at `root` or in all."""
@@ -71,13 +85,19 @@ class Leaves:
 
 
 class Watch:
-    """Stands as the `forward` of a leaf or a module inside one; `path` is the module's in the user's model."""
+    """Stands as the `forward` of a leaf or a module inside one; `path` is the module's in the user's model.
+
+    prepared: learns from all calls; apart: those that learn from the first call of a run, the second, ...; fresh: what
+    they are copies of.
+    """
 
     def __init__(self, leaves: Leaves, path: str, module: nn.Module, frontend: tracing.Frontend = "auto") -> None:
         self.leaves, self.path, self.module, self.frontend = leaves, path, module, frontend
         self.replaced = module.__dict__.get("forward")
         self.prepared: GraphModule | None = None
-        self.calls = 0
+        self.fresh: GraphModule | None = None
+        self.apart: list[GraphModule] = []
+        self.counts: Counter[int] = Counter()
         self.hold()
 
     def hold(self) -> None:
@@ -97,8 +117,10 @@ class Watch:
             if self.prepared is None:
                 self._prepare(Call(args, kwargs))
             assert self.prepared is not None
-            self.calls += self.leaves.probing
+            turn = self.leaves.calls.turn(self.path)
+            self.counts[self.leaves.calls.runs] = turn + 1
             if not self.leaves.probing:
+                self._learn(turn, Call(args, kwargs))
                 return self.prepared(*args, **kwargs)
             with paused(self.prepared):
                 return self.prepared(*args, **kwargs)
@@ -106,24 +128,62 @@ class Watch:
             self.prepared = None
             self._release_all()
             if not isinstance(error, _NotWorthwhileError):
+                self.leaves.uncounted.add(self.leaves.calls.runs)
                 watch_inside(self.leaves, self.path, self.module)
                 self.leaves.note_float(self, error.what if isinstance(error, TraceError) else str(error))
             return self.module.forward(*args, **kwargs)
 
-    def decisions(self) -> list[Decision]:
-        """What became of the module's operations, under their paths in the whole model."""
+    def _learn(self, turn: int, call: Call) -> None:
+        """Let what learns from this turn alone see the call."""
         assert self.prepared is not None
-        report = cast(Context, self.prepared.meta["fxq"]).report
-        shared = f"one range for its {self.calls} calls in the leaf" if self.calls > 1 else ""
-        return [
-            replace(
-                d,
-                node=f"{self.path}.{d.node}",
-                macs=d.macs * self.calls,
-                detail=", ".join(filter(None, (d.detail, shared))) if d.form == "int8" else d.detail,
-            )
-            for d in report.decisions
-        ]
+        done = self._numbers(besides=self.leaves.calls.runs)
+        if self.prepared.meta.get(STATE) or len(done) > 1 or 1 in done or turn >= min((MOST_CALLS, *done)):
+            self.fresh, self.apart = None, []
+        if self.fresh is None:
+            return
+        if turn == len(self.apart):
+            self.apart.append(_alias(self.fresh))
+        own = call.clone()
+        _offer(self.apart[turn], call)
+        self.apart[turn](*own.args, **own.kwargs)
+
+    def _numbers(self, besides: int = 0) -> set[int]:
+        """The numbers of calls in the runs that have reached the module, where they are known."""
+        counted = self.counts.keys() - self.leaves.uncounted
+        return {self.counts[run] for run in counted or self.counts if run != besides}
+
+    def together(self) -> str:
+        """Why the calls of one run cannot learn apart; "" where they can, or there is but one."""
+        assert self.prepared is not None
+        numbers = sorted(self._numbers())
+        if not numbers or numbers[-1] == 1:
+            return ""
+        if self.prepared.meta.get(STATE):
+            return f"one range for its {numbers[-1]} calls in the leaf, since it keeps state"
+        if numbers[-1] > MOST_CALLS:
+            return f"one range for its {numbers[-1]} calls in the leaf, more than {MOST_CALLS}"
+        if len(numbers) > 1:
+            texts = ", ".join(map(str, numbers))
+            return f"one range for its calls in the leaf, whose number differs from run to run: {texts}"
+        return ""
+
+    def members(self) -> list[GraphModule]:
+        """What stands for the calls of a run: one for each, or one for all."""
+        assert self.prepared is not None
+        return [self.prepared] if self.together() else self.apart or [self.prepared] * max(self._numbers(), default=1)
+
+    def decisions(self) -> list[Decision]:
+        """What became of the module's operations in each call, under their paths in the whole model."""
+        members, together = self.members(), self.together()
+        calls = max(self._numbers()) if together else 1
+        found = []
+        for turn, member in enumerate(members):
+            note = f"call {turn + 1} of {len(members)} in the leaf" if len(members) > 1 else together
+            for d in cast(Context, member.meta["fxq"]).report.decisions:
+                name = f"{self.path}.{d.node}" + (f"#{turn + 1}" if turn else "")
+                detail = ", ".join(filter(None, (d.detail, note))) if d.form == "int8" else d.detail
+                found.append(replace(d, node=name, macs=d.macs * calls, detail=detail))
+        return found
 
     def _prepare(self, call: Call) -> None:
         self._release_all()
@@ -139,7 +199,7 @@ class Watch:
         gm = prepare(gm, ctx, leaves.passes, leaves.opaque)
         if not any(decision.form == "int8" for decision in ctx.report.decisions):
             raise _NotWorthwhileError
-        self.prepared = gm
+        self.prepared, self.fresh = gm, _alias(gm)
         self.hold()
 
     def _inside(self, path: str) -> str:
@@ -150,6 +210,17 @@ class Watch:
             watch = module.__dict__.get("forward")
             if isinstance(watch, Watch):
                 watch.release()
+
+
+def _alias(gm: GraphModule) -> GraphModule:
+    """A copy of a prepared graph that has yet to learn, on the same weights."""
+    observers = {id(tensor) for tensor in tensors_of(gm.get_submodule(HOLDER))}
+    return copy.deepcopy(gm, aliases(tensor for tensor in tensors_of(gm) if id(tensor) not in observers))
+
+
+def _offer(gm: GraphModule, call: Call) -> None:
+    if (sample := sample_of(gm)) is not None:
+        sample.offer(call)
 
 
 class _NotWorthwhileError(FxqError):
@@ -164,6 +235,7 @@ def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: traci
         return gm
     roots = {name: "" if target == tracing.WHOLE else target for name, target in targets.items()}
     leaves = gm.meta[META] = Leaves(ctx, passes, opaque, ctx.report.decisions, roots)
+    _count_calls(gm, leaves.calls)
     for target in set(targets.values()):
         if target == tracing.WHOLE:
             watch_inside(leaves, "", gm.get_submodule(target))
@@ -174,6 +246,15 @@ def prepare(gm: GraphModule, ctx: Context, passes: Sequence[Pass], opaque: traci
     leaves.probing = False
     leaves.note_decisions()
     return gm
+
+
+def _count_calls(gm: GraphModule, calls: Calls) -> None:
+    """Let each run of a graph begin to count."""
+    gm.add_module(_BEGIN, Begin(calls))
+    with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder")):
+        node = gm.graph.call_module(_BEGIN)
+    node.meta |= {"origin": tracing.Origin("", ""), "value": None}
+    gm.recompile()
 
 
 def prepare_graph(gm: GraphModule, ctx: Context, passes: Sequence[Pass]) -> GraphModule:
@@ -196,17 +277,17 @@ def watch_inside(leaves: Leaves, root: str, leaf: nn.Module) -> None:
             Watch(leaves, path, module)
 
 
-def first_calls(root: nn.Module, paths: Collection[str], call: Call) -> dict[str, Call]:
-    """What the modules at `paths` are called with first, those that are called, when `root` is."""
-    found: dict[str, Call] = {}
+def calls_of(root: nn.Module, paths: Collection[str], call: Call) -> dict[str, list[Call]]:
+    """What the modules at `paths` are called with, in order, when `root` is."""
+    found: dict[str, list[Call]] = {path: [] for path in paths}
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.setdefault(path, Call(args, kwargs).clone())
+            found[path].append(Call(args, kwargs).clone())
 
         return hook
 
-    watched = [root.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in paths]
+    watched = [root.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
     own = call.clone()
     try:
         with torch.no_grad():
@@ -245,7 +326,7 @@ def _convert_inside(gm: GraphModule, leaves: Leaves, passes: Sequence[Pass]) -> 
         if watch.prepared is None:
             leaves.note_float(watch, "neither the examples nor the calibration data reach it")
             continue
-        converted = convert(watch.prepared, passes)
+        converted, several = _convert_each(watch, passes)
         _replace(gm, watch.module, converted)
         try:
             _run_examples(gm, leaves.ctx)
@@ -255,10 +336,30 @@ def _convert_inside(gm: GraphModule, leaves: Leaves, passes: Sequence[Pass]) -> 
             leaves.note_float(watch, f"its leaf does not work with an integer one in its place: {error}")
             continue
         leaves.watched[watch.path] = watch
-        report.guards += [f"{watch.path}: {guard}" for guard in converted.report.guards]
-        report.notes += converted.report.notes
-        report.float_steps += converted.report.float_steps
+        for part in several:
+            new = [f"{watch.path}: {guard}" for guard in part.report.guards]
+            report.guards += [guard for guard in new if guard not in report.guards]
+            report.notes += part.report.notes
+            report.float_steps += part.report.float_steps
     leaves.note_decisions()
+    if not any(isinstance(module, PerCall) for module in gm.modules()):
+        for node in gm.graph.find_nodes(op="call_module", target=_BEGIN):
+            gm.graph.erase_node(node)
+        gm.delete_submodule(_BEGIN)
+
+
+def _convert_each(watch: Watch, passes: Sequence[Pass]) -> tuple[nn.Module, list[QuantizedModule]]:
+    """What stands for a module from now on, and what it is made of."""
+    members = watch.members()
+    if len(members) == 1:
+        converted = convert(members[0], passes)
+        return converted, [converted]
+    assert watch.prepared is not None
+    for member in (together := [*members, watch.prepared]):
+        member.meta[SHARED] = True
+    several = [convert(member, passes) for member in together]
+    share_equal(several)
+    return PerCall(watch.leaves.calls, watch.path, several), several[: len(members)]
 
 
 def _replace(gm: GraphModule, old: nn.Module, new: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fxq.graph import bind, is_call, unchanged
 from fxq.inputs import Call
+from fxq.tracing.values import map_tensors
 
 # What torch's own table of products lacks on CPUs; formulas take shapes and return operations, two per product.
 _MORE: dict[Any, Any] = {
@@ -37,6 +38,11 @@ class _Counter(Interpreter):
         if operations:
             self.counts[n] = operations // 2
         return result
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # torch's counter hooks itself to the gradient of what modules read, which views made without one do not have.
+        args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.detach())
+        return super().call_module(target, args, kwargs)
 
     def _recurrent(self, n: Node, result: Any) -> int:
         """Recurrent layers run in one opaque call: each weight matrix is used once per step and sequence."""

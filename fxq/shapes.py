@@ -92,12 +92,17 @@ def _tensor(node: Node, known: dict[Node, Any]) -> Shape | None:
         order[a], order[b] = order[b], order[a]  # type: ignore[index]
         return tuple(order)
     if node.target is torch.reshape:
-        return _reshaped(x, [known.get(n) if isinstance(n, Node) else n for n in args[1]])  # type: ignore[union-attr]
+        return _reshaped(x, [_size(n, known) for n in args[1]])  # type: ignore[union-attr]
     if node.target is torch.flatten:
         first, last = (dim % len(x) for dim in (*args[1:], -1)[:2])  # type: ignore[operator]
         joined = _reshaped(x[first : last + 1], [-1]) if len(args) > 1 else None
         return None if joined is None else (*x[:first], *joined, *x[last + 1 :])
     return None
+
+
+def _size(size: Any, known: dict[Node, Any]) -> Any:
+    """A size given to an operation; one that is a tensor is not known."""
+    return (known.get(size) if isinstance(size.meta["value"], int) else None) if isinstance(size, Node) else size
 
 
 def _rows(node: Node, x: Shape, known: dict[Node, Any]) -> Shape | None:

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fxq.graph import constant, is_state, is_tensor, mutations, submodule
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
+from fxq.tracing import mutate
 
 METHODS = {
     *("abs", "add", "addcdiv", "addcmul", "ceil", "clamp", "clamp_max", "clamp_min", "clip", "cos", "div", "divide"),
@@ -113,6 +114,13 @@ def _keeps_dtype(node: Node) -> bool:
 
 def _write_out_of_place(gm: GraphModule, node: Node) -> bool:
     """Turn `node` into its out-of-place spelling; whether there is one."""
+    if node.target is mutate:
+        tensor, method, *rest = node.args
+        if not isinstance(tensor, Node) or str(method).removesuffix("_") not in METHODS:
+            return False
+        node.op, node.target, node.args = "call_method", str(method).removesuffix("_"), (tensor, *rest)
+        node.meta["value"] = tensor.meta["value"]
+        return True
     if node.op == "call_module":
         module = submodule(gm, node)
         if type(module) not in MODULES:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.expansion import Link
-from fxq.graph import common_module, constant, get_attr, line_of, replace, set_constant
+from fxq.graph import SHARED, common_module, constant, get_attr, line_of, replace, set_constant
 from fxq.ops import chain
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.pipeline import Context, Numbers
@@ -36,6 +36,8 @@ class FuseChains:
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """In graph order, each run as long as it gets."""
         count = 0
+        if gm.meta.get(SHARED):
+            return count
         for node in list(gm.graph.nodes):
             if not node._erased and (node.target is quantize or _is_link(node)):
                 links = _run_from(node)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from fxq.graph import bypass, is_tensor, submodule
 from fxq.pipeline import Context, Numbers
@@ -50,13 +51,18 @@ class RemoveIdentities:
             node
             for node in gm.graph.nodes
             if "aliases" not in node.meta
+            and isinstance(_operand(node), Node)
             and (_is_identity(gm, node) or (node.op == "call_method" and node.target == "contiguous" and not strided))
         ]
         for node in found:
-            source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+            source = _operand(node)
             assert isinstance(source, Node)
             bypass(gm, node, source)
         return len(found)
+
+
+def _operand(node: Node) -> Argument:
+    return next(iter((*node.args, *node.kwargs.values())), None)
 
 
 def _is_identity(gm: GraphModule, node: Node) -> bool:

@@ -35,6 +35,8 @@ class RewriteBatchNorm:
 
 
 def _rewrite(gm: GraphModule, norm: Node) -> int:
+    if len(norm.args) < 8 or norm.args[5] is not False or "aliases" in norm.meta:
+        return 0  # it computes its own statistics, or its memory is modified
     x, *statistics = norm.args[:5]
     rank = len(norm.meta["value"].shape) - 2
     operands = [operand for operand in statistics if isinstance(operand, Node)]

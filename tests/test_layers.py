@@ -30,6 +30,7 @@ LAYERS = [
         "fxq.refusals",
         "fxq.family",
         "fxq.product",
+        "fxq.calls",
         "fxq.releasing",
         "fxq.stages",
         "fxq.fake_quantize",

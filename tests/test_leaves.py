@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def decisions(qmodel, module):
 
 
 def is_int8(qmodel, module):
-    return [d.form for d in decisions(qmodel, module)] == ["int8"]
+    return {d.form for d in decisions(qmodel, module)} == {"int8"}
 
 
 def test_the_innermost_module_becomes_a_leaf():
@@ -370,18 +371,137 @@ def test_compare_shows_the_layers_inside(frontend, capfd):
     assert capfd.readouterr().err == ""  # torch.export was tried, and failed without a sound
 
 
-def test_a_module_that_a_leaf_calls_twice_says_that_it_has_one_range():
-    class Again(nn.Module):
+class Again(nn.Module):
+    """Calls one linear on numbers of very different size, `times` times, or as often as the data say."""
+
+    def __init__(self, times=2):
+        super().__init__()
+        self.l, self.k, self.times = linear(), linear(), times
+
+    def forward(self, x):
+        y = self.k(x)
+        for _ in range(self.times or (3 if x[0, 0] > 0 else 2)):
+            y = self.l(y * 30) if y.sum() > -1e30 else y
+        return y
+
+
+def signed(sign):
+    return torch.where(torch.arange(16) == 0, sign, X)
+
+
+def one_range(qmodel):
+    return [d.detail for d in fxq.report(qmodel).decisions if "one range" in d.detail]
+
+
+def test_each_call_in_a_leaf_has_its_own_range_and_all_have_one_weight(tmp_path):
+    model = net(Again())
+    qmodel = fxq.quantize(model, X, calibration_data=DATA)
+    first, second = decisions(qmodel, "inner.l")
+    assert ["call 1 of 2 in the leaf" in first.detail, "call 2 of 2 in the leaf" in second.detail] == [True, True]
+    assert first.node != second.node and first.macs == second.macs == decisions(qmodel, "inner.k")[0].macs
+    assert not one_range(qmodel)
+    calls = list(qmodel.inner.l)
+    assert len(calls) == 3  # the last is for calls that there were no data for
+    zero_points, weights = [], set()
+    for part in calls:
+        (quantize,) = [n for n in part.graph.nodes if n.target is fxq.qdq.quantize]
+        zero_points.append(quantize.args[1])
+        weights.add(next(t for name, t in part.state_dict().items() if name.endswith("weight_packed")).data_ptr())
+    assert zero_points[1] > 5 * zero_points[0] and len(weights) == 1
+    layers = [layer for layer in fxq.compare(model, qmodel, X).layers if layer.module == "inner.l"]
+    assert len(layers) == 4 and all(layer.alone > 30 for layer in layers)  # a quantize and a linear for each call
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    buffer = io.BytesIO()
+    torch.save(qmodel, buffer)
+    buffer.seek(0)
+    read = fxq.load(tmp_path / "model.fxq", trust=True), torch.load(buffer, weights_only=False)
+    for twin in (copy.deepcopy(qmodel), *read, torch.compile(qmodel, backend="eager")):
+        for x in (X[:3], X):  # a second call begins to count anew
+            assert torch.equal(twin(x), qmodel(x))
+    golden = fxq.golden(qmodel, islands="torch")
+    assert np.array_equal(golden(X.numpy()), qmodel(X).numpy())
+
+
+def test_calls_in_a_leaf_are_counted_anew_in_each_run_and_thread():
+    qmodel = fxq.quantize(net(Again()), X, calibration_data=DATA)
+    expected = [qmodel(x) for x in DATA]
+    with pytest.raises(RuntimeError):
+        qmodel(torch.ones(3, 5))
+    broken = qmodel.inner.l[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qmodel(X)  # in the middle of a run
+    broken.remove()
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(qmodel, DATA), expected))
+
+
+def test_calls_in_a_leaf_share_a_range_where_their_number_differs():
+    data = [signed(-1.0), signed(1.0)]
+    qmodel = fxq.quantize(nn.Sequential(Again(times=0), linear()).eval(), data[0], calibration_data=data)
+    detail = "one range for its calls in the leaf, whose number differs from run to run: 2, 3"
+    assert [text.endswith(detail) for text in one_range(qmodel)] == [True]
+
+
+def test_more_calls_in_a_leaf_than_there_were_data_for_use_the_range_of_all():
+    model = nn.Sequential(Again(times=0), linear()).eval()
+    qmodel = fxq.quantize(model, signed(-1.0))
+    assert len(decisions(qmodel, "0.l")) == 2
+    third = qmodel.get_submodule("0.l")[2].register_forward_pre_hook(lambda module, args: called.append(module))
+    called = []
+    qmodel(signed(-1.0))
+    assert not called
+    qmodel(signed(1.0))
+    assert len(called) == 1
+    third.remove()
+
+
+def test_very_many_calls_in_a_leaf_share_a_range():
+    qmodel = fxq.quantize(net(Again(times=9)), X / 1e9, on_low_sqnr="ignore")
+    assert ["one range for its 9 calls in the leaf, more than 8" in text for text in one_range(qmodel)] == [True]
+
+
+def test_a_branch_that_only_calibration_reaches_tells_its_calls_apart():
+    class Rare(nn.Module):
         def __init__(self):
             super().__init__()
             self.l, self.k = linear(), linear()
 
         def forward(self, x):
-            y = self.l(x)
-            return self.k(self.l(y) if y.sum() > -1e9 else y)
+            return self.l(self.l(x)) if x[0, 0] > 0 else self.k(x)
 
-    qmodel = fxq.quantize(net(Again()), X, calibration_data=DATA)
-    ((twice,), (once,)) = decisions(qmodel, "inner.l"), decisions(qmodel, "inner.k")
-    assert "one range for its 2 calls in the leaf" in twice.detail
-    assert twice.macs == 2 * once.macs
-    assert "one range" not in once.detail
+    data = [signed(-1.0), signed(1.0)]
+    qmodel = fxq.quantize(nn.Sequential(Rare(), linear()).eval(), data[0], calibration_data=data)
+    assert len(decisions(qmodel, "0.l")) == 2 and is_int8(qmodel, "0.l") and is_int8(qmodel, "0.k")
+
+
+def test_a_leaf_called_twice_tells_all_its_calls_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Again(times=1)
+
+        def forward(self, x):
+            return self.inner(self.inner(x) * 100)
+
+    qmodel = fxq.quantize(Two().eval(), X)
+    assert len(decisions(qmodel, "inner.l")) == len(decisions(qmodel, "inner.k")) == 2
+    assert fxq.compare(Two().eval(), qmodel, X).layers
+
+
+class Twins(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = linear()
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x) if x.sum() > -1e30 else x)
+
+
+def test_a_module_under_two_names_in_a_leaf_is_saved_once(tmp_path):
+    qmodel = fxq.quantize(net(Twins()), X)
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    loaded = fxq.load(tmp_path / "model.fxq", trust=True)
+    assert torch.equal(loaded(X), qmodel(X))
+    assert loaded.inner.a is loaded.inner.b

@@ -1,8 +1,10 @@
 """What a forward reads from outside the model is never held for good: clocks, random numbers, gradients, copies."""
 
+import builtins
 import copy
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
@@ -97,3 +99,49 @@ def test_a_guard_of_numpy_names_the_users_line():
     model = model_of(lambda s, x: s.l(x) / np.max(x.shape), l=nn.Linear(8, 8))
     with pytest.raises(fxq.GuardError, match=r"test_outside.py:\d+ decided that `x.shape\[0\]` is 16"):
         fxq.trace(model, X)(X[:5])
+
+
+class Many(nn.Module):
+    """Asks for all that is replaced while a model is traced."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.l, self.kept = nn.Linear(8, width), []
+
+    def forward(self, x):
+        self.kept += [print, torch.compile, time.time, copy.deepcopy, torch.autograd.grad, np.prod]
+        print(end="")
+        return self.l(x + torch.arange(np.prod(x.shape[1:]))).relu()
+
+
+@pytest.mark.filterwarnings("ignore:.*prints while it is traced")
+def test_threads_that_trace_at_once_leave_everything_as_it_was():
+    def found():
+        return [
+            *(builtins.print, torch.compile, time.time, copy.deepcopy, random.random, np.prod, np.random.rand),
+            *(torch.autograd.grad, torch.autograd.backward, torch.arange, torch.randn, random.gauss),
+            *(torch.compiler.is_compiling(), torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()),
+        ]
+
+    before, models = found(), [Many(width).eval() for width in range(1, 13)]
+    with ThreadPoolExecutor(4) as pool:
+        traced = list(pool.map(lambda model: fxq.trace(model, X), models))
+        copies = list(pool.map(copy.deepcopy, traced))
+    assert found() == before
+    for model, gm, copied in zip(models, traced, copies, strict=True):
+        assert torch.equal(gm(X), model(X)) and torch.equal(copied(X), gm(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*prints while it is traced")
+def test_what_a_model_keeps_of_a_trace_does_nothing_afterwards(recwarn):
+    kept = []
+    model = model_of(lambda s, x: (kept.extend([print, torch.compile, time.time, copy.deepcopy]), s.l(x))[1])
+    model.l = nn.Linear(8, 8)
+    fxq.trace(model, X)
+    stand_ins = [function for function in kept if function not in (print, torch.compile, time.time, copy.deepcopy)]
+    assert stand_ins  # of the last run
+    for function in kept:
+        argument = {0: (), 1: (model,)}[function in kept[1::4] + kept[3::4]]
+        function(*argument)
+    assert type(kept[-2]()) is float
+    assert not [w for w in recwarn if "prints" in str(w.message)]

@@ -213,8 +213,8 @@ class Conv:
         if node.op != "call_function" or node.target not in CONVS:
             return None
         settings = [value for setting in node.args[3:6] for value in setting]  # type: ignore[union-attr]
-        if not all(isinstance(value, int) for value in settings):
-            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding or dilation is computed at run time")
+        if not all(isinstance(value, int) for value in (*settings, node.args[6])):
+            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding, dilation or groups are computed at run time")
         return product.claim(gm, node)
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:

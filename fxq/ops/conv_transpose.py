@@ -187,8 +187,8 @@ class ConvTranspose:
         if node.target in _OF_TORCH:
             return Refusal(Reason.DYNAMIC_WEIGHT, "weight is computed")
         settings = [value for i in (3, 4, 5, 7) for value in node.args[i]]  # type: ignore[union-attr]
-        if not all(isinstance(value, int) for value in settings):
-            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding or dilation is computed at run time")
+        if not all(isinstance(value, int) for value in (*settings, node.args[6])):
+            return Refusal(Reason.NO_INTEGER_OP, "its stride, padding, dilation or groups are computed at run time")
         return product.claim(gm, node)
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:

@@ -115,7 +115,7 @@ def norm_of(gm: GraphModule, node: Node) -> Call | None:
 
 
 def _by_module(gm: GraphModule, node: Node) -> Call | None:
-    module, x = submodule(gm, node), (*node.args, *node.kwargs.values())[0]
+    module, x = submodule(gm, node), next(iter((*node.args, *node.kwargs.values())), None)
     if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module) not in (nn.LayerNorm, nn.RMSNorm):
         return None
     if len(module.normalized_shape) != 1 or not isinstance(x, Node):

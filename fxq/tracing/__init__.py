@@ -120,7 +120,7 @@ def trace(
         raise InputError(f"unknown frontend {frontend!r}; there are {', '.join(get_args(Frontend))}")
     prepared = prepare(model)
     call = (args, kwargs)
-    signature.bind(prepared, *call)
+    signature.check(signature.bind(prepared, *call))
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _fused_attention(False):
         try:
             eager = verify.Eager.of(prepared, call)
@@ -351,7 +351,8 @@ def _seen_as_compiling() -> Iterator[None]:
 def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
     """Record the functions given to `torch.fx.wrap` as single calls; refuse to compile, and warn of prints.
 
-    What reads from outside the model gives symbols (`outside`).
+    What reads from outside the model gives symbols (`outside`). All threads see these functions, so `GLOBAL_STATE` is
+    held; the recorder lets other threads through, and everyone once it has finished, as one may have kept a stand-in.
     """
     stand_ins = list(outside.stand_ins(recorder))
     for (_, name), scope in fx._symbolic_trace._wrapped_fns_to_patch.items():
@@ -366,6 +367,7 @@ def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
         builtins.print = partial(recorder.printing, print)
         yield
     finally:
+        recorder.busy = True
         torch.compile, builtins.print = compile, print
         for scope, name, function in reversed(originals):
             scope[name] = function

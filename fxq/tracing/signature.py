@@ -58,6 +58,33 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return arguments
 
 
+def check(arguments: list[Argument]) -> None:
+    """Raise `TraceError` for what a graph cannot take apart, before a call could change it."""
+    for argument in arguments:
+        if argument.given:
+            _check(argument.value, argument.name)
+
+
+def _check(value: Any, text: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(item, f"{text}[{key!r}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            _check(getattr(value, field.name), f"{text}.{field.name}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check(item, f"{text}[{i}]")
+    elif isinstance(value, torch.Tensor):
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise TraceError(f"argument `{text}` comes from torch.func (vmap, grad), which a graph cannot hold")
+    elif value is not None and not isinstance(value, (*_FIXED, int, float)):
+        raise TraceError(
+            f"argument `{text}` is a {type(value).__name__}, which a graph cannot take apart; "
+            "pass its tensors in a list, tuple, dict or dataclass, or leave it out"
+        )
+
+
 def place(recorder: Recorder, arguments: list[Argument]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Create the placeholders and the guards on them; return what to call the model with."""
     nodes = []
@@ -117,8 +144,6 @@ def _leaves(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
     recorder.texts[node] = text
     recorder.varying.add(node)
     if isinstance(value, torch.Tensor):
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            raise TraceError(f"argument `{text}` comes from torch.func (vmap, grad), which a graph cannot hold")
         return recorder.input(value.detach().clone(), node)
     if value is None or isinstance(value, _FIXED):
         recorder.create("call_function", guard, (node, value, f"argument `{text}` was {value!r} in the example inputs"))
@@ -136,10 +161,5 @@ def _leaves(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
             item = getattr(value, field.name)
             object.__setattr__(copied, field.name, part(getattr, field.name, item, f".{field.name}"))
         return copied
-    if isinstance(value, list | tuple):
-        items = [part(operator.getitem, i, item, f"[{i}]") for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    raise TraceError(
-        f"argument `{text}` is a {type(value).__name__}, which a graph cannot take apart; "
-        "pass its tensors in a list, tuple, dict or dataclass, or leave it out"
-    )
+    items = [part(operator.getitem, i, item, f"[{i}]") for i, item in enumerate(value)]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

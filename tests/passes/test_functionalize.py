@@ -69,3 +69,14 @@ def test_memory_that_others_see_is_left_alone_and_marked(forward, model_of, stag
     assert any("aliases" in node.meta for node in gm.graph.nodes)
     run(PREPARE[1:-1], gm, ctx)
     assert [node.target for node in gm.graph.nodes].count(F.linear) == 1
+
+
+def test_what_an_identity_hands_back_is_written_out_of_place_too(model_of, normalized):
+    def forward(self, x):
+        y = self.l(x)
+        z = self.nothing(y)
+        z += x
+        return z.mul_(2)
+
+    expected = "%0 = linear(x, l.weight, l.bias)\n%1 = add(%0, x)\n%2 = mul(%1, 2)\nreturn %2"
+    assert normalized(model_of(forward, l=nn.Linear(8, 8), nothing=nn.Identity()), X) == expected
