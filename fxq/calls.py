@@ -25,7 +25,7 @@ class Calls:
         self.runs += 1
         self._counts[threading.get_ident()] = {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def turn(self, path: str) -> int:
         """Count one more call of the module at `path`; how many there were before it in this run."""
         counts = self._counts.setdefault(threading.get_ident(), {})
@@ -42,7 +42,7 @@ class Begin(nn.Module):
         super().__init__()
         self.calls = calls
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self) -> None:
         """Begin a run."""
         self.calls.begin()
