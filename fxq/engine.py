@@ -42,6 +42,8 @@ from fxq.spelling import ADAPTIVE_AVG_POOLS, ADD, CLAMP, CONVS, LINEAR, MUL, REL
 
 SCALES = "scales"
 """In a dequantize_weight's `meta`: its scales before they were rounded to float32, float64 [N]."""
+AFFINE = "affine"
+"""In a dequantize_weight's `meta`: whether torch's integers had zero points other than 0."""
 FUSED = "fused"
 """In a quantize's `meta`: it rounds as torch quantizes tensors."""
 
@@ -122,7 +124,7 @@ class Engine:
         geometry: tuple[Value, ...] = ()
         if w.ndim > 2:
             if self.engine == "fbgemm":
-                _expect_no_saturation(product, w, match["groups"])
+                _expect_no_saturation(product, w, match["groups"], match.node("weight").meta.get(AFFINE, False))
             padding = tuple(edge for size in match["padding"] for edge in (size, size))
             window = numerics.Window(w.shape[2:], match["stride"], padding, match["dilation"], match["groups"])
             geometry = str(window), z_x
@@ -206,8 +208,17 @@ class Engine:
         replace(gm, linear, qlinear_dynamic_engine, (*operands, match["bias"], self.engine, steps))
 
 
-def _expect_no_saturation(conv: Node, w: numerics.I8, groups: int) -> None:
-    """Raise where fbgemm's kernel of a depthwise convolution, which adds products in pairs in int16, can saturate."""
+def _expect_no_saturation(conv: Node, w: numerics.I8, groups: int, affine: bool) -> None:
+    """Raise where fbgemm's kernel of a depthwise convolution, which adds products in pairs in int16, can saturate.
+
+    Which pairs it adds is fbgemm's own affair: it has kernels for some sizes of window, each with an order of its own.
+    """
+    if affine and groups == len(w):
+        raise QuantizationError(
+            f"{place_of(conv)}: exact='fbgemm' does not cover a depthwise convolution whose weights have zero points: "
+            "fbgemm adds the products of the integers as they are two by two in 16 bits, which may saturate; quantize "
+            "its weights symmetrically or import it with exact=None"
+        )
     flat = np.abs(w.reshape(len(w), -1).astype(np.int32))
     if groups == len(w) and w.shape[1] == 1 and flat.shape[1] > 1:
         two = np.sort(flat, 1)[:, -2:].sum(1).max()

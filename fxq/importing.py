@@ -19,7 +19,7 @@ from fxq.inputs import Call, as_call
 from fxq.ops import FAMILIES, carry, clamp, conv, linear, pool
 from fxq.pipeline import Context
 from fxq.quantized import QuantizedModule, weight_bytes
-from fxq.recipe import Recipe
+from fxq.recipe import Recipe, Requant, RequantRounding
 from fxq.torch_quantized import StandIn, stand_ins
 from fxq.tracing.values import tensors
 from passes import IMPORT, IMPORT_EXACT
@@ -32,6 +32,8 @@ def from_torch(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     exact: Literal["fbgemm", "onednn", "qnnpack"] | None = None,
+    requant: Requant = "float",
+    rounding: RequantRounding = "single",
     frontend: tracing.Frontend = "auto",
     dump: str | Path | None = None,
     check: bool = False,
@@ -40,7 +42,8 @@ def from_torch(
 
     Scales, zero points and integer weights (with zero points, too) are taken over. exact: the engine whose roundings
     are reproduced bit for bit, that of `torch.backends.quantized.engine` when the model was converted ("x86" computes
-    as "fbgemm"); docs/numerics.md has its rules, and what it refuses. None computes as fxq does. The report says how
+    as "fbgemm"); docs/numerics.md has its rules, and what it refuses. None computes as fxq does. requant, rounding: as
+    in `Recipe`; "fixed" is integers alone, which no engine of torch's computes. The report says how
     many outputs on the examples differ from torch's. example_inputs and the other arguments: as in `quantize`. The
     model is not touched.
     Raises `QuantizationError` naming the modules that have no form here, `InputError`, `TraceError`.
@@ -49,14 +52,18 @@ def from_torch(
         raise InputError(
             f"fxq.from_torch: exact is {exact!r}; there are None, {', '.join(map(repr, numerics.ENGINES))}"
         )
+    recipe = Recipe(requant=requant, rounding=rounding)
+    if exact is not None and requant == "fixed":
+        raise InputError(f"fxq.from_torch: {exact} multiplies by floats; give requant='fixed' without exact")
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
     own = stand_ins(model)
     gm = tracing.trace(own.eval(), call.args, call.kwargs, leaves=(StandIn,), frontend=frontend)
     own_families = linear.FAMILY, conv.FAMILY, pool.FAMILY, clamp.FAMILY, carry.FAMILY
     families = FAMILIES if exact is None else (Engine(exact), *own_families)
-    ctx = Context(Recipe(), families, call.clone(), check=check, dump=dump_folder(dump))
-    ctx.report.recipe = "torch's own" if exact is None else f"torch's own, as {exact} computes it"
+    ctx = Context(recipe, families, call.clone(), check=check, dump=dump_folder(dump))
+    fixed = recipe.title.removeprefix(recipe.scheme)
+    ctx.report.recipe = f"torch's own{fixed}" if exact is None else f"torch's own, as {exact} computes it"
     gm = inside.prepare_graph(gm, ctx, IMPORT if exact is None else IMPORT_EXACT)
     result = QuantizedModule.of(gm, ctx.report)
     result.report.weight_bytes = (weight_bytes(own), weight_bytes(result))

@@ -70,7 +70,7 @@ class DeQuantize(StandIn):
 class Product(StandIn):
     """A linear or convolution, with its relu where it has one: function(x, weight, bias, *settings).
 
-    weight: q_w - z_w, int16 [N, ...]; scales: float64 [N]; bias: float32 [N] or None.
+    weight: q_w - z_w, int16 [N, ...]; scales: float64 [N]; bias: float32 [N] or None; affine: whether a z_w is not 0.
     """
 
     weight: Tensor
@@ -91,10 +91,16 @@ class Product(StandIn):
         self.function = function
         self.settings = settings
         integers, scales = _integers(weight)
+        self.affine = not torch.equal(integers, weight.int_repr().to(integers.dtype))
         self.register_buffer("weight", integers)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.relu = relu
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 of a linear."""
+        return int(self.settings[-1]) if self.settings else 1
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 on the grid of its producer."""

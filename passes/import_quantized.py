@@ -9,7 +9,8 @@
     DeQuantize(x)            ->  x
 
 A weight with zero points is q_w - z_w, whose integers reach from -255 to 255. Where they leave int8, they are split in
-two, q_w - z_w = a + b, and multiply the same input twice: linear(cat([x, x]), [a, b]). The sums stay exact.
+two, q_w - z_w = a + b, and multiply the same input twice: linear(cat([x, x]), [a, b]); of a convolution that is the
+channels of each group. The sums stay exact.
 
 `fused`: quantizes of float inputs are marked for the rounding that torch's have (`fxq.engine`).
 """
@@ -24,7 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.decisions import Decision, Form, Reason
-from fxq.engine import FUSED, SCALES, STEPS
+from fxq.engine import AFFINE, FUSED, SCALES, STEPS
 from fxq.errors import QuantizationError
 from fxq.family import Claim
 from fxq.graph import (
@@ -172,15 +173,9 @@ def _product(gm: GraphModule, node: Node, module: Product, grid: Grid | None) ->
     if ACT_QMAX * int(w.abs().sum(tuple(range(1, w.dim())), dtype=torch.int64).max()) >= 2**31:
         raise QuantizationError(f"{place_of(node)}: its dot product of {w[0].numel()} weights can leave int32")
     if w.min() < -128 or w.max() > 127:
-        if module.function is not LINEAR:
-            raise QuantizationError(
-                f"{place_of(node)}: its weights less their zero points reach from {w.min()} to {w.max()}, which a "
-                "convolution does not take; quantize its weights symmetrically"
-            )
         half = w.div(2, rounding_mode="floor")
         w = torch.cat([half, w - half], 1)
-        x = call(gm, torch.cat, ([x, x], -1), node)
-        x = x if grid is None else _pair(gm, x, grid, node)
+        x = _twice(gm, x, node, grid, -1 if module.function is LINEAR else 1, module.groups)
     if isinstance(module, DynamicProduct):
         x = call(gm, fake_quantize_rows, (x,), node)
         x.meta[STEPS] = ACT_QMAX // 2 if module.reduce_range else ACT_QMAX
@@ -188,9 +183,23 @@ def _product(gm: GraphModule, node: Node, module: Product, grid: Grid | None) ->
     scales = get_attr(gm, set_constant(gm, f"{path}.weight_scale", module.scales.float()), node)
     weight = call(gm, dequantize_weight, (integers, scales), node)
     weight.meta[SCALES] = module.scales.numpy()
+    weight.meta[AFFINE] = module.affine
     bias = None if module.bias is None else get_attr(gm, f"{path}.bias", node)
     y = call(gm, module.function, (x, weight, bias, *module.settings), node)
     return call(gm, RELU, (y,), node) if module.relu else y
+
+
+def _twice(gm: GraphModule, x: Node, node: Node, grid: Grid | None, dim: int, groups: int) -> Node:
+    """cat([x, x], dim), group by group: of channels in groups, each group's beside themselves."""
+
+    def moved(function: Any, *args: Any) -> Node:
+        y = call(gm, function, args, node)
+        return y if grid is None else _pair(gm, y, grid, node)
+
+    if groups == 1:
+        return moved(torch.cat, [x, x], dim)
+    split = moved(torch.unflatten, x, 1, (groups, -1))
+    return moved(torch.flatten, moved(torch.cat, [split, split], 2), 1, 2)
 
 
 def _is_ones(sizes: Any) -> bool:

@@ -48,6 +48,17 @@ def weight_of(w, scheme):
     return torch.quantize_per_channel(w, scales, zero_points, 0, torch.qint8)
 
 
+def affine_convolution(groups, relu):
+    """Quantize, a convolution of 8 channels whose weights have zero points far from 0, DeQuantize."""
+    torch.manual_seed(groups)
+    layer = (nniq.ConvReLU2d if relu else nnq.Conv2d)(8, 8, 3, groups=groups, padding=1)
+    scales, zero_points = torch.rand(8).double() * 0.01 + 0.005, torch.randint(-110, 110, (8,))
+    w = (torch.randint(-128, 128, (8, 8 // groups, 3, 3)) - zero_points.view(-1, 1, 1, 1)) * scales.view(-1, 1, 1, 1)
+    layer.set_weight_bias(torch.quantize_per_channel(w.float(), scales, zero_points, 0, torch.qint8), torch.randn(8))
+    layer.scale, layer.zero_point = 0.2, 128
+    return nn.Sequential(nnq.Quantize(0.02, 117, torch.quint8), layer, nnq.DeQuantize()).eval()
+
+
 class OneLayer(nn.Module):
     """Quantize, one quantized linear, DeQuantize."""
 
@@ -150,6 +161,26 @@ class TestExact:
             with pytest.raises(fxq.QuantizationError, match=r"1 \(.*exact='fbgemm' does not cover this depthwise"):
                 fxq.from_torch(model, x, exact="fbgemm")
             assert fxq.from_torch(model, x, exact="onednn").report.int8_share == 1
+
+    def test_a_million_pixels_of_affine_weights(self, engine):
+        """A zero point for each channel; what leaves int8 multiplies the same pixels twice, group by group."""
+        if engine == "onednn":
+            pytest.skip("onednn refuses weights with zero points")
+        x, outputs = 2 * torch.randn(8, 8, 40, 40), 0
+        for groups, relu in ((1, False), (2, True), (4, False)):
+            model = affine_convolution(groups, relu)
+            qmodel = fxq.from_torch(model, x, exact=engine)
+            assert qmodel.report.int8_share == 1
+            for own in (x, 0.3 * torch.randn(64, 8, 40, 40)):
+                assert torch.equal(qmodel(own), model(own))
+                outputs += own.numel()
+        assert outputs > 1e6
+
+    def test_affine_depthwise_is_refused_by_fbgemm(self):
+        model, x = affine_convolution(8, False), torch.randn(2, 8, 9, 9)
+        with pytest.raises(fxq.QuantizationError, match=r"1 \(.*depthwise convolution whose weights have zero points"):
+            fxq.from_torch(model, x, exact="fbgemm")
+        assert fxq.from_torch(model, x).report.int8_share == 1
 
     @pytest.mark.parametrize(
         "average", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(3), lambda x: x.mean((2, 3)), lambda x: x.mean((2, 3), True)]
@@ -425,3 +456,28 @@ def test_compare_finds_the_layers_by_their_modules():
     layers = {layer.module: layer for layer in comparison.layers if "qlinear" in layer.op}
     assert set(layers) == {"0", "2", "4"}
     assert all(layer.alone > 25 and layer.accumulated > 25 for layer in layers.values())
+
+
+@pytest.mark.parametrize("rounding", ["single", "tflite"])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped", "depthwise"])
+def test_affine_weights_in_fixed_point(kind, rounding, monkeypatch):
+    """Integers alone, from torch's own with zero points: those of NumPy on every instruction set, a step off at most."""
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")  # fbgemm's depthwise sums saturate
+    groups = {"linear": 0, "convolution": 1, "grouped": 2, "depthwise": 8}[kind]
+    model = affine_convolution(groups, False) if groups else OneLayer(33, 8, "per_channel_affine").eval()
+    x = torch.randn(2, 8, 6, 5) if groups else torch.randn(40, 33)
+    qmodel = fxq.from_torch(model, x, requant="fixed", rounding=rounding, check=True)
+    report = fxq.report(qmodel)
+    assert report.recipe == f"torch's own, requant fixed, rounding {rounding}" and report.float_steps == []
+    expected = fxq.golden(qmodel)(x.numpy())
+    for isa in kernels.info().available:
+        with kernels.use_isa(isa):
+            assert np.array_equal(qmodel(x).numpy(), expected)
+    layer = model.fc if kind == "linear" else model[1]
+    steps = (torch.from_numpy(expected) - model(x)).abs() / layer.scale
+    assert steps.max() < 1.01 and (steps > 0.5).double().mean() < 0.02
+
+
+def test_fixed_point_is_no_engine_of_torch():
+    with pytest.raises(fxq.InputError, match="fbgemm multiplies by floats; give requant='fixed' without exact"):
+        fxq.from_torch(OneLayer(4, 2, "per_tensor"), torch.randn(2, 4), exact="fbgemm", requant="fixed")
