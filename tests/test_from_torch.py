@@ -461,7 +461,7 @@ def test_compare_finds_the_layers_by_their_modules():
 @pytest.mark.parametrize("rounding", ["single", "tflite"])
 @pytest.mark.parametrize("kind", ["linear", "convolution", "grouped", "depthwise"])
 def test_affine_weights_in_fixed_point(kind, rounding, monkeypatch):
-    """Integers alone, from torch's own with zero points: those of NumPy on every instruction set, a step off at most."""
+    """Integers alone, from weights with zero points: NumPy's on every instruction set, a step off torch's at most."""
     monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")  # fbgemm's depthwise sums saturate
     groups = {"linear": 0, "convolution": 1, "grouped": 2, "depthwise": 8}[kind]
     model = affine_convolution(groups, False) if groups else OneLayer(33, 8, "per_channel_affine").eval()
