@@ -33,6 +33,17 @@ def test_what_is_clipped_is_counted(model):
     assert high < 2 * scale
 
 
+def test_what_a_balanced_border_clips_is_counted(model):
+    """Its channels have factors, which are no part of the model."""
+    x = torch.randn(256, 16) * torch.tensor([40.0] + [1.0] * 15)
+    qmodel = fxq.quantize(model, x)
+    inside, outside = (fxq.compare(model, qmodel, factor * x).layers[0] for factor in (1, 3))
+    assert inside.op == "fxq.quantize_scaled"
+    assert inside.spread.clipped == 0
+    assert outside.spread.clipped > 0.02
+    assert inside.alone > 30 > outside.alone
+
+
 def test_how_much_of_the_range_is_used(model):
     x = torch.randn(64, 16)
     qmodel = fxq.quantize(model, x)

@@ -64,7 +64,9 @@ class QuantizeScaled:
         if factor.dtype != torch.float32 or factor.shape != x.meta["value"].shape[-1:]:
             return False
         qparams = match["scale"], match["zero_point"]
-        replace(gm, node, quantize_scaled, (x, match.node("factor"), *qparams), qparams)
+        scaled = replace(gm, node, quantize_scaled, (x, match.node("factor"), *qparams), qparams)
+        if "source" in x.meta:
+            scaled.meta["source"] = x.meta["source"]  # whose value it stands for: the factor is no part of the model
         return True
 
 
