@@ -1,21 +1,26 @@
-"""What runs as one call (`qblock`, `qchain`, `qlinears`, `qfeed_forward`, `qgate`) taken apart, with its names."""
+"""What runs as one call taken apart, with its names.
+
+`qimages`, `qblock`, `qchain`, `qlinears`, `qfeed_forward` and `qgate` are such calls.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from fxq.graph import Value, bypass, constant, get_attr, set_constant
-from fxq.ops import block
+from fxq.ops import block, images
 from fxq.ops.activation import qlinear_act
 from fxq.ops.block import Constant, qblock
 from fxq.ops.chain import decode, qchain, qchain_float
 from fxq.ops.conv import qconv, qconv_act_quantize
 from fxq.ops.feed_forward import qfeed_forward
 from fxq.ops.gate import qgate
+from fxq.ops.images import qimages
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linears import qlinears
@@ -52,6 +57,8 @@ def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
     links = list(node.meta["inside"])
     if node.target is qblock:
         return _lines(gm, node)
+    if node.target is qimages:
+        return _network(node)
     if node.target is qfeed_forward:
         x = node.args[0]
         assert isinstance(x, Node)
@@ -111,9 +118,32 @@ def _lines(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
     return lines
 
 
+def _network(node: Node) -> list[tuple[str, str, str]]:
+    """What a `qimages` runs: one line for each operation, with channels, window and activation."""
+    inputs, constants, program = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(program, str)
+    lines, links = [], iter(node.meta["inside"])
+
+    def noted(op: str, args: list[Any]) -> Any:
+        link = next(links)
+        if op == "qgate":
+            list(itertools.islice(links, 4))
+        x = args[0] if isinstance(args[0], Value) else args[0][0]
+        dim = 1 if len(link.value.shape) > 2 else -1
+        texts = [f"{x.shape[dim]} -> {link.value.shape[dim]}", *(arg for arg in args if isinstance(arg, str) and arg)]
+        lines.append((link.name, op, ", ".join(texts)))
+        return link.value
+
+    values = [x.meta["value"] for x in (*inputs, *constants) if isinstance(x, Node)]  # type: ignore[misc]
+    images.walk(program, values[: len(inputs)], values[len(inputs) :], noted)
+    return lines
+
+
 def expand_blocks(gm: GraphModule) -> GraphModule:
-    """`gm` with the operations of its blocks as nodes of their own, which are chains and calls of several again."""
+    """`gm` with the operations of its blocks and networks as nodes of their own, some of them of several again."""
     expanded = GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in expanded.graph.find_nodes(op="call_function", target=qimages):
+        _operations(expanded, node)
     for node in expanded.graph.find_nodes(op="call_function", target=qblock):
         _steps(expanded, node)
     return expanded
@@ -147,6 +177,24 @@ def _part(gm: GraphModule, node: Node) -> None:
         name = part.name
         bypass(gm, part, own)
         own.name = name
+
+
+def _operations(gm: GraphModule, node: Node) -> None:
+    """The operations that a `qimages` runs."""
+    inputs, constants, program = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(constants, list | tuple) and isinstance(program, str)
+    links = iter(node.meta["inside"])
+
+    def made(op: str, args: list[Any]) -> Node:
+        step = _node(gm, images.target(op), tuple(args), next(links))
+        if step.target is qgate:
+            step.meta["inside"] = tuple(itertools.islice(links, 4))
+        return step
+
+    with gm.graph.inserting_before(node):
+        results = images.walk(program, inputs, constants, made)
+    for result in list(node.users):
+        bypass(gm, result, results[result.args[1]])  # type: ignore[index]
 
 
 def _steps(gm: GraphModule, node: Node) -> None:

@@ -10,7 +10,7 @@
   share_ranges, correct_bias: OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
-  order_channels, fuse_gates, fuse_chains, merge_linears, fold_heads, prune, fuse_blocks: INTEGER
+  order_channels, fuse_gates, fuse_chains, merge_linears, fold_heads, prune, fuse_blocks, fuse_images: INTEGER
 """
 
 from fxq.pipeline import Pass
@@ -34,6 +34,7 @@ from passes import (
     fuse_embeddings,
     fuse_feed_forward,
     fuse_gates,
+    fuse_images,
     fuse_linear_relu,
     fuse_norm,
     fuse_residual,
@@ -144,6 +145,7 @@ CONVERT: tuple[Pass, ...] = (
     calibrate.PASS,
     *LOWER,
     fuse_blocks.PASS,
+    fuse_images.PASS,
 )
 """From a graph that has seen data, or was trained, to integers."""
 
@@ -154,6 +156,7 @@ IMPORT: tuple[Pass, ...] = (
     import_quantized.PASS,
     *LOWER,
     fuse_blocks.PASS,
+    fuse_images.PASS,
 )
 """From the trace of a model that torch has quantized to integers; with fxq's own roundings."""
 

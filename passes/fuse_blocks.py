@@ -9,17 +9,17 @@ stood there is kept in `meta["inside"]`: text, picture, `compare` and `golden` s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.expansion import Link
 from fxq.graph import Value, call, common_module, get_attr, is_tensor, line_of, set_constant, target_name
 from fxq.ops import block
 from fxq.ops.block import STEPS, Constant, Step, Written, qblock
 from fxq.pipeline import Context, Numbers
+from fxq.runs import Run, put, runs
 from fxq.shapes import Shape, shapes
 from fxq.spelling import GETITEM
 from fxq.stages import Stage
@@ -27,15 +27,6 @@ from fxq.tracing.origin import Origin
 
 LEAST = 3
 """Operations that are worth a call of their own."""
-
-
-@dataclass
-class _Run:
-    """A run in the making. lead: [B, T] of all its rows; behind: what reads it, directly or not, and is no part."""
-
-    lead: Shape
-    members: list[Node] = field(default_factory=list)
-    behind: list[Node] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,42 +40,11 @@ class FuseBlocks:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of blocks."""
-        runs = _runs(gm, shapes(gm))
-        for found in runs:
-            _fuse(gm, found)
-        return len(runs)
-
-
-def _runs(gm: GraphModule, known: dict[Node, Any]) -> list[_Run]:
-    runs: list[_Run] = []
-    for node in gm.graph.nodes:
-        open_run = runs[-1] if runs else None
-        lead = _lead(node, known)
-        if open_run is not None:
-            members, behind = open_run.members, open_run.behind
-            touched = {*members, *behind}.intersection(node.all_input_nodes)
-            is_part = _takes_part(node) and node.args[0] in members
-            if (is_part or lead == open_run.lead) and not set(behind).intersection(node.all_input_nodes):
-                members.append(node)
-                continue
-            if touched:
-                behind.append(node)
-        if lead is not None and node.op != "output":
-            runs.append(_Run(lead, [node]))
-    return [found for found in runs if _pays(found)]
-
-
-def _takes_part(node: Node) -> bool:
-    """Whether `node` takes one of the several results of an operation."""
-    return node.target is GETITEM and isinstance(node.args[0], Node) and not is_tensor(node.args[0])
-
-
-def _pays(found: _Run) -> bool:
-    members = set(found.members)
-    steps = [node for node in found.members if node.target is not GETITEM]
-    if any(not is_tensor(node) and not members.issuperset(node.users) for node in steps):
-        return False  # it is taken apart somewhere else
-    return len(steps) >= LEAST and not any("aliases" in node.meta for node in found.behind)
+        known = shapes(gm)
+        found = runs(gm, lambda node: _lead(node, known), LEAST)
+        for run in found:
+            _fuse(gm, run)
+        return len(found)
 
 
 def _lead(node: Node, known: dict[Node, Any]) -> Shape | None:
@@ -110,7 +70,7 @@ def _lead(node: Node, known: dict[Node, Any]) -> Shape | None:
     return leads.pop() if len(leads) == 1 else None
 
 
-def _fuse(gm: GraphModule, found: _Run) -> None:
+def _fuse(gm: GraphModule, found: Run) -> None:
     _unify_parts(found)
     members = set(found.members)
     masks: list[Node] = []
@@ -122,7 +82,7 @@ def _fuse(gm: GraphModule, found: _Run) -> None:
             into = constants if operand.op == "get_attr" and operand is not mask else masks if operand is mask else rows
             if operand not in members and operand not in into:
                 into.append(operand)
-    results = [node for node in found.members if is_tensor(node) and not members.issuperset(node.users)]
+    results = found.results()
     program = _program(found.members, rows, masks, constants, results)
 
     last = found.members[-1]
@@ -135,25 +95,10 @@ def _fuse(gm: GraphModule, found: _Run) -> None:
         held.meta["origin"] = origin
     with gm.graph.inserting_after(held):
         fused = call(gm, qblock, ([*rows, *masks], constants, held, widths), held)
-    fused.meta.pop("source", None)
-    fused.meta["value"] = [node.meta["value"] for node in results]
-    links = [(Link.of(node), *node.meta.get("inside", ())) for node in found.members]  # of a step, and of what it runs
-    fused.meta["inside"] = tuple(link for group in links for link in group)
-    anchor = fused
-    for i, node in enumerate(results):
-        with gm.graph.inserting_after(anchor):
-            anchor = call(gm, GETITEM, (fused, i), node, node.meta.get("qparams"))
-        node.replace_all_uses_with(anchor, lambda user: user not in members)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in found.behind:
-        if order[node] < order[held]:
-            anchor.append(node)
-            anchor = node
-    for node in reversed(found.members):
-        gm.graph.erase_node(node)
+    put(gm, found, fused)
 
 
-def _unify_parts(found: _Run) -> None:
+def _unify_parts(found: Run) -> None:
     """Let each part of a step be taken once."""
     taken: dict[Any, Node] = {}
     for node in list(found.members):

@@ -17,14 +17,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import replace
+from fxq.ops.add import qadd
 from fxq.ops.cat import qcat
 from fxq.ops.conv import qconv, qconv_act_quantize, qconv_add, qconv_fixed, qconv_float
 from fxq.ops.conv_transpose import qconv_transpose, qconv_transpose_fixed, qconv_transpose_float
+from fxq.ops.fixed_point import qadd_fixed, qmul_fixed, requantize_fixed
 from fxq.ops.lookup import lookup
+from fxq.ops.mul import qmul
 from fxq.ops.pool import qadaptive_avg_pool, qadaptive_avg_pool_fixed, qavg_pool, qavg_pool_fixed, qmax_pool
 from fxq.ops.upsample import qupsample_bilinear, qupsample_bilinear_fixed, qupsample_nearest
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import quantize, quantize_channels_last
+from fxq.qdq import quantize, quantize_channels_last, requantize
 from fxq.spelling import CAT, PAD
 from fxq.stages import Stage
 
@@ -37,6 +40,8 @@ _CHANNELS_LAST = frozenset(
 )
 _KEEP_ORDER = CAT | {PAD, lookup}
 """What gives the memory order that it reads."""
+_AS_FIRST = frozenset({lookup, requantize, requantize_fixed, qadd, qadd_fixed, qmul, qmul_fixed})
+"""The same, of the first operand where that has the shape of the result."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,10 @@ def _joins_channels(node: Node) -> bool:
 
 
 def _lies_channels_last(node: Node) -> bool:
-    if node.target is lookup:
-        return isinstance(node.args[0], Node) and _lies_channels_last(node.args[0])
+    if node.target in _AS_FIRST:
+        first = node.args[0]
+        assert isinstance(first, Node)
+        return _lies_channels_last(first) and first.meta["value"].shape == node.meta["value"].shape
     return node.target in _CHANNELS_LAST or node.target in (quantize_channels_last, qcat) or _joins_channels(node)
 
 

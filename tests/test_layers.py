@@ -42,6 +42,7 @@ LAYERS = [
     {
         "fxq.shapes",
         "fxq.expansion",
+        "fxq.runs",
         "fxq.golden_files",
         "fxq.golden_images",
         "fxq.golden_model",

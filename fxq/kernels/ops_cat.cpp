@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "channels_last.h"
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -56,4 +56,4 @@ Tensor qcat(const std::vector<Tensor>& tensors) {
 }  // namespace
 }  // namespace fxq
 
-STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) { m.impl("qcat", fxq::boxed<fxq::qcat>); }
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) { fxq::serve<fxq::qcat>(m, "qcat"); }

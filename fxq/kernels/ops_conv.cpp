@@ -5,6 +5,7 @@
 #include "channels_last.h"
 #include "checks.h"
 #include "conv.h"
+#include "program.h"
 #include "window.h"
 
 namespace fxq {
@@ -401,12 +402,12 @@ Tensor qconv_transpose_float(const Tensor& x, const Tensor& weight, const Tensor
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("qconv", fxq::boxed<fxq::qconv>);
-  m.impl("qconv_fixed", fxq::boxed<fxq::qconv_fixed>);
-  m.impl("qconv_float", fxq::boxed<fxq::qconv_float>);
-  m.impl("qconv_act_quantize", fxq::boxed<fxq::qconv_act_quantize>);
-  m.impl("qconv_add", fxq::boxed<fxq::qconv_add>);
-  m.impl("qconv_transpose", fxq::boxed<fxq::qconv_transpose>);
-  m.impl("qconv_transpose_fixed", fxq::boxed<fxq::qconv_transpose_fixed>);
-  m.impl("qconv_transpose_float", fxq::boxed<fxq::qconv_transpose_float>);
+  fxq::serve<fxq::qconv>(m, "qconv");
+  fxq::serve<fxq::qconv_fixed>(m, "qconv_fixed");
+  fxq::serve<fxq::qconv_float>(m, "qconv_float");
+  fxq::serve<fxq::qconv_act_quantize>(m, "qconv_act_quantize");
+  fxq::serve<fxq::qconv_add>(m, "qconv_add");
+  fxq::serve<fxq::qconv_transpose>(m, "qconv_transpose");
+  fxq::serve<fxq::qconv_transpose_fixed>(m, "qconv_transpose_fixed");
+  fxq::serve<fxq::qconv_transpose_float>(m, "qconv_transpose_float");
 }

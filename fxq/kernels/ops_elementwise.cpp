@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -248,13 +248,13 @@ Tensor requantize_fixed(const Tensor& q, int64_t z_x, int64_t multiplier, int64_
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("quantize", fxq::boxed<fxq::quantize>);
-  m.impl("quantize_scaled", fxq::boxed<fxq::quantize_scaled>);
-  m.impl("dequantize", fxq::boxed<fxq::dequantize>);
-  m.impl("requantize", fxq::boxed<fxq::requantize>);
-  m.impl("qadd", fxq::boxed<fxq::qadd>);
-  m.impl("qmul", fxq::boxed<fxq::qmul>);
-  m.impl("qadd_fixed", fxq::boxed<fxq::qadd_fixed>);
-  m.impl("qmul_fixed", fxq::boxed<fxq::qmul_fixed>);
-  m.impl("requantize_fixed", fxq::boxed<fxq::requantize_fixed>);
+  fxq::serve<fxq::quantize>(m, "quantize");
+  fxq::serve<fxq::quantize_scaled>(m, "quantize_scaled");
+  fxq::serve<fxq::dequantize>(m, "dequantize");
+  fxq::serve<fxq::requantize>(m, "requantize");
+  fxq::serve<fxq::qadd>(m, "qadd");
+  fxq::serve<fxq::qmul>(m, "qmul");
+  fxq::serve<fxq::qadd_fixed>(m, "qadd_fixed");
+  fxq::serve<fxq::qmul_fixed>(m, "qmul_fixed");
+  fxq::serve<fxq::requantize_fixed>(m, "requantize_fixed");
 }

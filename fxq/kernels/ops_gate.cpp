@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "channels_last.h"
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -98,4 +98,4 @@ Tensor qgate(const Tensor& t, int64_t z_x, double mean, int64_t z_mean, const Te
 }  // namespace
 }  // namespace fxq
 
-STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) { m.impl("qgate", fxq::boxed<fxq::qgate>); }
+STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) { fxq::serve<fxq::qgate>(m, "qgate"); }

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "broadcast.h"
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -198,10 +198,10 @@ Tensor qlinear_dynamic(const Tensor& x, const Tensor& weight, const Tensor& colu
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("qlinear", fxq::boxed<fxq::qlinear>);
-  m.impl("qlinear_float", fxq::boxed<fxq::qlinear_float>);
-  m.impl("qlinear_fixed", fxq::boxed<fxq::qlinear_fixed>);
-  m.impl("qlinear_act", fxq::boxed<fxq::qlinear_act>);
-  m.impl("qlinear_act_quantize", fxq::boxed<fxq::qlinear_act_quantize>);
-  m.impl("qlinear_dynamic", fxq::boxed<fxq::qlinear_dynamic>);
+  fxq::serve<fxq::qlinear>(m, "qlinear");
+  fxq::serve<fxq::qlinear_float>(m, "qlinear_float");
+  fxq::serve<fxq::qlinear_fixed>(m, "qlinear_fixed");
+  fxq::serve<fxq::qlinear_act>(m, "qlinear_act");
+  fxq::serve<fxq::qlinear_act_quantize>(m, "qlinear_act_quantize");
+  fxq::serve<fxq::qlinear_dynamic>(m, "qlinear_dynamic");
 }

@@ -1,7 +1,7 @@
 // Tables of 256 entries as torch operators: lookup, lookup_channels.
 #include <algorithm>
 
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -85,6 +85,6 @@ Tensor lookup_channels(const Tensor& q, const Tensor& table, int64_t dim) {
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("lookup", fxq::boxed<fxq::lookup>);
-  m.impl("lookup_channels", fxq::boxed<fxq::lookup_channels>);
+  fxq::serve<fxq::lookup>(m, "lookup");
+  fxq::serve<fxq::lookup_channels>(m, "lookup_channels");
 }

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "channels_last.h"
-#include "checks.h"
+#include "program.h"
 
 namespace fxq {
 namespace {
@@ -428,13 +428,13 @@ Tensor quantize_channels_last(const Tensor& x, double scale, int64_t zero_point)
 }  // namespace fxq
 
 STABLE_TORCH_LIBRARY_IMPL(fxq, CPU, m) {
-  m.impl("qavg_pool_fixed", fxq::boxed<fxq::qavg_pool_fixed>);
-  m.impl("qadaptive_avg_pool_fixed", fxq::boxed<fxq::qadaptive_avg_pool_fixed>);
-  m.impl("qavg_pool", fxq::boxed<fxq::qavg_pool>);
-  m.impl("qadaptive_avg_pool", fxq::boxed<fxq::qadaptive_avg_pool>);
-  m.impl("qmax_pool", fxq::boxed<fxq::qmax_pool>);
-  m.impl("qupsample_nearest", fxq::boxed<fxq::qupsample_nearest>);
-  m.impl("qupsample_bilinear_fixed", fxq::boxed<fxq::qupsample_bilinear_fixed>);
-  m.impl("qupsample_bilinear", fxq::boxed<fxq::qupsample_bilinear>);
-  m.impl("quantize_channels_last", fxq::boxed<fxq::quantize_channels_last>);
+  fxq::serve<fxq::qavg_pool_fixed>(m, "qavg_pool_fixed");
+  fxq::serve<fxq::qadaptive_avg_pool_fixed>(m, "qadaptive_avg_pool_fixed");
+  fxq::serve<fxq::qavg_pool>(m, "qavg_pool");
+  fxq::serve<fxq::qadaptive_avg_pool>(m, "qadaptive_avg_pool");
+  fxq::serve<fxq::qmax_pool>(m, "qmax_pool");
+  fxq::serve<fxq::qupsample_nearest>(m, "qupsample_nearest");
+  fxq::serve<fxq::qupsample_bilinear_fixed>(m, "qupsample_bilinear_fixed");
+  fxq::serve<fxq::qupsample_bilinear>(m, "qupsample_bilinear");
+  fxq::serve<fxq::quantize_channels_last>(m, "quantize_channels_last");
 }

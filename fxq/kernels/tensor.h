@@ -3,10 +3,13 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "arena.h"
 
 namespace fxq {
 
@@ -15,39 +18,59 @@ struct Shape {
   int64_t dim;
 };
 
-class Tensor {  // owns its handle, a reference to the tensor
+// Owns its handle, a reference to a tensor of torch; or, between the operations of one call, memory of an arena.
+class Tensor {
  public:
   static constexpr int64_t kMaxDim = 64;
+  static constexpr int64_t kMaxPlanned = 8;  // dimensions of what lies in an arena
 
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Tensor& operator=(Tensor&&) = delete;
+  Tensor(Tensor&& other) noexcept
+      : handle_(std::exchange(other.handle_, nullptr)), planned_(std::move(other.planned_)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    planned_.swap(other.planned_);
+    return *this;
+  }
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
+  bool is_there() const { return handle_ || planned_; }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
-  static Tensor empty(Shape shape, int32_t dtype);  // contiguous, on the CPU
+  // On the CPU, in Arena::current() where there is one.
+  static Tensor empty(Shape shape, int32_t dtype);  // contiguous
   static Tensor empty(Shape shape, const int64_t* strides, int32_t dtype);
   static Tensor empty_channels_last(Shape shape, int32_t dtype);  // [B, C, *spatial], the channels innermost
 
-  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
-  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
-  Shape shape() const { return {get<int64_t*>(aoti_torch_get_sizes), dim()}; }
-  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
-  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
+  int32_t dtype() const { return planned_ ? planned_->dtype : get<int32_t>(aoti_torch_get_dtype); }
+  int64_t dim() const { return planned_ ? planned_->dim : get<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return planned_ ? planned_->numel : get<int64_t>(aoti_torch_get_numel); }
+  Shape shape() const { return {planned_ ? planned_->sizes : get<int64_t*>(aoti_torch_get_sizes), dim()}; }
+  const int64_t* strides() const { return planned_ ? planned_->strides : get<int64_t*>(aoti_torch_get_strides); }
+  bool is_contiguous() const;
   // [B, C, *spatial] with the channels of every pixel, and the pixels, side by side, and not contiguous as well.
   bool is_channels_last() const;
   // Of the same shape, and channels-last where this one is.
   Tensor empty_like(int32_t dtype) const;
   Tensor contiguous() const;
+  Tensor alias() const;  // the same tensor once more
   template <class T>
   T* data() const {
-    return static_cast<T*>(get<void*>(aoti_torch_get_data_ptr));
+    return static_cast<T*>(planned_ ? planned_->data : get<void*>(aoti_torch_get_data_ptr));
   }
 
  private:
+  struct Planned {
+    Arena* arena;
+    void* data;
+    int32_t dtype;
+    int64_t dim, numel, sizes[kMaxPlanned], strides[kMaxPlanned];
+    Planned() = default;
+    Planned(Planned&&) = delete;
+    ~Planned() { arena->give(data); }
+  };
+
   template <class T>
   T get(AOTITorchError (*getter)(AtenTensorHandle, T*)) const {
     T value{};
@@ -56,6 +79,7 @@ class Tensor {  // owns its handle, a reference to the tensor
   }
 
   AtenTensorHandle handle_;
+  std::shared_ptr<Planned> planned_;
 };
 
 // The elements of a tensor one after the other: its own, or those of a copy where its strides are others. In the order

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxq
 from fxq import kernels
+from fxq.expansion import expand
 from fxq.ops.fixed_point import requantize_fixed
 from fxq.pipeline import run
 from fxq.qdq import dequantize, quantize
@@ -190,7 +191,7 @@ def test_a_convolutional_network_is_integer_only(recipe, tmp_path):
     qmodel = fxq.quantize(cnn(), IMAGES, recipe=recipe, strict=True, check=True)
     assert fxq.report(qmodel).float_steps == []
     assert fxq.report(qmodel).sqnr > 35
-    names = [str(node.target).split(".")[1] for node in qmodel.graph.nodes if "fxq." in str(node.target)]
+    names = [str(node.target).split(".")[1] for node in expand(qmodel).graph.nodes if "fxq." in str(node.target)]
     assert names == [
         *("quantize_channels_last", "qconv_fixed", "qmax_pool", "qconv_fixed", "qconv_fixed", "qadd_fixed"),
         *("qavg_pool_fixed", "qconv_fixed", "qupsample_nearest", "qadaptive_avg_pool_fixed", "qlinear_float"),
@@ -230,7 +231,7 @@ def test_a_decoder_is_integer_only(model_of, recipe, tmp_path):
     model = decoder(model_of)
     qmodel = fxq.quantize(model, IMAGES, recipe=recipe, strict=True, check=True)
     assert fxq.report(qmodel).float_steps == []
-    names = [str(node.target).split(".")[1] for node in qmodel.graph.nodes if "fxq." in str(node.target)]
+    names = [str(node.target).split(".")[1] for node in expand(qmodel).graph.nodes if "fxq." in str(node.target)]
     for op, count in (("qupsample_bilinear_fixed", 2), ("qmul_fixed", 2), ("qconv_transpose_fixed", 1)):
         assert names.count(op) == count
     floats = [name for name, tensor in qmodel.state_dict().items() if tensor.is_floating_point()]
