@@ -99,7 +99,7 @@ template <int R, int C, class Done>
 static void product_of(int64_t columns, const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride,
                        int64_t groups, const Done& done) {
   if constexpr (C > 1)
-    if (columns < C) return product_of<R, C - 1>(columns, x, x_stride, w, w_stride, groups, done);
+    if (columns < C) return product_of<R, C / 2>(columns, x, x_stride, w, w_stride, groups, done);
   products<R, C>(x, x_stride, w, w_stride, groups, done);
 }
 
@@ -228,8 +228,8 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
       memset(at.queries + r * depth + a.depth, 0, depth - a.depth);
       if (a.mask && !one_mask) read_mask(a, mask_offset + (row + r) * a.mask_stride[2], at.mask + r * span);
     }
-    for (int64_t c = 0; c < vectors; c += kColumns) {
-      const int64_t columns = vectors - c < kColumns ? vectors - c : kColumns;
+    for (int64_t c = 0, columns; c < vectors; c += columns) {
+      columns = columns_of(vectors - c);
       product_of(rows, columns, at.queries, depth, at.keys + c * key_vector, key_vector, groups,
                  StoreScores{at.bias + c * W, a.mask ? at.mask + c * W : nullptr, one_mask ? 0 : span,
                              splat(a.multiplier), at.scores + c * W, span});
@@ -250,8 +250,8 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
       multiplier[r] = a.v_multiplier / float(total);
     }
     uint8_t* y = static_cast<uint8_t*>(a.y) + ((b * a.queries + row) * a.heads + h) * a.width * item;
-    for (int64_t e = 0; e < a.width; e += kColumns * W) {
-      const int64_t left = ceil_div(a.width - e, W), columns = left < kColumns ? left : kColumns;
+    for (int64_t e = 0, columns; e < a.width; e += columns * W) {
+      columns = columns_of(ceil_div(a.width - e, W));
       product_of(rows, columns, at.weights, span, at.values + e / W * value_vector, value_vector, ceil_div(seen, 4),
                  StoreOutput{a, offset, multiplier, round, rows, a.width - e, y + e * item});
     }

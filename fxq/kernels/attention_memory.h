@@ -1,12 +1,10 @@
 // The memory that the attention kernel works in, without torch.
 #pragma once
-#include <memory>
-
 #include "kernels.h"
 
 namespace fxq {
 
-// One allocation per thread and call, cut into parts that begin at cache lines.
+// Memory of this thread, cut into parts that begin at cache lines.
 class AttentionMemory {
  public:
   explicit AttentionMemory(const Attention& a) {
@@ -20,24 +18,19 @@ class AttentionMemory {
       at_.scores = take<float>(kMaxRows * span);
       at_.queries = take<uint8_t>(kMaxRows * depth);
       at_.weights = take<uint8_t>(kMaxRows * span);
-      if (pass == 0) {
-        bytes_.reset(new uint8_t[used_ + kLine]());
-        base_ = bytes_.get() + (kLine - reinterpret_cast<uintptr_t>(bytes_.get()) % kLine);
-      }
+      if (pass == 0) base_ = static_cast<uint8_t*>(scratch(used_, Holder::kPart));
     }
   }
   const AttentionScratch& parts() const { return at_; }
 
  private:
-  static constexpr int64_t kLine = 64;
   static int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
   template <class T>
   T* take(int64_t count) {
     const int64_t begin = used_;
-    used_ += round_up(count * int64_t(sizeof(T)), kLine);
+    used_ += round_up(count * int64_t(sizeof(T)), 64);
     return reinterpret_cast<T*>(base_ + begin);
   }
-  std::unique_ptr<uint8_t[]> bytes_;
   uint8_t* base_ = nullptr;
   int64_t used_ = 0;
   AttentionScratch at_;

@@ -15,7 +15,8 @@ struct Place {
   const uint8_t* residual;
   void* y;
   int64_t y_stride;
-  bool gates;  // whether `gated` is applied
+  int64_t last;  // the last row that there is: narrow tiles take it for those beyond
+  bool gates;    // whether `gated` is applied
 };
 
 static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
@@ -65,7 +66,10 @@ static void tile(const Gemm& g, const Place& at) {
     UNROLL for (int r = 0; r < R; ++r) acc[r][c] = bias;
   }
   const uint8_t* x[R];
-  UNROLL for (int r = 0; r < R; ++r) x[r] = at.rows ? at.rows[r] : at.x + r * g.x_stride;
+  UNROLL for (int r = 0; r < R; ++r) {
+    const int64_t row = C < kColumns && r > at.last ? at.last : r;
+    x[r] = at.rows ? at.rows[row] : at.x + row * g.x_stride;
+  }
   const int8_t* w = at.weight;
   const int64_t step = at.step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
   const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
@@ -129,10 +133,17 @@ static Tile tile_of(int64_t columns) {
 }
 
 template <int R>
-static Tile sums_of(int64_t rows, int64_t columns) {
+static Tile wide_sums_of(int64_t rows) {
   if constexpr (R > 1)
-    if (rows < R) return sums_of<R - 1>(rows, columns);
-  return tile_of<R, Leaves::kSums>(columns);
+    if (rows < R) return wide_sums_of<R - 1>(rows);
+  return tile<R, kColumns, Leaves::kSums>;
+}
+
+// As high as there are rows; narrow ones of one row, half of kRows or kRows, as others would save little.
+static Tile sums_of(int64_t rows, int64_t columns) {
+  if (columns == kColumns) return wide_sums_of<kRows>(rows);
+  if (rows == 1) return tile_of<1, Leaves::kSums>(columns);
+  return rows <= kRows / 2 ? tile_of<kRows / 2, Leaves::kSums>(columns) : tile_of<kRows, Leaves::kSums>(columns);
 }
 
 // The tile that leaves results, where there is one: nearly all tiles are of kRows rows; uint8 of one row is for speed.
@@ -185,9 +196,10 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
       at.x = g.x + row * g.x_stride;
     at.y = stage;
     at.y_stride = width;
+    at.last = rows - 1;
     const Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
     if (!direct) {
-      sums_of<kRows>(rows, columns)(g, at);
+      sums_of(rows, columns)(g, at);
       finish_sums(g, row, rows, channel, valid, stage, width);
       continue;
     }

@@ -1,4 +1,4 @@
-"""The algebra of winograd.h over Python integers: what it claims of its matrices, and of arithmetic modulo 2**32."""
+"""The algebra of winograd_tiles.h over Python integers: its matrices, and what it does modulo 2**32."""
 
 import re
 from pathlib import Path
