@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 import fxq
 from benchmarks.models import WORKLOADS, Workload
 from benchmarks.peers import to_tensor
 from fxq.comparison import sqnr
-from fxq.pipeline import Context, Numbers, Pass
-from fxq.stages import Stage
-from passes import CONVERT
+from fxq.pipeline import Context
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
@@ -56,43 +52,8 @@ OBSERVERS = ("min_max", "moving_average", "percentile")
 TIMED = ("balance", "scale-rows", "equalize", "round-weights", "correct-bias")
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A pass that notes how long it takes."""
-
-    step: Pass
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.step.name
-
-    @property
-    def takes(self) -> Stage:
-        """The stage before it."""
-        return self.step.takes
-
-    @property
-    def gives(self) -> Stage:
-        """The stage after it."""
-        return self.step.gives
-
-    @property
-    def numbers(self) -> Numbers:
-        """Its contract."""
-        return self.step.numbers
-
-    def run(self, gm: GraphModule, ctx: Context) -> int:
-        """As the pass does."""
-        start = time.process_time()
-        count = self.step.run(gm, ctx)
-        self.seconds[self.name] = time.process_time() - start
-        return count
-
-
 def measure(workload: Workload, found: dict[str, Any]) -> Iterator[None]:
-    """Fill `found`, a step for each recipe that it has not: SQNR in dB; CPU seconds of the methods, the products."""
+    """Fill `found`, a step for each recipe that it has not: SQNR in dB; seconds of the methods, the products."""
     module, data = workload.module(), workload.inputs(False, workload.calibrated_on, workload.batches)
     held_out = workload.inputs(True, workload.calibrated_on, max(2, workload.rows // workload.calibrated_on[0]))
     with torch.no_grad():
@@ -107,14 +68,14 @@ def measure(workload: Workload, found: dict[str, Any]) -> Iterator[None]:
         for name, recipe in missing.items():
             context: Context = prepared.meta["fxq"]
             context.recipe = recipe
-            seconds: dict[str, float] = {}
-            qmodel = fxq.convert(prepared, passes=tuple(Timed(step, seconds) for step in CONVERT))
+            qmodel = fxq.convert(prepared)
             with torch.no_grad():
                 actual = torch.cat([to_tensor(qmodel(*inputs)) for inputs in held_out])
             found["sqnr"][name] = round(sqnr(expected, actual), 2)
             found["products"] = sum(d.macs > 0 and d.form == "int8" for d in qmodel.report.decisions)
             for step in TIMED:  # the longest time: of a recipe that has it
-                found["seconds"][step] = max(found["seconds"].get(step, 0.0), round(seconds[step], 2))
+                _, seconds = qmodel.report.seconds.get(step, (0, 0.0))
+                found["seconds"][step] = max(found["seconds"].get(step, 0.0), round(seconds, 2))
             print(f"    {workload.name}: {name} {found['sqnr'][name]:.2f} dB", flush=True)
             yield
 
@@ -140,7 +101,7 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     known = [f"{peers[name]:.1f}" if name in peers else "" for name in names]
     yield f"| best static int8 peer | {' | '.join(known)} |"
     yield ""
-    yield f"| CPU ms per product | {' | '.join(names)} |"
+    yield f"| ms per product | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"
     for step in TIMED:
         times = [(results[name]["seconds"].get(step), results[name]["products"]) for name in names]

@@ -22,11 +22,12 @@ from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
-from fxq.fake_quantize import FakeQuantize
+from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
-from fxq.observers import WeightObserver, learning, paused, sample_of
+from fxq.memory import give_back
+from fxq.observers import forget_rows, learning, paused, sample_of
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
@@ -128,9 +129,12 @@ def _prepare(
     recipe = _resolve(recipe, model, families)
     folder = dump_folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend, share=share)
+    give_back()
     ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
     ctx.report.recipe = recipe.title
-    return inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
+    gm = inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
+    give_back()
+    return gm
 
 
 @torch.inference_mode(False)
@@ -234,6 +238,7 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
                 ) from error
     if not count:
         raise CalibrationError("calibration_data is empty: give at least one batch like the example inputs")
+    give_back()
     return prepared
 
 
@@ -243,11 +248,18 @@ def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) ->
 
     Raises `CalibrationError` naming the first value that no data has reached.
     """
+    return _convert(prepared, passes)
+
+
+def _convert(prepared: GraphModule, passes: tuple[Pass, ...] | None, last: bool = False) -> QuantizedModule:
+    """See `convert`. last: `prepared` is to be converted once; it keeps no samples."""
     _context(prepared, Stage.OBSERVED, "fxq.convert")
-    observers = [m for m in prepared.modules() if isinstance(m, FakeQuantize | WeightObserver)]  # they write to theirs
-    changing = {id(tensor) for observer in observers for tensor in tensors_of(observer)}
+    trained = [module for module in prepared.modules() if isinstance(module, FakeQuantize | WeightFakeQuantize)]
+    changing = {id(tensor) for module in trained for tensor in tensors_of(module)}  # those write to theirs
     kept = [] if prepared.meta.get(STATE) else [t for t in tensors_of(prepared) if id(t) not in changing]
     gm = copy.deepcopy(prepared, aliases(kept)).eval()
+    if last:
+        forget_rows(prepared)
     ctx = cast(Context, gm.meta["fxq"])
     result = inside.convert(gm, CONVERT if passes is None else passes)
     own(result, kept)
@@ -293,7 +305,8 @@ def quantize(
     _refuse(ctx.report, strict)
     data = [(ctx.examples.args or ctx.examples.kwargs)] if calibration_data is None else calibration_data
     calibrate(prepared, data, progress=progress)
-    result = convert(prepared, passes=after)
+    with torch.inference_mode(False):
+        result = _convert(prepared, after, last=True)
     if strict and result.report.float_steps:
         lines = "\n".join(f"  {step}" for step in result.report.float_steps)
         raise QuantizationError(

@@ -77,8 +77,9 @@ class Report:
 
     sqnr: signal to quantization noise of the output on the examples in dB, None where the model was not compared.
     weight_bytes: of all parameters and buffers, before and after. guards: what tracing fixed on a value.
-    float_steps: under requant="fixed", where float arithmetic remains between the model's edges.
     equalized: by the name of a float value, the dimension of its channels and by what the integers' are divided.
+    float_steps: under requant="fixed", where float arithmetic remains between the model's edges. seconds: what each
+    method that calibration data decides about took, with the number of its changes.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -90,6 +91,7 @@ class Report:
     sqnr: float | None = None
     float_steps: list[str] = field(default_factory=list)
     equalized: dict[str, tuple[int, list[float]]] = field(default_factory=dict)
+    seconds: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def macs(self) -> tuple[int, int]:
@@ -123,6 +125,7 @@ class Report:
         for entry in plain["decisions"]:
             entry["reason"] = entry["reason"].name if entry["reason"] is not None else None
         plain["weight_bytes"] = list(self.weight_bytes)
+        plain["seconds"] = {name: list(pair) for name, pair in self.seconds.items()}
         plain["int8_share"] = self.int8_share
         return plain
 
@@ -131,6 +134,7 @@ class Report:
         """The inverse of `to_dict`."""
         fields = {key: value for key, value in plain.items() if key != "int8_share"}
         fields["weight_bytes"] = tuple(fields["weight_bytes"])
+        fields["seconds"] = {name: tuple(pair) for name, pair in fields.get("seconds", {}).items()}
         fields["decisions"] = [
             Decision(**{**entry, "reason": Reason[entry["reason"]] if entry["reason"] else None})
             for entry in fields["decisions"]
@@ -171,6 +175,10 @@ class Report:
             count = f"{len(self.float_steps)} operations" if self.float_steps else "no operation"
             lines.append(f"float arithmetic between the quantized inputs and the dequantized outputs: {count}")
             lines += [f"  {step}" for step in self.float_steps]
+        lines += [
+            f"{name}: {count} changes in {seconds:.2f} s, {1000 * seconds / count:.0f} ms each"
+            for name, (count, seconds) in self.seconds.items()
+        ]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"guard: {guard}" for guard in self.guards]
         return "\n".join(lines)

@@ -147,9 +147,11 @@ class LearnedFakeQuantize(FakeQuantize):
 class WeightFakeQuantize(WeightObserver):
     """Fakes the quantization of a weight, with the scales that its largest magnitudes have now."""
 
+    scales: Tensor
+
     def __init__(self, where: str, granularity: Granularity, w: Tensor) -> None:
         super().__init__(where, granularity)
-        self.scales = WeightObserver.scales_of(self, w)
+        self.register_buffer("scales", WeightObserver.scales_of(self, w))
 
     def forward(self, w: Tensor) -> Tensor:
         """w^ of w (float32 [N, ...])."""

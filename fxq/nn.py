@@ -17,7 +17,7 @@ from fxq.gradients import refuse_gradients
 from fxq.observers import WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linear_weight_only import linear_weight_only
-from fxq.qdq import quantize_weight
+from fxq.qdq import integers_of
 from fxq.qtypes import MAX_K
 
 _REMEDIES = {
@@ -64,10 +64,9 @@ class QuantizedLinear(nn.Module):
         if not bool(torch.isfinite(w).all()) or (b is not None and not bool(torch.isfinite(b).all())):
             raise InputError(f"{cls.__name__}: the weight or bias holds NaN or infinity; repair the checkpoint")
         layer = cls(linear.in_features, linear.out_features, b is not None)
-        observer = WeightObserver("weight", "per_channel")
-        observer(w)
-        layer.weight_scale.copy_(observer.scales)
-        layer._take(quantize_weight(w, observer.scales))
+        integers, scales = integers_of(WeightObserver("weight", "per_channel"), w)
+        layer.weight_scale.copy_(scales)
+        layer._take(integers)
         if layer.bias is not None and b is not None:
             layer.bias.copy_(b)
         return layer.train(linear.training)

@@ -12,10 +12,11 @@ import enum
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch.fx import GraphModule
+from tqdm import tqdm
 
 from fxq import dump
 from fxq.decisions import Report
@@ -23,6 +24,7 @@ from fxq.errors import VerifyError
 from fxq.family import Family
 from fxq.graph import NodeError, drop_unread, find_state, is_known, propagate, unchanged
 from fxq.inputs import Call
+from fxq.memory import give_back
 from fxq.observers import HOLDER, paused
 from fxq.qtypes import Spec
 from fxq.recipe import Recipe
@@ -67,6 +69,11 @@ class Context:
     check: bool = False
     timings: list[tuple[str, int, float]] = field(default_factory=list)
     progress: bool | None = None
+
+    def bar(self, what: str, count: int, unit: str = "layer") -> tqdm[NoReturn]:
+        """A progress bar of `count` steps on stderr, as `progress` wants it."""
+        delay = 0 if self.progress else 2
+        return tqdm(total=count, desc=what, unit=unit, delay=delay, disable=self.progress is False, leave=False)
 
 
 class Pass(Protocol):
@@ -118,7 +125,11 @@ def run(passes: Sequence[Pass], gm: GraphModule, ctx: Context) -> GraphModule:
             verify_laws(gm, ctx, _after(changed, ctx))
         if rewrites and step.takes is not Stage.FLOAT:
             drop_unread(gm, keep=HOLDER)  # a weight is in memory in one form at a time
-        ctx.timings.append((step.name, rewrites, time.perf_counter() - start))
+            give_back()
+        seconds = time.perf_counter() - start
+        ctx.timings.append((step.name, rewrites, seconds))
+        if rewrites and step.takes is step.gives is Stage.OBSERVED:
+            ctx.report.seconds[step.name] = rewrites, seconds
         if before is not None:
             gm.recompile()
             check_numbers(before, gm, step, ctx)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxq import kernels, numerics
 from fxq.layout import channels_last, empty, laid_like
+from fxq.observers import RoundedWeight, WeightObserver
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, WEIGHT_QMAX
 
 
@@ -144,3 +145,11 @@ def integer_bounds(bounds: tuple[float | None, float | None], scale: float, zero
 
     low, high = bounds
     return (ACT_QMIN if low is None else q(low)), (ACT_QMAX if high is None else q(high))
+
+
+def integers_of(observer: WeightObserver, w: Tensor) -> tuple[Tensor, Tensor]:
+    """What the weight `w` becomes by its observer: integers of the shape of `w`, and their scales."""
+    if isinstance(observer, RoundedWeight):
+        return observer.integers, observer.scales
+    scales = observer.scales_of(w)
+    return quantize_weight(observer.scaled(w.detach()).contiguous(), scales), scales

@@ -32,7 +32,7 @@ DECAY = 0.9, 0.999
 
 
 def reconstructed(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
-    """`w` on the grid of its scales, integers times scales.
+    """The integers of `w` on the grid of its scales, int8.
 
     w: float32 [G, n, K]; scales: [G, n]; hessian: H, [G, K, K].
     """
@@ -57,4 +57,4 @@ def reconstructed(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
         size, spread = mean / (1 - DECAY[0] ** step), square / (1 - DECAY[1] ** step)
         v -= RATE * size / (spread.sqrt_() + 1e-8)
     up = (STRETCH * torch.sigmoid(v) - margin >= 0.5).to(w.dtype)
-    return (floor + up).clamp_(-WEIGHT_QMAX, WEIGHT_QMAX) * scales[:, :, None]
+    return (floor + up).clamp_(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8)

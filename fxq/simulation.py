@@ -2,6 +2,7 @@
 
 Node by node, so that a pass sees what a product gives in both before anything behind it has run, can change its
 constants, and hands on what it then gives: errors are seen where they arrive, those from above corrected already.
+A value goes after its last use. In float a weight is what it was, whatever integers stand for it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from tqdm import tqdm
 
 from fxq.comparison import output_sqnr
 from fxq.fake_quantize import FakeQuantize
 from fxq.graph import STATE, Value, bind, submodule
 from fxq.inputs import Call
+from fxq.memory import give_back
 from fxq.observers import Observer, Rows, Sample, WeightObserver, sample_of
 from fxq.pipeline import Context
-from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize
+from fxq.qtypes import QParams
 from fxq.recipe import Recipe
 from fxq.spelling import CONV_TRANSPOSE, CONVS, LINEAR
 
@@ -71,12 +74,15 @@ def halves(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """On more, sums and LAPACK may round differently, and constants follow from them."""
+def _reproducible() -> Iterator[None]:
+    """Without gradients, from one seed, on one thread: on more, sums and LAPACK may round differently, and constants
+    follow from them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -84,7 +90,7 @@ def _one_thread() -> Iterator[None]:
 class _Run(Interpreter):
     """One call of a graph, a step at a time; rounding: what its observers make of what they see."""
 
-    def __init__(self, gm: GraphModule, call: Call, rounding: Callable[[nn.Module, Tensor], Tensor] | None) -> None:
+    def __init__(self, gm: GraphModule, call: Call, rounding: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__(gm)
         self.gm = gm
         self.rounding = rounding
@@ -102,7 +108,7 @@ class _Run(Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.gm.get_submodule(target)
         if isinstance(module, Observer | Rows | WeightObserver):
-            return args[0] if self.rounding is None else self.rounding(module, args[0])
+            return self.rounding(module, args[0])
         return super().call_module(target, args, kwargs)
 
 
@@ -110,52 +116,59 @@ class Simulation:
     """Runs of `gm` on some of the calibration data, else on the examples.
 
     sample: where it is not a part of `gm`. exact: in float, and with `exact_only` nothing else; before: in integers, as
-    the graph was; rounded: in integers, with what `rerun` was told of.
+    the graph was, on the data that is judged by; rounded: in integers, with what `rerun` was told of.
     gain: in dB, what the output has gained in the end, on the data that is judged by; reached: its SQNR there.
     """
 
     def __init__(self, gm: GraphModule, ctx: Context, exact_only: bool = False, sample: Sample | None = None) -> None:
         self.gm = gm
-        self.progress = ctx.progress
+        self.ctx = ctx
         sample = sample or sample_of(gm)
         calls = sample.calls if sample is not None and sample.calls else [ctx.examples]
         values = [node.meta.get("value") for node in gm.graph.nodes if node.op != "get_attr"]
         numbers = sum(math.prod(value.shape) for value in values if isinstance(value, Value))
         work = sum(decision.macs for decision in ctx.report.decisions) + 100 * numbers
         calls = calls[: max(2, MOST_WORK // max(1, work))]
-        self.exact = [_Run(gm, call, None) for call in calls]
-        inexact = [] if exact_only else calls
-        self.before, self.rounded = ([_Run(gm, call, self._round) for call in inexact] for _ in range(2))
+        self.exact = [_Run(gm, call, self._pass_on) for call in calls]
+        self.judged = [] if exact_only else calls[1::2] or calls
+        self.before = [_Run(gm, call, self._round) for call in self.judged]
+        self.rounded = [] if exact_only else [_Run(gm, call, self._round) for call in calls]
         self.gain = 0.0
         self.reached = math.inf
-        self._weight: tuple[nn.Module | None, Tensor] = None, torch.zeros(0)
+        self._known: list[tuple[Any, float]] = []
+        self._weights: dict[bool, tuple[nn.Module | None, Tensor]] = {}
+        self._qparams: dict[nn.Module, QParams] = {}
 
     def stops(self, nodes: Set[Node], what: str) -> Iterator[Node]:
         """Run all; each of `nodes` is given out right after it has run. what: the work, for the progress bar.
 
         All of it on one thread, so that any number gives the same model.
         """
-        bar = tqdm(
-            total=len(nodes),
-            desc=what,
-            unit="layer",
-            delay=0 if self.progress else 2,
-            disable=self.progress is False,
-            leave=False,
-        )
         runs = [*self.exact, *self.before, *self.rounded]
-        with bar, torch.no_grad(), torch.random.fork_rng(devices=[]), _one_thread():
-            torch.manual_seed(0)
+        with self.ctx.bar(what, len(nodes)) as bar, _reproducible():
             for node in self.gm.graph.nodes:  # those that a pass puts ahead are run as well
                 for run in runs:
                     run.step(node)
                 if node in nodes:
                     yield node
+                    give_back()
                     bar.update()
                 if node.op == "output" and self.rounded:
-                    self.gain = self._gain(node)
+                    self._judge(node)
                 for run in runs:
                     run.forget(node)
+
+    def judge(self) -> None:
+        """Find `gain` and `reached` of the graph as it is now, after `stops`."""
+        self._weights.clear()
+        with _reproducible():
+            runs = [_Run(self.gm, call, self._round) for call in self.judged]
+            for node in self.gm.graph.nodes:
+                for run in runs:
+                    run.step(node)
+                    if node.op != "output":
+                        run.forget(node)
+            self.gain = self._gain([run.env[node] for run in runs])
 
     def values(self, node: Node) -> tuple[list[Tensor], list[Tensor]]:
         """What `node` gave in the exact runs, and in the rounded ones."""
@@ -170,16 +183,22 @@ class Simulation:
                         run.step(source)
             run.step(product)
 
-    def _gain(self, output: Node) -> float:
-        judged = slice(1, None, 2) if len(self.exact) > 1 else slice(None)
-        triples = list(zip(self.exact, self.before, self.rounded, strict=True))[judged]
-        gains, reached = [], []
-        for exact, *others in triples:
-            before, after = (output_sqnr(exact.env[output], other.env[output]) for other in others)
-            gains.append(after - before if after != before else 0.0)
-            reached.append(after)
+    def _judge(self, output: Node) -> None:
+        exact, rounded = ([run.env[output] for run in runs] for runs in (self.exact, self.rounded))
+        exact, rounded = exact[1::2] or exact, rounded[1::2] or rounded
+        before = [output_sqnr(y, run.env[output]) for y, run in zip(exact, self.before, strict=True)]
+        self._known = list(zip(exact, before, strict=True))
+        self.gain = self._gain(rounded)
+
+    def _gain(self, outputs: list[Any]) -> float:
+        reached = [output_sqnr(exact, y) for (exact, _), y in zip(self._known, outputs, strict=True)]
+        gains = [now - was if now != was else 0.0 for now, (_, was) in zip(reached, self._known, strict=True)]
         self.reached = sum(reached) / len(reached)
         return sum(gains) / len(gains)
+
+    def _pass_on(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What an observer gives in float."""
+        return self._weight(module, x, rounded=False) if isinstance(module, WeightObserver) else x
 
     def _round(self, module: nn.Module, x: Tensor) -> Tensor:
         rounded: Tensor
@@ -187,11 +206,48 @@ class Simulation:
             rounded = fake_quantize_rows(x)
             return rounded
         if isinstance(module, WeightObserver):
-            if self._weight[0] is not module:  # all runs come to it one after the other
-                scales = module.scales_of(x)
-                self._weight = module, dequantize_weight(quantize_weight(x, scales), scales, x.dtype)
-            return self._weight[1]
+            return self._weight(module, x, rounded=True)
         assert isinstance(module, Observer)
-        q = module.qparams()
+        q = self._qparams.get(module) or self._qparams.setdefault(module, module.qparams())
         rounded = dequantize(quantize(x, q.scale, q.zero_point), q.scale, q.zero_point)
         return rounded
+
+    def _weight(self, observer: WeightObserver, w: Tensor, rounded: bool) -> Tensor:
+        """What a product multiplies by; all runs come to it one after the other."""
+        known, weight = self._weights.get(rounded, (None, w))
+        if known is not observer:
+            weight = dequantize_weight(*integers_of(observer, w), w.dtype) if rounded else observer(w)
+            self._weights[rounded] = observer, weight
+        return weight
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a method has done to a product: the effect, for the report, and what takes it back."""
+
+    effect: str
+    undo: Callable[[], None]
+
+
+class Fitter(Protocol):
+    """A method at work on one graph: `products` are those that it may change."""
+
+    @property
+    def products(self) -> Set[Node]: ...
+
+    def fit(self, product: Node, simulation: Simulation) -> Change | None:
+        """Change the constants of `product`, which has just run, where that pays."""
+        ...
+
+
+class Method(Protocol):
+    """A way of fitting the constants of products to calibration data; what: those constants, for people."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def what(self) -> str: ...
+
+    def begin(self, gm: GraphModule, ctx: Context) -> Fitter | None:
+        """None where the recipe has switched it off."""
+        ...

@@ -6,8 +6,8 @@
 - (to train: keep_dropout first, make_trainable after observe; then the model is trained)
 - observe (then calibration data runs): OBSERVED
 - (what torch has quantized: import_quantized makes pairs of it, and it goes on as QDQ)
-- end_training, equalize, balance, scale_rows, round_weights, judge_attention, judge_lookup, judge_tables,
-  share_ranges, correct_bias: OBSERVED
+- end_training, equalize, balance, scale_rows, judge_attention, judge_lookup, judge_tables, share_ranges,
+  fit_products (round_weights, correct_bias): OBSERVED
 - calibrate, fuse_linear_relu, fold_qdq: QDQ
 - lower, use_fixed_point, fuse_residual, fuse_conv_add, fuse_activation, fuse_feed_forward, fuse_norm, fuse_embeddings,
   order_channels, fuse_gates, fuse_chains, merge_linears, fold_heads, prune, fuse_blocks, fuse_images: INTEGER
@@ -21,6 +21,7 @@ from passes import (
     correct_bias,
     end_training,
     equalize,
+    fit_products,
     fold_batch_norm,
     fold_bias,
     fold_constants,
@@ -136,12 +137,11 @@ CONVERT: tuple[Pass, ...] = (
     equalize.PASS,
     balance.PASS,
     scale_rows.PASS,
-    round_weights.PASS,
     judge_attention.PASS,
     judge_lookup.PASS,
     judge_tables.PASS,
     share_ranges.PASS,
-    correct_bias.PASS,
+    fit_products.FitProducts((round_weights.METHOD, correct_bias.METHOD)),
     calibrate.PASS,
     *LOWER,
     fuse_blocks.PASS,

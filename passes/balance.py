@@ -29,7 +29,7 @@ from fxq.graph import call, constant, exclusive_constants, get_attr, set_constan
 from fxq.numerics import activation_qparams
 from fxq.observers import Edge, Fixed, WeightObserver
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.qdq import dequantize, dequantize_weight, integers_of, quantize
 from fxq.qtypes import Granularity
 from fxq.spelling import LINEAR, MUL
 from fxq.stages import Stage
@@ -105,9 +105,7 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
         q_x = dequantize(quantize(x if factors is None else x * factors, *operands), *operands)
         q_w = []
         for w, granularity in weights:
-            observed = WeightObserver("", granularity)
-            scaled = observed(w if factors is None else w / factors)
-            q_w.append(dequantize_weight(quantize_weight(scaled, observed.scales), observed.scales))
+            q_w.append(dequantize_weight(*integers_of(WeightObserver("", granularity, factors), w)))
         return Choice(factors, low, high, sqnr(expected, q_x @ torch.cat(q_w).t()))
 
     plain = attempt(None, *observer.range())
@@ -164,43 +162,44 @@ def _factors(observer: Edge, weights: list[Tensor], exponent: float) -> Tensor:
     return torch.exp2(torch.round(logs.nan_to_num(0)).clamp(-20, 20))
 
 
+def _source(reader: Node) -> Node:
+    """The constant whose observer a linear reads as its weight."""
+    observed = reader.args[1]
+    assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
+    return observed.args[0]
+
+
 def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, Granularity]:
     """The weight of a linear, and the granularity of its scales."""
     observed = reader.args[1]
     assert isinstance(observed, Node)
-    observer, source = submodule(gm, observed), observed.args[0]
-    assert isinstance(observer, WeightObserver) and isinstance(source, Node)
-    return constant(gm, source).detach(), observer.granularity
+    observer = submodule(gm, observed)
+    assert isinstance(observer, WeightObserver)
+    return constant(gm, _source(reader)).detach(), observer.granularity
 
 
 def _exclusive(reader: Node, exclusive: set[Node]) -> bool:
     """Whether the weight of `reader` is read nowhere else, under any name."""
     observed = reader.args[1]
-    assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
-    return observed.args[0] in exclusive and len(observed.users) == 1
+    assert isinstance(observed, Node)
+    return _source(reader) in exclusive and len(observed.users) == 1
 
 
 def _apply(gm: GraphModule, node: Node, observer: Edge, readers: list[Node], choice: Choice) -> None:
-    rows = observer.rows if choice.factors is None else observer.rows * choice.factors
-    gm.set_submodule(str(node.target), Fixed(observer.where, choice.low, choice.high, rows))
+    gm.set_submodule(str(node.target), Fixed(observer.where, choice.low, choice.high, observer.rows))
     if choice.factors is None:
         return
     x = node.args[0]
     assert isinstance(x, Node)
-    weight_paths = []
     for reader in readers:
         observed = reader.args[1]
-        assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
-        source, old = observed.args[0], submodule(gm, observed)
+        assert isinstance(observed, Node)
+        old = submodule(gm, observed)
         assert isinstance(old, WeightObserver)
-        path = set_constant(gm, f"{source.target}_balanced", constant(gm, source).detach() / choice.factors)
-        weight_paths.append(path)
-        with gm.graph.inserting_before(observed):
-            observed.replace_input_with(source, get_attr(gm, path, source))
-        gm.graph.erase_node(source)
-        gm.set_submodule(str(observed.target), WeightObserver(f"weight {path}", old.granularity))
+        gm.set_submodule(str(observed.target), WeightObserver(old.where, old.granularity, choice.factors))
+    path = set_constant(gm, f"{_source(readers[0]).target}_factors", choice.factors)
     with gm.graph.inserting_before(node):
-        factors = get_attr(gm, set_constant(gm, f"{weight_paths[0]}_factors", choice.factors), readers[0])
+        factors = get_attr(gm, path, readers[0])
         scaled = call(gm, MUL, (x, factors), node)
     scaled.meta.pop("source", None)
     node.meta.pop("source", None)

@@ -15,10 +15,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import bypass, call, constant, get_attr, is_size, replace, set_constant, submodule
-from fxq.observers import SAMPLE, Observer, Rows, WeightObserver, sample_of
+from fxq.observers import SAMPLE, Observer, RoundedWeight, Rows, WeightObserver, sample_of
 from fxq.outputs import is_exit, output_qparams
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize, quantize_weight
 from fxq.stages import Stage
 
 
@@ -74,10 +74,15 @@ def _activation(gm: GraphModule, node: Node, observer: Observer) -> Node:
 def _weight(gm: GraphModule, node: Node) -> Node:
     observer, w = submodule(gm, node), node.args[0]
     assert isinstance(observer, WeightObserver) and isinstance(w, Node)
+    settled = isinstance(observer, RoundedWeight) or observer.factors is not None  # and of no one else
+    weight, dtype = constant(gm, w), constant(gm, w).dtype
+    integers, s_w = integers_of(observer, weight) if settled else (None, observer.scales_of(weight))
     with gm.graph.inserting_before(node):
-        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", observer.scales_of(constant(gm, w)).clone()), node)
-        q = call(gm, quantize_weight, (w, scales), node, dtype=torch.int8)
-        dtype = constant(gm, w).dtype
+        scales = get_attr(gm, set_constant(gm, f"{w.target}_scale", s_w.clone()), node)
+        if integers is None:
+            q = call(gm, quantize_weight, (w, scales), node, dtype=torch.int8)
+        else:
+            q = get_attr(gm, set_constant(gm, f"{w.target}_int8", integers), node)
         return call(gm, dequantize_weight, (q, scales, *([] if dtype == torch.float32 else [dtype])), node, dtype=dtype)
 
 

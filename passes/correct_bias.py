@@ -17,7 +17,9 @@ of its own. What was trained with fake quantizers has learned its biases.
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,10 +28,10 @@ from torch.fx.node import Argument
 
 from fxq.comparison import sqnr
 from fxq.graph import constant, get_attr, set_constant
-from fxq.pipeline import Context, Numbers
-from fxq.simulation import Simulation, calibrated_products, halves, rows_of
+from fxq.pipeline import Context
+from fxq.recipe import BiasCorrection
+from fxq.simulation import Change, Simulation, calibrated_products, halves, rows_of
 from fxq.spelling import CONV_TRANSPOSE, LINEAR
-from fxq.stages import Stage
 
 LEAST_GAIN = 0.05
 """dB, of a product: what gains less is the noise of the means themselves."""
@@ -42,41 +44,39 @@ class CorrectBias:
     """See the module's docstring."""
 
     name: str = "correct-bias"
-    takes: Stage = Stage.OBSERVED
-    gives: Stage = Stage.OBSERVED
-    numbers: Numbers = Numbers.APPROXIMATE
+    what: str = "biases"
 
-    def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Returns the number of biases changed; the effect goes into the decisions of the report."""
+    def begin(self, gm: GraphModule, ctx: Context) -> _Correcting | None:
+        """None where the recipe does not want it."""
         how = ctx.recipe.correct_bias
         if how is None:
-            return 0
-        products = [node for node in calibrated_products(gm, ctx.recipe) if CORRECTED not in node.meta]
-        if not products:
-            return 0
-        simulation, effects, before = Simulation(gm, ctx), {}, {}
-        for node in simulation.stops(set(products), "correcting biases"):
-            outputs, rounded = ([rows_of(node, y) for y in values] for values in simulation.values(node))
-            errors = [y - z for y, z in zip(outputs, rounded, strict=True)]
-            (fit, judged), (_, signal) = halves(errors), halves(outputs)
-            if how == "empirical":
-                tried, shift = fit.mean(0), torch.cat(errors).mean(0)
-            else:
-                tried = shift = _expected(node, simulation)
-            was, now = (sqnr(signal, signal - error) for error in (judged, judged - tried))
-            if now - was >= LEAST_GAIN:  # not where both are exact
-                before[node] = node.args
-                _correct(gm, node, shift)
-                simulation.rerun(node)
-                effects[node.name] = f"bias corrected: {was:.1f} -> {now:.1f} dB"
-        if simulation.gain < 0:
-            loss = f"the output would lose {-simulation.gain:.2f} dB"
-            ctx.report.notes.append(f"{self.name}: all biases stay as they were, since {loss}")
-            for node, args in before.items():
-                _restore(node, args)
-            return 0
-        ctx.report.add_details(effects)
-        return len(effects)
+            return None
+        products = {node for node in calibrated_products(gm, ctx.recipe) if CORRECTED not in node.meta}
+        return _Correcting(gm, products, how)
+
+
+@dataclass(frozen=True)
+class _Correcting:
+    """At work on one graph."""
+
+    gm: GraphModule
+    products: Set[Node]
+    how: BiasCorrection
+
+    def fit(self, product: Node, simulation: Simulation) -> Change | None:
+        outputs, rounded = ([rows_of(product, y) for y in values] for values in simulation.values(product))
+        errors = [y - z for y, z in zip(outputs, rounded, strict=True)]
+        (fit, judged), (_, signal) = halves(errors), halves(outputs)
+        if self.how == "empirical":
+            tried, shift = fit.mean(0), torch.cat(errors).mean(0)
+        else:
+            tried = shift = _expected(product, simulation)
+        was, now = (sqnr(signal, signal - error) for error in (judged, judged - tried))
+        if not now - was >= LEAST_GAIN:  # nor where both are exact
+            return None
+        undo = partial(_restore, product, product.args)
+        _correct(self.gm, product, shift)
+        return Change(f"bias corrected: {was:.1f} -> {now:.1f} dB", undo)
 
 
 def _expected(product: Node, simulation: Simulation) -> Tensor:
@@ -117,4 +117,4 @@ def _restore(product: Node, args: tuple[Argument, ...]) -> None:
     del product.meta[CORRECTED]
 
 
-PASS = CorrectBias()
+METHOD = CorrectBias()

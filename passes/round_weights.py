@@ -12,8 +12,9 @@ which weights go up and which down (`fxq.reconstruction`).
 
 x: what the product reads in the integer network, all products before it rounded already; of a convolution its windows,
 of one with groups each group by itself. Products that read the same x are rounded at once. 1024 rows or windows are
-drawn with a fixed seed. Three quarters fit; the result is kept if it is at least 0.3 dB better on the rest, and all
-weights stay as they were if the output of the network loses by it.
+drawn with a fixed seed. Three quarters fit; the result is kept if it is at least 0.3 dB better on the rest, and
+`fit_products` takes all back if the output of the network loses by it. In float the network computes with the weights
+as they were.
 "feedback" takes some 20 ms for 384 x 384 weights and 100 ms for 1536 inputs, "adaround" 1.3 s and 12 s.
 
 Left alone: products of more than 1536 inputs, transposed convolutions, whose places see different taps, and weights
@@ -22,7 +23,9 @@ with other readers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +34,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
-from fxq.graph import constant, erase_unused, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import FixedScales, WeightObserver
-from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize_weight, quantize_weight
+from fxq.graph import constant, exclusive_constants, submodule
+from fxq.observers import RoundedWeight, WeightObserver
+from fxq.pipeline import Context
+from fxq.qdq import quantize_weight
 from fxq.qtypes import WEIGHT_QMAX
 from fxq.recipe import WeightRounding
 from fxq.reconstruction import reconstructed
-from fxq.simulation import Simulation, calibrated_products
+from fxq.simulation import Change, Simulation, calibrated_products
 from fxq.spelling import CONV_TRANSPOSE, LINEAR
-from fxq.stages import Stage
 
 LEAST_GAIN = 0.3
 """dB."""
@@ -53,14 +55,16 @@ enough to tell its inputs apart (up to 4608, no network of `make accuracy` gaine
 ROWS = 1024
 BLOCK = 64
 """Columns whose errors are passed on together to those behind them."""
+
+
 TITLES: dict[WeightRounding, str] = {"feedback": "rounded together", "adaround": "rounded by reconstruction"}
 """In reports."""
 
 
 class Rounded(NamedTuple):
-    """A weight on the grid of its scales, and the SQNR in dB on rows that it was not fitted to: before, and with it."""
+    """The integers of a weight, their scales, and the SQNR in dB on rows that it was not fitted to: before, and now."""
 
-    weight: Tensor
+    integers: Tensor
     scales: Tensor
     was: float
     now: float
@@ -71,72 +75,59 @@ class RoundWeights:
     """See the module's docstring."""
 
     name: str = "round-weights"
-    takes: Stage = Stage.OBSERVED
-    gives: Stage = Stage.OBSERVED
-    numbers: Numbers = Numbers.APPROXIMATE
+    what: str = "weights"
 
-    def run(self, gm: GraphModule, ctx: Context) -> int:
-        """Returns the number of weights rounded; the effect goes into the decisions of the report."""
+    def begin(self, gm: GraphModule, ctx: Context) -> _Rounding | None:
+        """None where the recipe does not want it."""
         how = ctx.recipe.round_weights
         if how is None:
-            return 0
+            return None
         exclusive = exclusive_constants(gm)
-        products = {node for node in calibrated_products(gm, ctx.recipe) if _may_round(gm, node, exclusive)}
-        if not products:
-            return 0
-        simulation, effects, before = Simulation(gm, ctx), {}, {}
-        done: dict[Node, Rounded] = {}
-        for node in simulation.stops(products, "rounding weights"):
-            if node not in done:
-                done |= _round(gm, [other for other in products if _reads_alike(gm, node, other)], simulation, how)
-            found, scales, was, now = done.pop(node)
-            if now - was >= LEAST_GAIN:
-                before[node] = _weight(gm, node)
-                _put(gm, node, found, scales)
-                simulation.rerun(node)
-                effects[node.name] = f"{TITLES[how]}: {was:.1f} -> {now:.1f} dB"
-        if simulation.gain < 0:
-            loss = f"the output would lose {-simulation.gain:.2f} dB"
-            ctx.report.notes.append(f"{self.name}: all weights stay as they were, since {loss}")
-            effects = {}
-        for node, (source, observer) in before.items():
-            observed, (rounded_weight, _) = node.args[1], _weight(gm, node)
-            assert isinstance(observed, Node)
-            if not effects:
-                observed.replace_input_with(rounded_weight, source)
-                gm.set_submodule(str(observed.target), observer)
-            erase_unused(gm, source if effects else rounded_weight)
-        ctx.report.add_details(effects)
-        return len(effects)
+        return _Rounding(gm, {n for n in calibrated_products(gm, ctx.recipe) if _may_round(gm, n, exclusive)}, how)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """At work on one graph. ahead: of products that are yet to come, and read what one before them has read."""
+
+    gm: GraphModule
+    products: Set[Node]
+    how: WeightRounding
+    ahead: dict[Node, Rounded] = field(default_factory=dict)
+
+    def fit(self, product: Node, simulation: Simulation) -> Change | None:
+        if product not in self.ahead:
+            alike = [other for other in self.products if _reads_alike(self.gm, product, other)]
+            self.ahead.update(_round(self.gm, alike, simulation, self.how))
+        integers, scales, was, now = self.ahead.pop(product)
+        if not now - was >= LEAST_GAIN:
+            return None
+        path, (_, observer) = str(_observed(product).target), _weight(self.gm, product)
+        self.gm.set_submodule(path, RoundedWeight(observer, integers, scales))
+        undo = partial(self.gm.set_submodule, path, observer)
+        return Change(f"{TITLES[self.how]}: {was:.1f} -> {now:.1f} dB", undo)
+
+
+def _observed(product: Node) -> Node:
+    observed = product.args[1]
+    assert isinstance(observed, Node)
+    return observed
 
 
 def _weight(gm: GraphModule, product: Node) -> tuple[Node, WeightObserver]:
     """The constant that `product` reads, and its observer."""
-    observed = product.args[1]
-    assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
-    observer = submodule(gm, observed)
-    assert isinstance(observer, WeightObserver)
-    return observed.args[0], observer
+    observed = _observed(product)
+    observer, source = submodule(gm, observed), observed.args[0]
+    assert isinstance(observer, WeightObserver) and isinstance(source, Node)
+    return source, observer
 
 
 def _may_round(gm: GraphModule, product: Node, exclusive: set[Node]) -> bool:
     source, observer = _weight(gm, product)
-    observed = product.args[1]
-    assert isinstance(observed, Node)
     w = constant(gm, source)
     short = 1 < w[0].numel() <= MAX_K and product.target is not CONV_TRANSPOSE
-    return short and source in exclusive and len(observed.users) == 1 and not isinstance(observer, FixedScales)
-
-
-def _put(gm: GraphModule, product: Node, w: Tensor, scales: Tensor) -> None:
-    """Let `product` read `w`, which lies on the grid of `scales`."""
-    source, observer = _weight(gm, product)
-    observed = product.args[1]
-    assert isinstance(observed, Node)
-    path = set_constant(gm, f"{source.target}_rounded", w)
-    with gm.graph.inserting_before(observed):
-        observed.replace_input_with(source, get_attr(gm, path, source))
-    gm.set_submodule(str(observed.target), FixedScales(f"weight {path}", observer.granularity, scales))
+    alone = source in exclusive and len(_observed(product).users) == 1
+    return short and alone and not isinstance(observer, RoundedWeight)
 
 
 def _grouped(product: Node, w: Tensor) -> Tensor:
@@ -193,8 +184,8 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation, how: W
     weights, scales = [], []
     for node in products:
         source, observer = _weight(gm, node)
-        weights.append(constant(gm, source).detach())
-        scales.append(observer.scales_of(weights[-1]))
+        weights.append(observer(constant(gm, source).detach()))
+        scales.append(observer.scales_of(constant(gm, source)))
     exact, rounded = _windows(products[0], weights[0], simulation)
     fit = 3 * exact.shape[1] // 4
     if not 0 < fit < exact.shape[1]:
@@ -205,18 +196,17 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation, how: W
     found = method(torch.cat(grouped, 1), torch.cat(own, 1), damped_hessian(rounded[:, :fit]))
     results = {}
     parts = torch.split(found, [w.shape[1] for w in grouped], 1)
-    for node, w, s, grid, new in zip(products, grouped, scales, own, parts, strict=True):
-        flat = w.reshape(-1, w.shape[2])
-        nearest = dequantize_weight(quantize_weight(flat, grid.flatten()), grid.flatten()).reshape(w.shape)
-        expected = exact[:, fit:] @ w.mT
-        was, now = (sqnr(expected, rounded[:, fit:] @ candidate.mT) for candidate in (nearest, new))
-        results[node] = Rounded(new.reshape(constant(gm, _weight(gm, node)[0]).shape).contiguous(), s, was, now)
+    for node, weight, w, s, grid, new in zip(products, weights, grouped, scales, own, parts, strict=True):
+        expected, judged = exact[:, fit:] @ w.mT, rounded[:, fit:]
+        nearest = quantize_weight(w.reshape(-1, w.shape[2]), grid.flatten()).reshape(w.shape)
+        was, now = (sqnr(expected, judged @ (q * grid[:, :, None]).mT) for q in (nearest, new))
+        results[node] = Rounded(new.reshape(weight.shape).contiguous(), s, was, now)
     return results
 
 
 def damped_hessian(x: Tensor) -> Tensor:
     """H of the module's docstring, [G, K, K], the identity where x is all 0; x: [G, rows, K]."""
-    hessian = x.mT @ x / max(1, x.shape[1])
+    hessian = (x.mT @ x).div_(max(1, x.shape[1]))
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     diagonal.add_(torch.where(mean > 0, DAMPING * mean, 1.0))
@@ -224,30 +214,30 @@ def damped_hessian(x: Tensor) -> Tensor:
 
 
 def compensated(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
-    """`w` on the grid of its scales, integers times scales, by the feedback of errors.
+    """The integers of `w` on the grid of its scales, int8, by the feedback of errors.
 
     w: float32 [G, n, K]; scales: [G, n]; hessian: [G, K, K].
     """
     order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), 1)
     hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
-    lower = torch.linalg.cholesky(hessian)
-    share = lower.mT / lower.diagonal(dim1=1, dim2=2)[:, :, None]  # [G, k, j]: of the error at j, what k takes over
+    share = torch.linalg.cholesky(hessian, upper=True)  # [G, k, j]: of the error at j, what k takes over
+    del hessian  # K x K is the most that is held here
+    share.div_(share.diagonal(dim1=1, dim2=2)[:, :, None].clone())
     places = order[:, :, None].expand(-1, -1, w.shape[1])
     wanted = w.mT.gather(1, places)  # [G, K, n]: the weights of a column lie side by side
     q, errors, grid = torch.empty_like(wanted), torch.empty_like(wanted), scales[:, None]
-    exact, rounded, left = (list(torch.split(values, 1, 1)) for values in (wanted, q, errors))
     inverse, size = 1 / grid, wanted.shape[1]
     for stop in range(size, 0, -BLOCK):
         start = max(0, stop - BLOCK)
         block = torch.baddbmm(wanted[:, start:stop], share[:, start:stop, stop:], errors[:, stop:])
-        for k in range(stop - 1, start - 1, -1):
-            row = block[:, k - start, None]
+        parts = (wanted[:, start:stop], block, q[:, start:stop], errors[:, start:stop])
+        rows = zip(*(torch.split(part, 1, 1) for part in parts), strict=True)
+        for k, (exact, row, rounded, left) in reversed(list(enumerate(rows, start))):
             if k + 1 < stop:
                 row = torch.baddbmm(row, share[:, k : k + 1, k + 1 : stop], errors[:, k + 1 : stop])
-            torch.mul(row, inverse, out=rounded[k]).round_().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX)
-            torch.addcmul(exact[k], rounded[k], grid, value=-1, out=left[k])
-    integers = torch.empty_like(q).scatter_(1, places, q)
-    return integers.mT * scales[:, :, None]
+            torch.mul(row, inverse, out=rounded).round_().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX)
+            torch.addcmul(exact, rounded, grid, value=-1, out=left)
+    return torch.empty_like(q, dtype=torch.int8).scatter_(1, places, q.to(torch.int8)).mT
 
 
-PASS = RoundWeights()
+METHOD = RoundWeights()

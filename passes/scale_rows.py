@@ -9,8 +9,8 @@ of a linear's output counts alike here,
 for the next norm divides every row by its own size; the SQNR of all rows together would see the large ones only. It is
 measured on the half of the calibration rows that `balance` has not chosen by. An edge below 30 dB is given to its rows
 where they gain at least 2 dB: the linears that read it then are those of the scheme "w8a8-dynamic", which cost a
-float32 activation in memory and a pass over it. Factors that `balance` has put there go again; they are powers of two,
-so the weights lose no bit.
+float32 activation in memory and a pass over it. Factors that `balance` has put there go again. The rows that it chooses
+by go in any case: nobody reads them behind it.
 
 Only where float islands read the linears, under `requant="float"`, and where no one else reads their weights.
 """
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.graph import bypass, constant, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import Edge, Fixed, Observer, Rows, WeightObserver
+from fxq.graph import bypass, constant, exclusive_constants, submodule
+from fxq.observers import Edge, Fixed, Observer, Rows, WeightObserver, forget_rows
 from fxq.ops.activation import activation_of
 from fxq.pipeline import Context, Numbers
-from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize, quantize_weight
-from fxq.spelling import LINEAR, MUL, float_bounds
+from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize
+from fxq.spelling import LINEAR, float_bounds
 from fxq.stages import Stage
 
 HOPELESS = 30.0
@@ -48,8 +48,11 @@ class ScaleRows:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of edges given to their rows; the report tells what that gains."""
-        if not ctx.recipe.scale_rows or ctx.recipe.requant != "float":
-            return 0
+        count = self._scale(gm, ctx) if ctx.recipe.scale_rows and ctx.recipe.requant == "float" else 0
+        forget_rows(gm)
+        return count
+
+    def _scale(self, gm: GraphModule, ctx: Context) -> int:
         exclusive = exclusive_constants(gm)
         effects: dict[str, str] = {}
         for node in list(gm.graph.nodes):
@@ -59,10 +62,9 @@ class ScaleRows:
             readers = list(node.users)
             if not all(_is_free(gm, reader, exclusive) for reader in readers):
                 continue
-            factors = _factors(gm, node)
-            static, dynamic = _qualities(gm, edge, readers, factors)
+            static, dynamic = _qualities(gm, edge, readers)
             if static < HOPELESS and dynamic >= static + LEAST_GAIN:
-                _apply(gm, node, edge, readers, factors)
+                _apply(gm, node, readers)
                 effects |= {reader.name: f"rows by themselves: {static:.1f} -> {dynamic:.1f} dB" for reader in readers}
         ctx.report.decisions = [
             replace(d, scheme="w8a8-dynamic", detail=effects[d.node]) if d.node in effects else d
@@ -90,64 +92,50 @@ def _is_quantized(gm: GraphModule, node: Node) -> bool:
     )
 
 
-def _factors(gm: GraphModule, node: Node) -> Tensor | None:
-    """What `balance` multiplies the edge `node` by."""
-    scaled = node.args[0]
-    if not isinstance(scaled, Node) or scaled.target is not MUL or len(scaled.users) != 1:
-        return None
-    factors = scaled.args[1]
-    if not isinstance(factors, Node) or factors.op != "get_attr":
-        return None
-    values = constant(gm, factors).detach()
-    return values if values.dim() == 1 and bool((torch.frexp(values).mantissa == 0.5).all()) else None
-
-
-def _weight(gm: GraphModule, reader: Node) -> tuple[Node, WeightObserver]:
+def _weight(gm: GraphModule, reader: Node) -> tuple[Tensor, WeightObserver]:
     """The constant that the linear `reader` reads, and its observer."""
     observed = reader.args[1]
     assert isinstance(observed, Node) and isinstance(observed.args[0], Node)
     observer = submodule(gm, observed)
     assert isinstance(observer, WeightObserver)
-    return observed.args[0], observer
+    return constant(gm, observed.args[0]).detach(), observer
 
 
-def _qualities(gm: GraphModule, edge: Edge | Fixed, readers: list[Node], factors: Tensor | None) -> tuple[float, float]:
+def _qualities(gm: GraphModule, edge: Edge | Fixed, readers: list[Node]) -> tuple[float, float]:
     """In dB, as the edge stands and with scales for its rows; on every second row."""
     rows = edge.rows[1::2] if len(edge.rows) > 1 else edge.rows
     qparams = edge.qparams()
     operands = (qparams.scale, qparams.zero_point)
-    static = dequantize(quantize(rows, *operands), *operands)
-    own = rows if factors is None else rows / factors
-    dynamic = fake_quantize_rows(own.contiguous())
+    factors = _weight(gm, readers[0])[1].factors
+    scaled = rows if factors is None else rows * factors
+    static = dequantize(quantize(scaled, *operands), *operands)
+    dynamic = fake_quantize_rows(rows.contiguous())
     errors, signal = [torch.zeros(()), torch.zeros(())], torch.zeros(())
     for reader in readers:
-        source, observer = _weight(gm, reader)
-        w = constant(gm, source).detach()
-        unscaled = w if factors is None else w * factors
+        w, observer = _weight(gm, reader)
         expected = rows @ w.t()
         signal = signal + expected.square().sum(1)
-        for i, (x, weight) in enumerate(((static, w), (dynamic, unscaled))):
-            scales = observer.scales_of(weight)
-            integers = dequantize_weight(quantize_weight(weight.contiguous(), scales), scales)
+        for i, (x, weight) in enumerate(((static, observer), (dynamic, _unscaled(observer)))):
+            integers = dequantize_weight(*integers_of(weight, w))
             errors[i] = errors[i] + (x @ integers.t() - expected).square().sum(1)
     loud = signal > 0
     a, b = (float(10 * torch.log10(signal / error.clamp(min=1e-30))[loud].mean()) for error in errors)
     return a, b
 
 
-def _apply(gm: GraphModule, node: Node, edge: Edge | Fixed, readers: list[Node], factors: Tensor | None) -> None:
-    gm.set_submodule(str(node.target), Rows(edge.rows if factors is None else edge.rows / factors))
-    if factors is None:
+def _unscaled(observer: WeightObserver) -> WeightObserver:
+    """Of the weight as it is where nothing is multiplied into the rows."""
+    return observer if observer.factors is None else WeightObserver(observer.where, observer.granularity)
+
+
+def _apply(gm: GraphModule, node: Node, readers: list[Node]) -> None:
+    gm.set_submodule(str(node.target), Rows())
+    if _weight(gm, readers[0])[1].factors is None:
         return
     for reader in readers:
-        source, _ = _weight(gm, reader)
-        path = f"{str(source.target).removesuffix('_balanced')}_unscaled"
-        path = set_constant(gm, path, constant(gm, source).detach() * factors)
         observed = reader.args[1]
         assert isinstance(observed, Node)
-        with gm.graph.inserting_before(observed):
-            observed.replace_input_with(source, get_attr(gm, path, source))
-        gm.graph.erase_node(source)
+        gm.set_submodule(str(observed.target), _unscaled(_weight(gm, reader)[1]))
     scaled = node.args[0]
     assert isinstance(scaled, Node) and isinstance(scaled.args[0], Node)
     bypass(gm, scaled, scaled.args[0])

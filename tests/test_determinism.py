@@ -58,7 +58,7 @@ def test_processes_and_threads():
 
 
 def test_what_decides_constants_runs_on_one_thread(staged):
-    gm, ctx = staged(nn.Linear(16, 8), torch.randn(64, 16), "round-weights")
+    gm, ctx = staged(nn.Linear(16, 8), torch.randn(64, 16), "fit-products")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     simulation, products = Simulation(gm, ctx), set(calibrated_products(gm, ctx.recipe))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"fxq.errors", "fxq.qtypes"},
+    {"fxq.errors", "fxq.memory", "fxq.qtypes"},
     {"fxq.numerics"},
     {"fxq.kernels"},
     {"fxq.decisions", "fxq.observers", "fxq.inputs", "fxq.graph", "fxq.tracing"},

@@ -184,7 +184,7 @@ def test_weight_observer(w):
         observer = WeightObserver("weight fc.weight", granularity)
         tensor = torch.from_numpy(w)
         assert observer(tensor) is tensor
-        scales = observer.scales.numpy()
+        scales = observer.scales_of(tensor).numpy()
         assert scales.dtype == np.float32
         assert scales.shape == peaks.shape
         expected = np.maximum((peaks.astype(np.float64) / 127).astype(np.float32), np.float32(SCALE_FLOOR))

@@ -42,7 +42,7 @@ from fxq.tracing.graph_functions import (
 from fxq.tracing.origin import Origin, line_of
 from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
-from fxq.tracing.sharing import Writes, own, shared, tensors_of
+from fxq.tracing.sharing import Writes, empty, own, shared, tensors_of
 
 __all__ = [
     "AS_LEAF",
@@ -287,7 +287,11 @@ def _record_once(task: _Task, watch: bool, as_eager: bool = True) -> Recording:
         raise recorder.refusal
     constants = recorder.finish(output)
     outside.check(recorder)
-    recorder.writes = writes is not None and writes.seen()
+    if writes is not None:
+        recorder.writes = writes.seen()
+        if not watch:
+            constants = {name: tensor.detach().clone() for name, tensor in constants.items()}
+            empty(root)
     return recorder, constants
 
 

@@ -48,6 +48,13 @@ def own(module: nn.Module, others: Iterable[torch.Tensor]) -> None:
             tensor.data = tensor.detach().new_empty(0).set_(made[key], offset, shape, strides)
 
 
+def empty(module: nn.Module) -> None:
+    """Free the memory of the parameters and buffers of a module: it may be in a cycle, which Python keeps for long."""
+    for tensor in tensors_of(module):
+        if tensor.layout is torch.strided:
+            tensor.data = tensor.data.new_empty(0)
+
+
 class Writes:
     """Whether anything has written to the tensors of `called`, a copy of `model` that has memory of its own."""
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from fxq.errors import GuardError, TraceError
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.origin import Origin
-from fxq.tracing.sharing import Writes
+from fxq.tracing.sharing import Writes, empty
 from fxq.tracing.values import map_tensors, tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,20 +45,27 @@ class Eager:
         """Call copies of the model."""
         called = copy.deepcopy(model)
         settings, writes = _settings(called), Writes(model, called)
-        first = map_tensors(_run(called, call), lambda tensor: tensor.detach().clone())  # it may be the model's own
+        first = _own(_run(called, call))
         changed = tuple(name for name, value in _settings(called).items() if settings.get(name, _UNSET) != value)
-        second, written = _run(called, call), writes.seen()
-        del called, writes  # before there is another copy
+        second, written = _own(_run(called, call)), writes.seen()
+        empty(called)  # before there is another copy
         another = _another_batch(call)
         if another is None:
             return cls(call, first, second, changed, None, written)
         called = copy.deepcopy(model)
         writes = Writes(model, called)
         try:
-            other = another, _run(called, another)
+            other = another, _own(_run(called, another))
         except Exception:
-            return cls(call, first, second, changed, None, written or writes.seen())  # It takes the examples' only.
-        return cls(call, first, second, changed, other, written or writes.seen())
+            other = None  # It takes the examples' only.
+        written |= writes.seen()
+        empty(called)
+        return cls(call, first, second, changed, other, written)
+
+
+def _own(result: Any) -> Any:
+    """An output in memory of its own: it may be the model's."""
+    return map_tensors(result, lambda tensor: tensor.detach().clone())
 
 
 Copier = Callable[[Any], Any]

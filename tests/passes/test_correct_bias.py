@@ -14,7 +14,9 @@ from fxq.pipeline import run
 from fxq.recipe import Recipe
 from fxq.simulation import Simulation, calibrated_products, rows_of
 from passes import correct_bias
+from passes.fit_products import FitProducts
 
+PASS = FitProducts((correct_bias.METHOD,))
 PLAIN = {"balance": False, "round_weights": None}
 
 
@@ -39,17 +41,17 @@ def mean_error(gm, ctx, expected):
 @pytest.mark.parametrize("how", ["empirical", "analytic"])
 def test_the_mean_error_goes(staged, text, how):
     x = far_from_zero()
-    gm, ctx = staged(nn.Linear(16, 8), x, "correct-bias", Recipe(correct_bias=how, **PLAIN))
+    gm, ctx = staged(nn.Linear(16, 8), x, "fit-products", Recipe(correct_bias=how, **PLAIN))
     assert text(gm).splitlines()[2] == "%2 = linear(%0, %1, bias)"
     expected = gm(x)
     before = mean_error(gm, ctx, expected)
-    run((correct_bias.PASS,), gm, ctx)
+    run((PASS,), gm, ctx)
     assert ctx.timings[-1][1] == 1
     assert text(gm).splitlines()[2] == "%2 = linear(%0, %1, weight_bias_corrected)"
     assert mean_error(gm, ctx, expected).abs().max() < (1e-5 if how == "empirical" else 0.5 * before.abs().max())
     (decision,) = ctx.report.decisions
     assert decision.detail.startswith("bias corrected: ")
-    assert correct_bias.PASS.run(gm, ctx) == 0, "idempotent"
+    assert PASS.run(gm, ctx) == 0, "idempotent"
 
 
 @pytest.mark.parametrize(
@@ -70,9 +72,9 @@ def test_both_ways_agree_where_only_weights_err(staged, make):
     x[1].fill_(255)
     found = {}
     for how in ("empirical", "analytic"):
-        gm, ctx = staged(model, x, "correct-bias", Recipe("w8a8", "min_max", correct_bias=how, **PLAIN))
+        gm, ctx = staged(model, x, "fit-products", Recipe("w8a8", "min_max", correct_bias=how, **PLAIN))
         before = mean_error(gm, ctx, gm(x))
-        assert correct_bias.PASS.run(gm, ctx) == 1
+        assert PASS.run(gm, ctx) == 1
         (bias,) = biases(gm).values()
         found[how] = bias - (0 if model.bias is None else model.bias.detach())
         assert (found[how] - before).abs().max() < 0.3 * before.abs().max()
@@ -97,18 +99,18 @@ def test_errors_from_above_are_seen(staged):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
     model[2].weight.data = torch.eye(8)
     x = torch.randn(512, 8)
-    gm, ctx = staged(model, x, "correct-bias", Recipe(observer="percentile", **PLAIN))
+    gm, ctx = staged(model, x, "fit-products", Recipe(observer="percentile", **PLAIN))
     [module for module in gm.modules() if isinstance(module, Percentile)][1].tail = 0.05
-    assert correct_bias.PASS.run(gm, ctx)
+    assert PASS.run(gm, ctx)
     second = biases(gm)["2.weight_bias_corrected"]
     assert second.min() > 0 and second.max() > 1e-3, "what was cut off above is given back"
 
 
 def test_each_call_of_a_shared_module_gets_a_bias_of_its_own(staged, model_of):
     model = model_of(lambda s, x: s.l(F.relu(s.l(x)) + 3), l=nn.Linear(16, 16))
-    gm, ctx = staged(model, far_from_zero(), "correct-bias", Recipe(**PLAIN))
+    gm, ctx = staged(model, far_from_zero(), "fit-products", Recipe(**PLAIN))
     before = model.l.bias.detach().clone()
-    assert correct_bias.PASS.run(gm, ctx) == 2
+    assert PASS.run(gm, ctx) == 2
     assert len(biases(gm)) == 2
     assert torch.equal(gm.get_parameter("l.bias"), before)
 
@@ -119,29 +121,29 @@ def test_no_gain_no_change(staged, text):
     model.weight.data = 127 * torch.eye(8)
     x = torch.randint(0, 256, (64, 8)).float()
     x[0], x[1] = 0, 255
-    gm, ctx = staged(model, x, "correct-bias", Recipe(observer="min_max", **PLAIN))
+    gm, ctx = staged(model, x, "fit-products", Recipe(observer="min_max", **PLAIN))
     before = text(gm)
-    assert correct_bias.PASS.run(gm, ctx) == 0
+    assert PASS.run(gm, ctx) == 0
     assert text(gm) == before
 
 
 def test_an_output_that_would_lose_keeps_all_biases(staged, text, monkeypatch):
-    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "correct-bias", Recipe(**PLAIN))
+    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "fit-products", Recipe(**PLAIN))
     before = text(gm)
     monkeypatch.setattr(Simulation, "_gain", lambda self, output: -1.0)
-    assert correct_bias.PASS.run(gm, ctx) == 0
+    assert PASS.run(gm, ctx) == 0
     assert text(gm) == before
     assert "the output would lose 1.00 dB" in ctx.report.notes[0]
     assert ctx.report.decisions[0].detail == ""
 
 
 def test_a_single_row_is_no_data(staged):
-    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(1), "correct-bias", Recipe(**PLAIN))
-    assert correct_bias.PASS.run(gm, ctx) == 0
+    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(1), "fit-products", Recipe(**PLAIN))
+    assert PASS.run(gm, ctx) == 0
 
 
 def test_a_trained_model_and_one_with_state_are_left_alone(staged, model_of):
-    gm, _ = staged(nn.Linear(16, 8), far_from_zero(), "correct-bias")
+    gm, _ = staged(nn.Linear(16, 8), far_from_zero(), "fit-products")
     gm.add_module("trained", FakeQuantize("x"))
     assert calibrated_products(gm, Recipe()) == []
 
@@ -149,14 +151,14 @@ def test_a_trained_model_and_one_with_state_are_left_alone(staged, model_of):
         self.steps.add_(1)
         return self.l(x) + self.steps
 
-    gm, _ = staged(model_of(count, l=nn.Linear(16, 8), steps=torch.zeros(1)), far_from_zero(), "correct-bias")
+    gm, _ = staged(model_of(count, l=nn.Linear(16, 8), steps=torch.zeros(1)), far_from_zero(), "fit-products")
     assert calibrated_products(gm, Recipe()) == []
 
 
 def test_other_schemes_are_left_alone(staged):
     for scheme in ("w8a8-dynamic", "w8a32"):
-        gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "correct-bias", Recipe(scheme))
-        assert correct_bias.PASS.run(gm, ctx) == 0
+        gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "fit-products", Recipe(scheme))
+        assert PASS.run(gm, ctx) == 0
 
 
 def test_the_same_bits_twice_and_a_golden_model():
@@ -170,9 +172,9 @@ def test_the_same_bits_twice_and_a_golden_model():
 
 
 def test_random_numbers_are_drawn_as_before(staged, model_of):
-    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "correct-bias", Recipe(**PLAIN))
+    gm, ctx = staged(nn.Linear(16, 8), far_from_zero(), "fit-products", Recipe(**PLAIN))
     state = torch.random.get_rng_state()
-    correct_bias.PASS.run(gm, ctx)
+    PASS.run(gm, ctx)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq.observers import Edge, Fixed, Rows
+from fxq.observers import Edge, Fixed, Rows, WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.pipeline import run
 from fxq.recipe import Recipe
 from passes import balance, round_weights, scale_rows
+from passes.fit_products import FitProducts
 
 
 def uneven(rows=256, width=32):
@@ -49,16 +50,23 @@ def test_the_factors_of_balance_go_and_the_weight_is_what_it_was(staged):
     run((scale_rows.PASS,), gm, ctx)
     assert edges(gm) == [Rows]
     assert torch.equal(gm(x), expected)
-    (read,) = [n for n in gm.graph.nodes if n.op == "get_attr" and "unscaled" in str(n.target)]
-    assert torch.equal(gm.get_buffer(str(read.target)), weight)
-    (rows,) = [m for m in gm.modules() if isinstance(m, Rows)]
-    assert set(map(tuple, rows.rows.tolist())) <= set(map(tuple, x.tolist())), "rows as they are"
+    (observer,) = [m for m in gm.modules() if isinstance(m, WeightObserver)]
+    assert observer.factors is None and torch.equal(observer(weight), weight)
+
+
+def test_samples_of_rows_go_whatever_it_does(staged):
+    for recipe in (Recipe(balance=False), Recipe(balance=False, scale_rows=False)):
+        gm, ctx = staged(nn.Linear(32, 16), torch.randn(64, 32), "scale-rows", recipe)
+        (edge,) = [m for m in gm.modules() if isinstance(m, Edge)]
+        assert len(edge.rows) == 64
+        assert scale_rows.PASS.run(gm, ctx) == 0
+        assert not len(edge.rows)
 
 
 def test_its_weights_are_rounded_together(staged):
     x = uneven(1024, 4) @ torch.randn(4, 32)
     gm, ctx = staged(nn.Linear(32, 16), x, "scale-rows", Recipe(balance=False))
-    run((scale_rows.PASS, round_weights.PASS), gm, ctx)
+    run((scale_rows.PASS, FitProducts((round_weights.METHOD,))), gm, ctx)
     assert edges(gm) == [Rows]
     assert "rounded together" in ctx.report.decisions[0].detail
 
