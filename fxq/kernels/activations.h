@@ -1,14 +1,8 @@
 // Activations, step by step those of fxq/numerics/activations.py; a part of body.h.
-// `low > x ? low : x` is one max instruction, and keeps NaN.
+// `maximum(bound, x)` keeps NaN.
 
-static inline F at_least(F x, float low) {
-  const F bound = splat(low);
-  return bound > x ? bound : x;
-}
-static inline F at_most(F x, float high) {
-  const F bound = splat(high);
-  return bound < x ? bound : x;
-}
+static inline F at_least(F x, float low) { return maximum(splat(low), x); }
+static inline F at_most(F x, float high) { return minimum(splat(high), x); }
 static inline F clip(F x, float low, float high) { return at_most(at_least(x, low), high); }
 
 template <int N>
@@ -35,14 +29,19 @@ static inline F gelu_tanh_logit(F x) {
   return c * polynomial(c * c, {0.07135481627f, 1.59576912161f});
 }
 
+// Sixteen parabolas, those of numerics.activations: coefficients of a**2, of a, and of 1.
+alignas(64) constexpr float kGelu[3][16] = {
+    {-0.3979057f, -0.37346542f, -0.30739462f, -0.21634752f, -0.12137586f, -0.0406195f, 0.015487165f, 0.045270264f,
+     0.05369695f, 0.04845078f, 0.037237033f, 0.025351914f, 0.015590439f, 0.008755444f, 0.004520987f, -0.024190523f},
+    {0.4999751f, 0.49209967f, 0.44118497f, 0.32680815f, 0.16085137f, -0.020027068f, -0.17326652f, -0.2690948f,
+     -0.300019f, -0.27736518f, -0.22398812f, -0.16163678f, -0.105618104f, -0.06301239f, -0.03451801f, 0.18015599f},
+    {0.0f, 0.0006366027f, 0.010522881f, 0.046559576f, 0.11918096f, 0.2205661f, 0.32526663f, 0.402381f, 0.43075106f,
+     0.40629512f, 0.34276304f, 0.26097146f, 0.18058981f, 0.11418601f, 0.06624499f, -0.33486864f}};
+
 static inline F gelu(F x) {
-  const F c = clip(x, -5.306929f, 5.306929f);
-  const F t = c * c;
-  const F p = polynomial(t, {6.264670446398668e-06f, 0.00034161523217335343f, 0.005699352826923132f,
-                             0.05206981301307678f, 0.3989418148994446f});
-  const F q = polynomial(t, {5.29815679328749e-07f, 0.00012253080785740167f, 0.0028634381014853716f,
-                             0.038829389959573746f, 0.2971790134906769f, 1.0f});
-  return at_least(x, -5.306929f) * (0.5f + c * (p / q));
+  const F a = at_most((F)((I)x & 0x7FFFFFFF), 3.8749998f);
+  const I i = (I)(a + 3145728.0f);  // 1.5 * 2**21 leaves rne(4 a) in the low mantissa bits
+  return at_least(x, 0.0f) - ((pick(kGelu[0], i) * a + pick(kGelu[1], i)) * a + pick(kGelu[2], i));
 }
 
 static inline F tanh(F x) {

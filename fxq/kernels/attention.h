@@ -32,12 +32,16 @@ static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed) {
   }
 }
 
-// acc[r][c] = sum over groups of four, then done(r, c, acc): R rows of x against C vectors. Done::kUnrolled: straight from
-// the registers; code that branches would make a tile of that ten times as long.
+// acc[r][c] = done.start(c) + sum over groups of four, then done(r, c, acc): R rows of x against C vectors.
+// Done::kUnrolled: straight from the registers; code that branches would make a tile of that ten times as long.
 template <int R, int C, class Done>
 static inline void products(const uint8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride, int64_t groups,
                             const Done& done) {
-  I acc[R][C] = {};
+  I acc[R][C];
+  UNROLL for (int c = 0; c < C; ++c) {
+    const I start = done.start(c);
+    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = start;
+  }
   for (int64_t i = 0; i < groups; ++i, w += 4 * W) {
     Weights b[C];
     UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + c * w_stride);
@@ -61,7 +65,7 @@ static inline void products(const uint8_t* x, int64_t x_stride, const int8_t* w,
   }
 }
 
-struct StoreScores {  // f32((acc + bias) * m) [+ mask]
+struct StoreScores {  // f32(acc * m) [+ mask]
   static constexpr bool kUnrolled = true;
   const int32_t* bias;
   const float* mask;
@@ -69,8 +73,9 @@ struct StoreScores {  // f32((acc + bias) * m) [+ mask]
   F multiplier;
   float* scores;
   int64_t stride;
+  inline I start(int c) const { return load<I>(bias + c * W); }
   inline void operator()(int r, int c, I acc) const {
-    F x = __builtin_convertvector(acc + load<I>(bias + c * W), F) * multiplier;
+    F x = __builtin_convertvector(acc, F) * multiplier;
     if (mask) x += load<F>(mask + r * mask_stride + c * W);
     store(scores + r * stride + c * W, x);
   }
@@ -84,6 +89,7 @@ struct StoreOutput {  // f32(acc + offset) * m, of the rows that there are
   Rounding round;
   int64_t rows, lanes;  // lanes: those left from the first vector on
   uint8_t* y;           // the block's first row and lane
+  inline I start(int) const { return I{}; }
   inline void operator()(int r, int c, I acc) const {
     if (r >= rows) return;
     const F value = __builtin_convertvector(acc + offset[r], F) * multiplier[r];
@@ -112,38 +118,6 @@ static void product_of(int64_t rows, int64_t columns, const uint8_t* x, int64_t 
     product_of<kRows, kColumns>(columns, x, x_stride, w, w_stride, groups, done);
 }
 
-struct Larger {
-  template <class V>
-  static V of(V a, V b) {
-    return a > b ? a : b;
-  }
-};
-struct Sum {
-  template <class V>
-  static V of(V a, V b) {
-    return a + b;
-  }
-};
-
-template <class Step, int N, class T, class V>
-static inline T halves(V v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    typedef T Half __attribute__((vector_size(sizeof(T) * N / 2)));
-    T lanes[N];
-    store(lanes, v);
-    return halves<Step, N / 2, T>(Step::of(load<Half>(lanes), load<Half>(lanes + N / 2)));
-  }
-}
-
-// All lanes of a vector as one, each half of them taken together with the other. Not inlined: g++ 12 would then keep
-// the vector, whose address is taken, on the stack in the loop before as well.
-template <class Step, class T, class V>
-__attribute__((noinline)) static T fold(V v) {
-  return halves<Step, W, T>(v);
-}
-
 // The largest of a row of scores, a multiple of W; NaN compares false.
 static inline float largest(const float* x, int64_t count) {
   F tops = splat(kMinusInfinity);
@@ -154,20 +128,35 @@ static inline float largest(const float* x, int64_t count) {
   return fold<Larger, float>(tops);
 }
 
-// p = rne(255 * exp(x - top)) of a row of scores; returns the sum of p.
-static inline int32_t softmax_weights(const float* x, float top, uint8_t* p, int64_t count) {
-  const F lowest = splat(-64.0f);
-  I totals = I{};
-  for (int64_t i = 0; i < count; i += W) {
-    F d = (load<F>(x + i) - top) * 1.4426950408889634f;
-    d = d > lowest ? d : lowest;
-    const F shifted = d + 12582912.0f, r = d - (shifted - 12582912.0f);
-    const F y = polynomial(r, {float(255 * 0.0550088309), float(255 * 0.2422109693), float(255 * 0.6932829283), 255.0f});
-    const F scaled = (F)((I)y + ((I)shifted << 23));
-    const I rounded = (I)(scaled + 12582912.0f) - 0x4B400000;
-    totals += rounded;
-    store(p + i, narrow(rounded));
+// rne(255 * 2**(-9 i / 255)).
+struct Exponentials {
+  uint8_t p[256] = {};
+  constexpr Exponentials() {
+    double value = 255;
+    for (uint8_t& entry : p) {
+      entry = uint8_t(value + 0.5);
+      value *= 0.9758328005684533;  // 2**(-9 / 255)
+    }
   }
+};
+alignas(64) constexpr Exponentials kExponentials;
+
+// i = min(rne((top - x) * 255 / (9 ln 2)), 255) of a row of scores; NaN compares false.
+static inline void softmax_steps(const float* x, float top, uint8_t* steps, int64_t count) {
+  const F last = splat(255.0f);
+  for (int64_t i = 0; i < count; i += W) {
+    const F d = (top - load<F>(x + i)) * 40.876358f;
+    store(steps + i, narrow((I)((d < last ? d : last) + 12582912.0f) - 0x4B400000));
+  }
+}
+
+// The sum of `count` bytes, a multiple of four; ones: 4 * W of them.
+static inline int32_t sum_of_bytes(const uint8_t* p, int64_t count, const int8_t* ones) {
+  const Weights one = weights(ones);
+  const int32_t* groups = reinterpret_cast<const int32_t*>(p);
+  I totals = I{};
+  for (int64_t i = 0; i < count / 4; i += W)
+    totals = dot(totals, input_lanes(load_some<I>(groups + i, count / 4 - i)), one);
   return fold<Sum, int32_t>(totals);
 }
 
@@ -214,7 +203,16 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
   }
   const int64_t mask_offset = b * a.mask_stride[0] + h * a.mask_stride[1];
   const bool one_mask = a.mask && a.mask_stride[2] == 0;
-  if (one_mask) read_mask(a, mask_offset, at.mask);
+  int8_t ones[4 * W];
+  memset(ones, 1, sizeof ones);
+  bool masks = a.mask;
+  if (one_mask) {
+    read_mask(a, mask_offset, at.mask);
+    I bits = I{};  // where it hides nothing there is none
+    const int32_t* const added = reinterpret_cast<const int32_t*>(at.mask);
+    for (int64_t s = 0; s < a.keys; s += W) bits |= load_some<I>(added + s, a.keys - s);
+    masks = fold<Either, int32_t>(bits) != 0;
+  }
   const int64_t item = a.is_float ? sizeof(float) : 1;
   const Rounding round(a.zero_point, 0, 255);
 
@@ -223,15 +221,19 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
     const int64_t seen = a.is_causal && row + rows < a.keys ? row + rows : a.keys;  // keys that any of them sees
     const int64_t vectors = ceil_div(seen, W);
     const uint8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1] + row * a.q_stride[2];
-    for (int64_t r = 0; r < rows; ++r) {
-      memcpy(at.queries + r * depth, q + r * a.q_stride[2], a.depth);
-      memset(at.queries + r * depth + a.depth, 0, depth - a.depth);
-      if (a.mask && !one_mask) read_mask(a, mask_offset + (row + r) * a.mask_stride[2], at.mask + r * span);
+    const bool in_place = depth == a.depth && (rows == kRows || rows == 1);
+    const uint8_t* const queries = in_place ? q : at.queries;
+    const int64_t query_stride = in_place ? a.q_stride[2] : depth;
+    for (int64_t r = 0; r < rows && !in_place; ++r) {
+      copy(at.queries + r * depth, q + r * a.q_stride[2], a.depth);
+      for (int64_t d = a.depth; d < depth; ++d) at.queries[r * depth + d] = 0;
     }
+    for (int64_t r = 0; r < rows && a.mask && !one_mask; ++r)
+      read_mask(a, mask_offset + (row + r) * a.mask_stride[2], at.mask + r * span);
     for (int64_t c = 0, columns; c < vectors; c += columns) {
       columns = columns_of(vectors - c);
-      product_of(rows, columns, at.queries, depth, at.keys + c * key_vector, key_vector, groups,
-                 StoreScores{at.bias + c * W, a.mask ? at.mask + c * W : nullptr, one_mask ? 0 : span,
+      product_of(rows, columns, queries, query_stride, at.keys + c * key_vector, key_vector, groups,
+                 StoreScores{at.bias + c * W, masks ? at.mask + c * W : nullptr, one_mask ? 0 : span,
                              splat(a.multiplier), at.scores + c * W, span});
     }
     int32_t offset[kRows] = {};
@@ -243,8 +245,10 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
       for (int64_t s = last; s < vectors * W; ++s) at.scores[r * span + s] = kMinusInfinity;
       tops[r] = largest(at.scores + r * span, vectors * W);
     }
+    for (int64_t r = 0; r < rows; ++r) softmax_steps(at.scores + r * span, tops[r], at.weights + r * span, vectors * W);
+    lookup(at.weights, kExponentials.p, at.weights, rows * span);
     for (int64_t r = 0; r < rows; ++r) {
-      const int32_t total = softmax_weights(at.scores + r * span, tops[r], at.weights + r * span, vectors * W);
+      const int32_t total = sum_of_bytes(at.weights + r * span, vectors * W, ones);
       empty[r] = total == 0;
       offset[r] = (128 - a.v_zero_point) * total;
       multiplier[r] = a.v_multiplier / float(total);

@@ -4,6 +4,8 @@
 //   Bytes                    4 * W uint8
 //   kColumns                 the register tile in vectors of channels; kColumns * W divides 64, or is 64
 //   fused(F a, F b, F c)     a * b + c, rounded once
+//   maximum(F a, F b), minimum(F a, F b)  a > b ? a : b and a < b ? a : b, each in one instruction
+//   pick(const float* p, I)  p[index[lane] & 15] in each lane; p is aligned to 64 bytes
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h

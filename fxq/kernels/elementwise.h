@@ -1,5 +1,43 @@
 // Elementwise kernels; a part of body.h, compiled once per instruction set.
 
+struct Larger {
+  template <class V>
+  static V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+struct Sum {
+  template <class V>
+  static V of(V a, V b) {
+    return a + b;
+  }
+};
+
+struct Either {
+  template <class V>
+  static V of(V a, V b) {
+    return a | b;
+  }
+};
+
+template <int half, class V, size_t... lane>
+static inline V turned(V v, std::index_sequence<lane...>) {  // lane i is that of i ^ half
+#ifdef __clang__
+  return __builtin_shufflevector(v, v, int(lane ^ half)...);
+#else
+  return __builtin_shuffle(v, I{int32_t(lane ^ half)...});
+#endif
+}
+
+// All lanes of a vector as one, each half of them taken together with the other.
+template <class Step, class T, int half = W / 2, class V>
+static inline T fold(V v) {
+  if constexpr (half == 0)
+    return v[0];
+  else
+    return fold<Step, T, half / 2>(Step::of(v, turned<half>(v, std::make_index_sequence<W>())));
+}
+
 // step(i, count) for each vector; `count` is W, known to the compiler, in all but the last.
 template <class Step>
 static inline void for_each_vector(int64_t count, const Step& step) {

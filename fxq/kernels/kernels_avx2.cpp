@@ -27,6 +27,16 @@ static inline I pair_weights(const int32_t* p) {
   return w;
 }
 
+static inline F maximum(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+
+static inline F minimum(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+
+static inline F pick(const float* table, I index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (F)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+
 static inline F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 static inline L multiply_even(I a, I b) { return (L)_mm256_mul_epi32((__m256i)a, (__m256i)b); }

@@ -27,6 +27,14 @@ static inline I pair_weights(const int32_t* p) {
   return w;
 }
 
+static inline F maximum(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+
+static inline F minimum(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+
+static inline F pick(const float* table, I index) {
+  return (F)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+}
+
 static inline F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 static inline L multiply_even(I a, I b) { return (L)_mm512_mul_epi32((__m512i)a, (__m512i)b); }

@@ -61,6 +61,16 @@ static inline I dot_pairs(I acc, I a, I b) {
   return (I)((M)acc + (M)((a << 16 >> 16) * (b << 16 >> 16)) + (M)((a >> 16) * (b >> 16)));
 }
 
+static inline F maximum(F a, F b) { return a > b ? a : b; }
+
+static inline F minimum(F a, F b) { return a < b ? a : b; }
+
+static inline F pick(const float* table, I index) {
+  F picked;
+  for (int lane = 0; lane < W; ++lane) picked[lane] = table[index[lane] & 15];
+  return picked;
+}
+
 static inline F fused(F a, F b, F c) {
   for (int lane = 0; lane < W; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   return c;

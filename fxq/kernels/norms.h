@@ -13,12 +13,7 @@ static inline float total(F (&sums)[kLanes]) {
   UNROLL for (int half = kLanes / 2; half > 0; half /= 2) {
     UNROLL for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
-  float lanes[W];
-  store(lanes, sums[0]);
-  UNROLL for (int half = W / 2; half > 0; half /= 2) {
-    UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return fold<Sum, float>(sums[0]);
 }
 
 template <bool kSquared>

@@ -65,29 +65,81 @@ def gelu_tanh(x: F32) -> F32:
     return _gate(x, c * _polynomial(c * c, 0.07135481627, 1.59576912161))
 
 
-def gelu(x: F32) -> F32:
-    """x * Phi(x), Phi the normal distribution function, as max(x, -e) * (1/2 + c * p(c**2) / q(c**2)).
+_GELU = np.array(
+    [
+        (
+            -0.3979057,
+            -0.37346542,
+            -0.30739462,
+            -0.21634752,
+            -0.12137586,
+            -0.0406195,
+            0.015487165,
+            0.045270264,
+            0.05369695,
+            0.04845078,
+            0.037237033,
+            0.025351914,
+            0.015590439,
+            0.008755444,
+            0.004520987,
+            -0.024190523,
+        ),
+        (
+            0.4999751,
+            0.49209967,
+            0.44118497,
+            0.32680815,
+            0.16085137,
+            -0.020027068,
+            -0.17326652,
+            -0.2690948,
+            -0.300019,
+            -0.27736518,
+            -0.22398812,
+            -0.16163678,
+            -0.105618104,
+            -0.06301239,
+            -0.03451801,
+            0.18015599,
+        ),
+        (
+            0.0,
+            0.0006366027,
+            0.010522881,
+            0.046559576,
+            0.11918096,
+            0.2205661,
+            0.32526663,
+            0.402381,
+            0.43075106,
+            0.40629512,
+            0.34276304,
+            0.26097146,
+            0.18058981,
+            0.11418601,
+            0.06624499,
+            -0.33486864,
+        ),
+    ],
+    np.float32,
+)
+"""a * Phi(-a) for a below 3.875 as parabolas, one for each rne(4 a): coefficients of a**2, of a, and of 1. The first is
+0 at 0 and the last is 0 at its end, exactly."""
 
-    c = clip(x, -e, e), e = 5.306929, where c * p / q is 1/2 to the bit, so that both ends are exact; p / q is the best
-    fit of (Phi(c) - 1/2) / c, with the error weighted by c. Absolute error below 1.3e-6 for x < 0, relative below 4e-7
-    for x > 0.
+
+def gelu(x: F32) -> F32:
+    """x * Phi(x), Phi the normal distribution function, as max(x, 0) - d(min(|x|, 3.8749998)), d(a) = a * Phi(-a).
+
+    d is looked up among sixteen parabolas, each the best on its piece; both ends are exact. Absolute error below 7e-5,
+    and 2.1e-4 for |x| > 3.6; relative below 1e-3 for x > 0. x is the result of an int8 product and the result becomes
+    uint8, whose steps are some hundred times that.
     """
     x = np.asarray(x, np.float32)
-    c = np.clip(x, np.float32(-5.306929), np.float32(5.306929))
-    t = c * c
-    p = _polynomial(
-        t, 6.264670446398668e-06, 0.00034161523217335343, 0.005699352826923132, 0.05206981301307678, 0.3989418148994446
-    )
-    q = _polynomial(
-        t,
-        5.29815679328749e-07,
-        0.00012253080785740167,
-        0.0028634381014853716,
-        0.038829389959573746,
-        0.2971790134906769,
-        1.0,
-    )
-    y: F32 = np.maximum(x, np.float32(-5.306929)) * (np.float32(0.5) + c * (p / q))
+    a = np.minimum(np.abs(x), np.float32(3.8749998))
+    pieces = (a + np.float32(1.5 * 2**21)).view(np.int32) & 15  # a sum whose last bit counts quarters
+    square, slope, offset = _GELU[:, pieces]
+    y: F32 = np.where(x < 0, np.float32(0), x) - ((square * a + slope) * a + offset)
     return y
 
 

@@ -42,7 +42,7 @@ TRUTH = {
     [
         ("sigmoid", 1e-7, 1.6e-7),
         ("silu", 1e-7, 2.5e-7),
-        ("gelu", 1.3e-6, 4e-7),
+        ("gelu", 2.1e-4, 1e-3),
         ("gelu_tanh", 2e-7, 4e-7),
         ("tanh", 5e-7, 5e-7),
         ("relu", 0, 0),

@@ -110,7 +110,7 @@ def test_any_parameters(z_q, z_v, zero_point, s_qk, m_v, is_causal):
 
 
 def test_brute_force_integers():
-    """Both sums in Python's integers; the softmax within half a step of its weights in float64."""
+    """Both sums in Python's integers; the softmax within half a step of its weights and of its table in float64."""
     q, k, v = draw(1, 1, 3, 5), draw(1, 1, 4, 5), draw(1, 1, 4, 2)
     z_q, z_v, scale = 120, 77, 2e-4
     p = numerics.softmax_weights(numerics.attention_scores(*numpy_of((q, k, None, False, 1.0, z_q, scale))))
@@ -118,7 +118,7 @@ def test_brute_force_integers():
     for t in range(3):
         row = [sum((int(q[0, 0, t, d]) - z_q) * (int(k[0, 0, s, d]) - 128) for d in range(5)) for s in range(4)]
         exact = [255 * math.exp((x - max(row)) * scale) for x in row]
-        assert all(abs(int(w) - e) <= 0.52 for w, e in zip(p[0, 0, t], exact, strict=True))
+        assert all(abs(int(w) - e) <= 0.52 + 0.0124 * e for w, e in zip(p[0, 0, t], exact, strict=True))
         for e in range(2):
             acc = sum(int(p[0, 0, t, s]) * (int(v[0, 0, s, e]) - z_v) for s in range(4))
             assert y[0, 0, t, e] == np.float32(acc) * (np.float32(1) / np.float32(int(p[0, 0, t].sum())))
@@ -126,7 +126,8 @@ def test_brute_force_integers():
 
 def test_weights_of_the_softmax():
     x = np.linspace(-20, 0, 100_001, dtype=np.float32)
-    assert np.abs(numerics.softmax_weights(x) - 255 * np.exp(x.astype(np.float64))).max() < 0.53
+    exact = 255 * np.exp(x.astype(np.float64))
+    assert (np.abs(numerics.softmax_weights(x) - exact) <= 0.51 + 0.0124 * exact).all()
     for row in ([-np.inf, -np.inf], [np.nan, np.nan], [np.inf, 0]):
         assert not numerics.softmax_weights(np.array(row, np.float32)).any()
     assert numerics.softmax_weights(np.array([-np.inf, np.nan, 3, -1e30], np.float32)).tolist() == [0, 0, 255, 0]
