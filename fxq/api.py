@@ -25,7 +25,7 @@ from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
-from fxq.inputs import Call, as_call, calibration_calls, check_finite
+from fxq.inputs import Call, as_call, calibration_calls, check_finite, check_kind
 from fxq.memory import give_back
 from fxq.observers import forget_rows, learning, paused, sample_of
 from fxq.ops import FAMILIES
@@ -359,6 +359,9 @@ def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
         raise InputError("the model is a ScriptModule, whose code cannot be traced; quantize the nn.Module behind it")
     if isinstance(model, GraphModule) and isinstance(model.meta.get("fxq"), Context):
         raise InputError("the model is already prepared by fxq; go on with fxq.calibrate and fxq.convert")
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            raise InputError(f"module {path!r} is already quantized by fxq; quantize the float model it came from")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise InputError(
@@ -376,6 +379,7 @@ def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
     if not call.args and not call.kwargs:
         raise InputError("example_inputs is empty; give a tensor, a tuple of positional or a dict of keyword arguments")
     for name, tensor in call.tensors():
+        check_kind(name, tensor)
         if tensor.device.type != "cpu":
             raise InputError(f"{name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")
         if tensor.dtype == torch.float64 or (tensor.dtype in _NARROW and not narrow):

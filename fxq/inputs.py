@@ -66,6 +66,17 @@ def as_call(example: object, kwargs: Mapping[str, Any] | None = None) -> Call:
     return Call((example,), dict(kwargs or {}))
 
 
+def check_kind(name: str, tensor: torch.Tensor) -> None:
+    """Raise `InputError` for a tensor of a kind that no graph of fxq takes."""
+    if tensor.is_nested:
+        raise InputError(f"{name} is a nested tensor; pad it with torch.nested.to_padded_tensor")
+    if tensor.layout is not torch.strided:
+        raise InputError(f"{name} is sparse ({tensor.layout}); give it dense, by .to_dense()")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kind = type(tensor).__name__
+        raise InputError(f"{name} is a tensor of the class {kind}; give a plain one: tensor.as_subclass(torch.Tensor)")
+
+
 def check_finite(call: Call, what: str) -> None:
     """Raise `CalibrationError` when a float tensor of `call` holds NaN or infinity; a mask of 0 and -inf may."""
     for name, tensor in call.tensors():

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxq.errors import GuardError, TraceError
 from fxq.tracing import TracingWarning, guards, trace
-from fxq.tracing.verify import _same
+from fxq.tracing.verify import is_same
 
 
 def fingerprint(model):
@@ -35,7 +35,7 @@ def same(gm, model, *args, **kwargs):
     e_args, e_kwargs = plain((args, kwargs))
     with torch.no_grad():
         actual, expected = gm(*a_args, **a_kwargs), model(*e_args, **e_kwargs)
-    return _same(actual, expected) and _same((a_args, a_kwargs), (e_args, e_kwargs))
+    return is_same(actual, expected) and is_same((a_args, a_kwargs), (e_args, e_kwargs))
 
 
 def check(model, *args, others=(), leaves=(), pickles=True, **kwargs):
@@ -45,7 +45,7 @@ def check(model, *args, others=(), leaves=(), pickles=True, **kwargs):
     inputs = plain((args, kwargs))
     gm = trace(model, args, kwargs, leaves=leaves)
     assert fingerprint(model) == before
-    assert _same((args, kwargs), inputs)
+    assert is_same((args, kwargs), inputs)
     assert all("origin" in node.meta for node in gm.graph.nodes)
     gm.graph.lint()
     smaller = copy.deepcopy(gm)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
+import fxq
 from fxq.errors import CalibrationError, InputError
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 
@@ -130,3 +132,30 @@ def test_a_dict_for_a_model_that_takes_one_dict():
 def test_batches_unlike_the_examples(data, example, message):
     with pytest.raises(InputError, match=message):
         calls(data, example)
+
+
+class Kind(torch.Tensor):
+    pass
+
+
+ODD = {
+    "sparse": (torch.eye(8).to_sparse(), "input 0 is sparse .*to_dense"),
+    "nested": (torch.eye(8), "input 0 is a nested tensor; pad it"),
+    "subclass": (torch.eye(8).as_subclass(Kind), "input 0 is a tensor of the class Kind; .*as_subclass"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_of_odd_kinds_are_refused_with_a_remedy(kind):
+    tensor, message = ODD[kind]
+    if kind == "nested":
+        tensor = torch.nested.nested_tensor([tensor[:2], tensor[:3]])
+    with pytest.raises(fxq.InputError, match=message):
+        fxq.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), tensor)
+
+
+def test_a_model_with_a_part_that_fxq_has_quantized_is_refused():
+    part = fxq.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(32, 8))
+    with pytest.raises(fxq.InputError, match="module '0' is already quantized by fxq"):
+        fxq.quantize(nn.Sequential(part, nn.Linear(8, 8)).eval(), torch.randn(32, 8))

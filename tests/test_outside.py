@@ -145,3 +145,22 @@ def test_what_a_model_keeps_of_a_trace_does_nothing_afterwards(recwarn):
         function(*argument)
     assert type(kept[-2]()) is float
     assert not [w for w in recwarn if "prints" in str(w.message)]
+
+
+@pytest.mark.parametrize("seed", [torch.manual_seed, torch.random.manual_seed])
+def test_a_seed_in_forward_is_refused_at_the_root_and_kept_in_a_leaf(seed):
+    def forward(s, x):
+        seed(5)
+        torch.manual_seed(5)
+        return s.l(x) + torch.randn(8)
+
+    model = model_of(forward, l=nn.Linear(8, 8))
+    for frontend in ("auto", "trace", "export"):
+        with pytest.raises(fxq.TraceError, match=r"test_outside.py:\d+ seeds torch's random numbers.*frontend='leaf'"):
+            fxq.quantize(model, X, frontend=frontend)
+    for qmodel in (
+        fxq.quantize(model, X, frontend="leaf"),
+        fxq.quantize(model_of(lambda s, x: s.inner(x), inner=model), X),
+    ):
+        torch.manual_seed(1)
+        assert fxq.comparison.output_sqnr(model(X), qmodel(X)) > 20

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxq
 from fxq.errors import GuardError, InputError, TraceError
 from fxq.tracing import Origin, TracingWarning, guard, guards, trace
 
@@ -301,3 +302,29 @@ def test_sentence_encoder_of_six_layers(attention):
         assert type(actual) is type(expected)
         torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, rtol=0, atol=2e-6)
         torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("frontend", ["trace", "export"])
+def test_a_forward_that_was_replaced_on_a_module_is_what_it_does(frontend):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    layer = model[0]
+    layer.forward = lambda x: F.linear(x, layer.weight) * 2
+    x = torch.randn(64, 8)
+    qmodel = fxq.quantize(model, x, frontend=frontend)
+    assert fxq.comparison.output_sqnr(model(x), qmodel(x)) > 30
+
+
+def test_the_structure_of_containers_is_told_by_what_is_in_them():
+    from fxq.tracing import structure
+
+    x = torch.randn(2)
+    for value, expected in (
+        ((x, None), "(*, None)"),
+        ([x, 2, "a"], "[*, *, *]"),
+        ((x, (x, None)), "(*, (*, None))"),
+        (([],), "([])"),
+        ({"a": (x,)}, "{'a': (*)}"),
+        ([x] * 20, f"[{', '.join('*' * 20)}]"),
+        (torch.Size([2]), "(*)"),
+    ):
+        assert [structure(value) for _ in range(2)] == [expected] * 2

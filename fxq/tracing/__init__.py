@@ -3,7 +3,8 @@
 `trace` copies the model (`prepare`) and runs it under a recorder (`recorder`, `spelling`, `values`) on the example
 inputs (`signature`), whose sizes and numbers are symbols (`symbols`), to build a graph (`builder`). Where the model's
 own code cannot be recorded, what `torch.export` makes of it is (`exported`). Then the graph runs against the model
-(`verify`). What a graph is made of besides torch is in `graph_functions`, where its nodes come from in `origin`.
+(`verify`), and guards that bind nobody go (`rows`). What a graph is made of besides torch is in `graph_functions`,
+where its nodes come from in `origin`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fxq.tracing.graph_functions import (
 from fxq.tracing.origin import Origin, line_of
 from fxq.tracing.prepare import prepare
 from fxq.tracing.recorder import Recorder
+from fxq.tracing.rows import drop_idle_guards
 from fxq.tracing.sharing import Writes, empty, own, shared, tensors_of
 
 __all__ = [
@@ -202,6 +204,9 @@ def _verified(task: _Task, served: str) -> fx.GraphModule:
             gm.meta["frontend"] = served
             verify.verify(gm, task.eager, partial(_watch, task), task.copied)
             verify.verify_second_call(gm, task.eager)
+            if task.program is None:
+                recorded = partial(_recorded, task)
+                drop_idle_guards(gm, task.prepared, task.call, recorded, task.copied)
             if not (task.share and gm.meta["stateless"]):
                 own(gm, tensors_of(task.prepared))
             return gm
@@ -257,6 +262,11 @@ def _record_either(task: _Task, watch: bool = False) -> Recording:
 def _watch(task: _Task, call: verify.Call) -> dict[str, torch.Tensor]:
     """Return the value of each node on another call."""
     return _record_either(replace(task, call=call), watch=True)[0].watched or {}
+
+
+def _recorded(task: _Task, call: verify.Call) -> fx.Graph:
+    """Return the graph of what the model does on another call."""
+    return _record_either(replace(task, call=call))[0].graph
 
 
 def _record_once(task: _Task, watch: bool, as_eager: bool = True) -> Recording:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -56,11 +56,27 @@ def mutate(tensor: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> None
     getattr(tensor, method)(*args, **kwargs)
 
 
+_SHORT = 16
+
+
+@lru_cache(256)
+def _of_types(kind: type, *types: type) -> str | None:
+    """`structure` of a tuple or list of what is no container, which its types decide; None for any other."""
+    if any(issubclass(part, dict | list | tuple) or is_dataclass(part) for part in types):
+        return None
+    inside = ", ".join("None" if part is type(None) else "*" for part in types)
+    return f"[{inside}]" if kind is list else f"({inside})"
+
+
 @in_graph
-def structure(value: object) -> str:
+def structure(value: Any) -> str:
     """Containers, their lengths and keys, and which leaves are None, as text; every other leaf is `*`."""
     if isinstance(value, torch.Tensor):  # most are, and this runs in each call
         return "*"
+    if type(value) in (tuple, list) and len(value) <= _SHORT:
+        known = _of_types(type(value), *map(type, value))
+        if known is not None:
+            return known
     if value is None:
         return "None"
     if isinstance(value, dict):

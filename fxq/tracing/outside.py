@@ -2,8 +2,8 @@
 
 While a model is traced, such functions give the user's code a symbol. Nothing becomes of one that is printed or left
 alone. Where a tensor is computed with it, or Python decides on it, the trace is refused: the graph would hold the
-number of this one call for good. Gradients, and copies of modules, are refused as they are asked for. NumPy's product
-of sizes, which would decide on each, is Python's.
+number of this one call for good. Gradients, copies of modules and seeds are refused as they are asked for. NumPy's
+product of sizes, which would decide on each, is Python's.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ _NUMBERS: list[tuple[Callable[..., Any], str]] = [
     if hasattr(module, name)
 ]
 """As they are when no other thread traces."""
+_SEEDS: tuple[tuple[dict[str, Any], str], ...] = tuple(
+    (vars(scope), name) for name in ("manual_seed", "seed", "set_rng_state") for scope in (torch, torch.random)
+)
+"""Where torch has what sets the state of its random numbers."""
 _PRODUCT, _COPY, _GRADIENTS = np.prod, copy.deepcopy, (torch.autograd.grad, torch.autograd.backward)
 StandIn = tuple[dict[str, Any], str, Callable[..., Any]]
 """Where a function is known by which name, and what is to be there."""
@@ -52,9 +56,12 @@ def stand_ins(recorder: Recorder) -> Iterator[StandIn]:
     found: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
         *((function, partial(_number, recorder, function, text)) for function, text in _NUMBERS),
         *((function, partial(_gradient, recorder, function)) for function in _GRADIENTS),
+        *((scope[name], partial(_seed, recorder, scope[name])) for scope, name in _SEEDS),
         (_COPY, partial(_copy, recorder, _COPY)),
         (_PRODUCT, _product),
     ]
+    for scope, name in _SEEDS:
+        yield scope, name, partial(_seed, recorder, scope[name])
     own = {type(module).__module__ for module in recorder.root.modules()}
     scopes = [vars(module) for module in (time, random, np.random, np, copy, torch.autograd)]
     scopes += [vars(sys.modules[name]) for name in own if name in sys.modules and not name.startswith("torch.")]
@@ -106,6 +113,12 @@ def _copy(recorder: Recorder, function: Callable[..., Any], x: Any, *args: Any) 
     if isinstance(x, nn.Module) and _is_users(recorder):
         recorder.refuse("copies a module as it runs (copy.deepcopy); copy it once, in __init__", final=True)
     return function(x, *args)
+
+
+def _seed(recorder: Recorder, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _is_users(recorder):
+        recorder.refuse("seeds torch's random numbers, which a graph does not", final=True)
+    return function(*args, **kwargs)
 
 
 def _gradient(recorder: Recorder, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

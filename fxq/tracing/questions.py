@@ -15,6 +15,9 @@ from fxq.tracing.spelling import RANK
 from fxq.tracing.symbols import Source, SymbolicFloat, SymbolicInt, is_symbol
 from fxq.tracing.values import concrete
 
+BY_SIZE = "by_size"
+"""In the `meta` of a guard: True where Python took one of two ways by the size of a tensor."""
+
 
 class Questions(Builder):
     """A graph under construction that knows what was asked: `asked` facts, `symbols` by what they stand for."""
@@ -104,5 +107,7 @@ class Questions(Builder):
             self.decided.add(symbol.fx_node)
             line = self.line() or "the model"
             message = f"{line} decided that `{symbol.text}` is {symbol.value!r} on the example inputs"
-            self.create("call_function", guard, (symbol.fx_node, symbol.value, message))
+            node = self.create("call_function", guard, (symbol.fx_node, symbol.value, message))
+            if symbol.source is Source.SIZE and isinstance(symbol.value, bool):
+                node.meta[BY_SIZE] = True
         return symbol.value

@@ -57,7 +57,10 @@ _CONTAINERS = {
 
 
 def is_leaf(module: nn.Module, path: str, leaves: tuple[type[nn.Module] | str, ...]) -> bool:
-    """Tell whether a module stays one call: torch's own with a plain meaning, scripted, or listed by the user."""
+    """Tell whether a module stays one call: torch's own with a plain meaning, scripted, or listed by the user.
+
+    One whose `forward` was replaced on the object does what that says.
+    """
     if not path:
         return False  # A graph of a single call of the whole model would be of no use.
     if any(fnmatchcase(path, leaf) if isinstance(leaf, str) else isinstance(module, leaf) for leaf in leaves):
@@ -66,7 +69,8 @@ def is_leaf(module: nn.Module, path: str, leaves: tuple[type[nn.Module] | str, .
         return True
     kind = type(module)
     plain = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ not in _CONTAINERS
-    return plain and not module._forward_hooks and not module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return plain and not hooked and "forward" not in module.__dict__
 
 
 def spelling(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling:

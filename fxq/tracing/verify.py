@@ -99,7 +99,7 @@ def verify(gm: fx.GraphModule, eager: Eager, watch: Watch, copied: Copier) -> No
 
 def verify_second_call(gm: fx.GraphModule, eager: Eager) -> None:
     """Raise `TraceError` unless the graph gives the model's output when called again."""
-    if not _same(eager.first, eager.second) and not _same(eager.second, run(gm, eager.call, times=2)):
+    if not is_same(eager.first, eager.second) and not is_same(eager.second, run(gm, eager.call, times=2)):
         cause = f", since it changes `{eager.changed[0]}`" if eager.changed else ""
         what = f"the model computes something else when it is called again{cause}"
         remedy = "keep that in a buffer (register_buffer) and compute with it as with any tensor"
@@ -129,7 +129,7 @@ def takes_one_row(gm: fx.GraphModule, model: nn.Module, call: Call) -> bool:
     except Exception:
         return True  # The model itself does not take one.
     try:
-        return _same(run(gm, (args, kwargs)), expected)
+        return is_same(run(gm, (args, kwargs)), expected)
     except GuardError:
         return True
     except Exception:
@@ -144,7 +144,7 @@ def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where:
     except Exception as error:
         what = f"the traced graph fails on {where}, which the model takes: {error}"
         raise _blame(what, gm, call, watch) from error
-    if not _same(actual, expected):
+    if not is_same(actual, expected):
         what = f"the traced graph does not compute what the model computes on {where}"
         raise _blame(what, gm, call, watch)
 
@@ -172,7 +172,8 @@ def is_close(actual: Any, expected: Any) -> bool:
     )
 
 
-def _same(actual: Any, expected: Any) -> bool:
+def is_same(actual: Any, expected: Any) -> bool:
+    """Whether two outputs are the same up to what memory that is aligned otherwise makes of a product."""
     if isinstance(expected, torch.Tensor):
         if not isinstance(actual, torch.Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             return False
@@ -187,7 +188,7 @@ def _same(actual: Any, expected: Any) -> bool:
     parts = _parts(expected)
     if parts is None:
         return bool(actual == expected)
-    return len(parts) == len(others := _parts(actual) or []) and all(map(_same, others, parts))
+    return len(parts) == len(others := _parts(actual) or []) and all(map(is_same, others, parts))
 
 
 def _parts(value: Any) -> list[Any] | None:
@@ -212,7 +213,7 @@ class _Comparing(fx.Interpreter):
         except Exception:
             self.first = self.first or n
             raise
-        if self.first is None and n.name in self.known and not _same(result, self.known[n.name]):
+        if self.first is None and n.name in self.known and not is_same(result, self.known[n.name]):
             self.first = n
         return result
 
