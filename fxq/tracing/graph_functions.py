@@ -74,7 +74,7 @@ def structure(value: Any) -> str:
     if isinstance(value, torch.Tensor):  # most are, and this runs in each call
         return "*"
     if type(value) in (tuple, list) and len(value) <= _SHORT:
-        known = _of_types(type(value), *map(type, value))
+        known = _of_types(type(value), *map(type, value))  # type: ignore[arg-type]
         if known is not None:
             return known
     if value is None:

@@ -11,6 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,8 +86,12 @@ def _other_rows(call: Call) -> Iterator[Call]:
         for n in ROWS:
             if rows != {n}:
                 taken = torch.arange(n) % max(rows)
-                args, kwargs = map_tensors(call, lambda tensor, taken=taken: tensor.detach()[taken])
+                args, kwargs = map_tensors(call, partial(_rows_of, taken))
                 yield args, kwargs
+
+
+def _rows_of(taken: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()[taken]
 
 
 class _Asking(fx.Interpreter):
@@ -119,7 +124,7 @@ class _Asking(fx.Interpreter):
 def _computed(graph: fx.Graph, known: dict[Any, int]) -> list[int]:
     """What a graph returns and changes, each value as the number of the expression that computes it in `known`."""
     numbers: dict[fx.Node, int] = {}
-    effects = []
+    effects: list[int] = []
 
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
