@@ -1,6 +1,6 @@
 """One layer, uint8 in and uint8 out: y = relu(x w^T + b), fxq against torch's own int8 ops and the limits of the core.
 
-    python -m benchmarks.layers [--full] [--json FILE]
+    python -m benchmarks.layers [--json FILE] | [--grid [M ...]]
 
 x: uint8 [M, K]; w: int8 [N, K], a scale per row; every contestant packs its weight ahead of time. Before it is timed,
 its output is held against exact arithmetic: one that is off by more than a single step takes no part.
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,7 @@ SHAPES = (
     (512, 1024, 1024),
     (1024, 1024, 4096),
 )
-GRID = tuple(
-    (m, k, n)
-    for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-    for k in (64, 256, 1024, 4096)
-    for n in (64, 256, 1024, 4096)
-)
+GRID = tuple(product([2**i for i in range(12)], (64, 256, 1024, 4096), (64, 256, 1024, 4096)))
 TORCH_INT8 = ("torch x86", "torch fbgemm", "torch onednn", "torch qlinear_pointwise")
 Shape = tuple[int, int, int]
 L2 = 1 << 20
@@ -207,12 +203,23 @@ def run(shapes: tuple[Shape, ...] = SHAPES, seconds: float = 1.0, threads: tuple
     return {"isa": kernels.info().isa, "probes": why or "measured", "rows": rows}
 
 
+def run_grid(rows: list[int], seconds: float = 0.3, threads: tuple[int, ...] = (1, 2)) -> None:
+    """fxq and torch's int8 ops on every K and N of the grid for these M; prints where one of torch's is faster."""
+    names, below = ["fxq", *TORCH_INT8], []
+    for shape in [shape for shape in GRID if shape[0] in rows]:
+        row = run_shape(shape, threads, seconds, names, None)
+        print(f"  {line(row)}", flush=True)
+        below += [f"{shape} {t['best int8']:.2f}x" for t in row["threads"].values() if (t["best int8"] or 1) < 1]
+    print(f"below 1.0x: {', '.join(below) or 'none'}")
+
+
 def line(row: Any) -> str:
     """One row for the terminal."""
     parts = [f"{'x'.join(str(row[c]) for c in 'MKN'):16s}"]
     for count, t in row["threads"].items():
         best = f", {t['best int8']:.2f}x torch int8" if t["best int8"] else ""
-        parts.append(f"{count} thr {t['us']['fxq']:8.1f} us{best}, {t['ratio'].get('torch float32', 0):.1f}x float")
+        real = f", {t['ratio']['torch float32']:.1f}x float" if "torch float32" in t["ratio"] else ""
+        parts.append(f"{count} thr {t['us']['fxq']:8.1f} us{best}{real}")
     if "of peak" in row:
         read = f", {row['of bandwidth']:.0%} of read" if row["M"] == 1 else ""
         parts.append(f"{row['of peak']:.0%} of peak{read}")
@@ -221,9 +228,12 @@ def line(row: Any) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="a grid of M 1..2048 by K and N 64..4096")
+    parser.add_argument("--grid", type=int, nargs="*", metavar="M", help="K and N 64..4096 for these M, or 1..2048")
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
-    results = run(SHAPES + GRID if options.full else SHAPES)
+    if options.grid is not None:
+        run_grid(options.grid or sorted({m for m, _, _ in GRID}))
+        raise SystemExit
+    results = run()
     if options.json:
         options.json.write_text(json.dumps(results))
