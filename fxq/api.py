@@ -256,13 +256,14 @@ def _convert(prepared: GraphModule, passes: tuple[Pass, ...] | None, last: bool 
     _context(prepared, Stage.OBSERVED, "fxq.convert")
     trained = [module for module in prepared.modules() if isinstance(module, FakeQuantize | WeightFakeQuantize)]
     changing = {id(tensor) for module in trained for tensor in tensors_of(module)}  # those write to theirs
-    kept = [] if prepared.meta.get(STATE) else [t for t in tensors_of(prepared) if id(t) not in changing]
+    shared = not prepared.meta.get(STATE)
+    kept = (t for t in tensors_of(prepared) if shared and id(t) not in changing)
     gm = copy.deepcopy(prepared, aliases(kept)).eval()
     if last:
         forget_rows(prepared)
     ctx = cast(Context, gm.meta["fxq"])
     result = inside.convert(gm, CONVERT if passes is None else passes)
-    own(result, kept)
+    own(result, tensors_of(prepared))
     if ctx.dump is not None:
         ctx.dump.write_text("report.txt", str(ctx.report))
     return result

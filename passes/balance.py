@@ -72,14 +72,16 @@ class Balance:
         exclusive = exclusive_constants(gm)
         edges = [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(submodule(gm, n), Edge)]
         effects: dict[str, str] = {}
-        for node in edges:
-            observer = submodule(gm, node)
-            assert isinstance(observer, Edge)
-            if observer.rows.numel():
-                readers = [user for user in node.users if user.target is LINEAR]
-                plain, best = _choose(gm, observer, readers, exclusive)
-                _apply(gm, node, observer, readers, best)
-                effects |= {reader.name: _effect(plain, best) for reader in readers}
+        with ctx.bar("balancing", len(edges)) as bar:
+            for node in edges:
+                observer = submodule(gm, node)
+                assert isinstance(observer, Edge)
+                if observer.rows.numel():
+                    readers = [user for user in node.users if user.target is LINEAR]
+                    plain, best = _choose(gm, observer, readers, exclusive)
+                    _apply(gm, node, observer, readers, best)
+                    effects |= {reader.name: _effect(plain, best) for reader in readers}
+                bar.update()
         ctx.report.add_details(effects)
         return len(effects)
 

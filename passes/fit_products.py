@@ -38,7 +38,7 @@ class FitProducts:
         simulation = Simulation(gm, ctx)
         changes: dict[Method, dict[str, Change]] = {method: {} for method, _ in begun}
         seconds = dict.fromkeys(changes, 0.0)
-        for node in simulation.stops(products, " and ".join(method.what for method in changes)):
+        for node in simulation.stops(products, f"fitting {' and '.join(method.what for method in changes)}"):
             for method, fitter in begun:
                 start = time.perf_counter()
                 change = fitter.fit(node, simulation) if node in fitter.products else None

@@ -55,17 +55,18 @@ class ScaleRows:
     def _scale(self, gm: GraphModule, ctx: Context) -> int:
         exclusive = exclusive_constants(gm)
         effects: dict[str, str] = {}
-        for node in list(gm.graph.nodes):
-            edge = submodule(gm, node) if node.op == "call_module" else None
-            if not isinstance(edge, Edge | Fixed) or not edge.rows.numel():
-                continue
-            readers = list(node.users)
-            if not all(_is_free(gm, reader, exclusive) for reader in readers):
-                continue
-            static, dynamic = _qualities(gm, edge, readers)
-            if static < HOPELESS and dynamic >= static + LEAST_GAIN:
-                _apply(gm, node, readers)
-                effects |= {reader.name: f"rows by themselves: {static:.1f} -> {dynamic:.1f} dB" for reader in readers}
+        edges = {n: submodule(gm, n) for n in gm.graph.nodes if n.op == "call_module"}
+        found = {n: edge for n, edge in edges.items() if isinstance(edge, Edge | Fixed) and edge.rows.numel()}
+        with ctx.bar("scaling rows", len(found)) as bar:
+            for node, edge in found.items():
+                readers = list(node.users)
+                if all(_is_free(gm, reader, exclusive) for reader in readers):
+                    static, dynamic = _qualities(gm, edge, readers)
+                    if static < HOPELESS and dynamic >= static + LEAST_GAIN:
+                        _apply(gm, node, readers)
+                        effect = f"rows by themselves: {static:.1f} -> {dynamic:.1f} dB"
+                        effects |= dict.fromkeys((reader.name for reader in readers), effect)
+                bar.update()
         ctx.report.decisions = [
             replace(d, scheme="w8a8-dynamic", detail=effects[d.node]) if d.node in effects else d
             for d in ctx.report.decisions

@@ -1,5 +1,7 @@
 """round_weights: weights on the grid of their scales, less noise in the product, and what is left alone."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,14 @@ from torch import nn
 
 import fxq
 from fxq.comparison import sqnr
+from fxq.decisions import Report
 from fxq.observers import RoundedWeight, WeightObserver
 from fxq.pipeline import run
 from fxq.recipe import Recipe
 from fxq.reconstruction import reconstructed
 from fxq.simulation import Simulation, calibrated_products, rows_of
-from passes import round_weights
+from fxq.tracing.sharing import tensors_of
+from passes import correct_bias, round_weights
 from passes.fit_products import FitProducts
 from passes.round_weights import compensated, damped_hessian
 
@@ -141,6 +145,39 @@ def test_the_pass(staged):
     assert [m.scales.shape for m in gm.modules() if isinstance(m, RoundedWeight)] == [(16,)]
     assert "rounded together: " in ctx.report.decisions[0].detail
     assert PASS.run(gm, ctx) == 0
+
+
+def test_in_float_the_network_is_as_it_was(staged):
+    """And no second float weight is held: integers, scales and factors are."""
+    x, model = related(), nn.Sequential(nn.Linear(48, 48), nn.Softplus(), nn.Linear(48, 16))
+    gm, ctx = staged(model, x, "fit-products", Recipe())
+    expected, known = gm(x), {t.data_ptr() for t in tensors_of(gm)}
+    assert PASS.run(gm, ctx)
+    assert torch.equal(gm(x), expected)
+    assert {t.dtype for t in tensors_of(gm) if t.data_ptr() not in known and t.dim() > 1} == {torch.int8}
+
+
+def test_the_last_method_is_taken_back_first(staged, monkeypatch):
+    monkeypatch.setattr(correct_bias, "LEAST_GAIN", -100.0)
+    both = FitProducts((round_weights.METHOD, correct_bias.METHOD))
+    gains = iter((-1.0, 0.5))
+    monkeypatch.setattr(Simulation, "_gain", lambda self, outputs: next(gains))
+    gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
+    assert both.run(gm, ctx) == 1
+    assert [note.split(":")[0] for note in ctx.report.notes] == ["correct-bias"]
+    assert any(isinstance(m, RoundedWeight) for m in gm.modules())
+    assert not any("corrected" in str(node.target) for node in gm.graph.nodes)
+
+
+def test_times_and_progress_are_shown(capsys):
+    model, x = nn.Sequential(nn.Linear(48, 48), nn.Softplus(), nn.Linear(48, 16)).eval(), related()
+    qmodel = fxq.quantize(model, x, progress=True)
+    bars = capsys.readouterr().err
+    assert all(what in bars for what in ("balancing", "scaling rows", "fitting weights and biases"))
+    count, seconds = qmodel.report.seconds["round-weights"]
+    assert count and seconds > 0
+    assert f"round-weights: {count} changes in {seconds:.2f} s" in str(qmodel.report)
+    assert Report.from_dict(json.loads(json.dumps(qmodel.report.to_dict()))).seconds == qmodel.report.seconds
 
 
 def test_it_pays_and_can_be_switched_off(tmp_path):
