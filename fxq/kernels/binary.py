@@ -38,7 +38,7 @@ _COMPILE = (
 )
 _KERNELS = ("-O2",)
 _OTHERS = ("-O1", "-finline-small-functions")  # they check and call: as fast as with -O2, compiled in 60 % of its time
-_LINK = ("-shared", "-ltorch_cpu")
+_LINK = ("-shared", "-pthread", "-ltorch_cpu")
 _TIMEOUT = 600
 _DIGEST_BYTES = 32
 
