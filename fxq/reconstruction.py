@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fxq.qtypes import WEIGHT_QMAX
 
-STEPS = 500
+STEPS = 250
 RATE = 0.1
 WEIGHT = 0.5
 """Of the second term. With a tenth of it many h end between 0 and 1, and rounding those undoes what was found."""
 WARM = STEPS // 10
 """Steps before the second term sets in."""
-BETA = 20.0, 2.0
+BETA = 10.0, 2.0
 """From, to."""
 STRETCH = 1.2
 """A sigmoid alone has no gradient left where it comes to 0 and 1."""

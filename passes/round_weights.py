@@ -15,7 +15,7 @@ of one with groups each group by itself. Products that read the same x are round
 drawn with a fixed seed. Three quarters fit; the result is kept if it is at least 0.3 dB better on the rest, and
 `fit_products` takes all back if the output of the network loses by it. In float the network computes with the weights
 as they were.
-"feedback" takes some 20 ms for 384 x 384 weights and 100 ms for 1536 inputs, "adaround" 1.3 s and 12 s.
+"feedback" takes some 20 ms for 384 x 384 weights and 100 ms for 1536 inputs, "adaround" 0.7 s and 6 s.
 
 Left alone: products of more than 1536 inputs, transposed convolutions, whose places see different taps, and weights
 with other readers.
