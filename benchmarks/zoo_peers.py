@@ -215,8 +215,9 @@ def compete(name: str, kind: str, make: Callable[[], nn.Module], inputs: Callabl
     columns, ahead, own = [], [], results["fxq"]
     for peer, reached in results.items():
         columns.append(f"{reached:>15.15}" if isinstance(reached, str) else str(reached))
-        rival = isinstance(own, Reached) and isinstance(reached, Reached) and reached.int8
-        if rival and reached.sqnr > own.sqnr + NOISE:
+        if not (isinstance(own, Reached) and isinstance(reached, Reached) and reached.int8):
+            continue
+        if reached.sqnr > own.sqnr + NOISE:
             fewer = own.int8 - reached.int8
             ahead.append(f"{peer} ({fewer} fewer in int8)" if fewer > 0 else peer)
     return "  ".join([*columns, f"ahead: {', '.join(ahead)}" if ahead else ""]), bool(ahead)
