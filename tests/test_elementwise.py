@@ -12,6 +12,7 @@ from torch import nn
 import fxq
 from fxq import tracing
 from fxq.elementwise import span_of
+from fxq.expansion import expand_blocks
 from fxq.graph import propagate
 from fxq.ops.lookup import MAX_CHANNELS, lookup, lookup_channels
 from fxq.qdq import dequantize, quantize
@@ -22,7 +23,7 @@ LAYERS = {"l": nn.Linear(8, 8), "k": nn.Linear(8, 8), "m": nn.Linear(8, 8)}
 
 
 def targets(qmodel, *wanted):
-    return [node for node in qmodel.graph.nodes if node.target in wanted]
+    return [node for node in expand_blocks(qmodel).graph.nodes if node.target in wanted]
 
 
 def floats(qmodel):
