@@ -95,7 +95,11 @@ class FakeQuantize(MovingAverage):
         self.register_buffer("until", torch.tensor(NEVER))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x^ of x (float32, any shape); raises `CalibrationError` on NaN or infinity while it learns or trains."""
+        """x^ of x (float32, any shape); raises `CalibrationError` on NaN or infinity while it learns or trains.
+
+        What autocast has made narrower is widened first.
+        """
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         if (self.learning or self.training) and x.numel():
             extremes = self.extremes(x)
             if self.learning or self.steps < self.until:

@@ -55,6 +55,14 @@ def train(model, data, optimizer=None):
     return losses
 
 
+def agrees(qat, x):
+    """The integers of a trained graph, held to what its fake quantization gives in eval mode."""
+    with torch.no_grad():
+        fake, qmodel = qat.eval()(x), fxq.convert(qat)
+        assert (qmodel(x) - fake).abs().max() < 0.02 * fake.abs().max()
+    return qmodel
+
+
 def as_qdq(qat):
     """A trained graph where it has scales and zero points and no fake quantizers any more."""
     from passes import CONVERT
@@ -370,8 +378,9 @@ class TestTraining:
             lambda p: torch.optim.SGD(p, 0.2, momentum=0.9),
             lambda p: torch.optim.Adam(p, 1e-2),
             lambda p: torch.optim.RMSprop(p, 3e-3),
+            lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.05),
         ],
-        ids=["sgd", "adam", "rmsprop"],
+        ids=["sgd", "adam", "rmsprop", "adamw"],
     )
     def test_it_learns(self, recipe, optimizer):
         qat = fxq.prepare_qat(classifier(), torch.randn(32, 8), recipe=recipe)
@@ -405,6 +414,77 @@ class TestTraining:
         assert all(
             torch.equal(a, b) for a, b in zip(qat.state_dict().values(), again.state_dict().values(), strict=True)
         )
+
+    @pytest.mark.parametrize("recipe", [Recipe(), LEARNED], ids=["ranges", "steps"])
+    def test_lbfgs_may_call_it_as_often_as_it_likes(self, recipe):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        qat = fxq.prepare_qat(model, torch.randn(32, 8), recipe=recipe)
+        optimizer = torch.optim.LBFGS(qat.parameters(), 0.3, max_iter=10, line_search_fn="strong_wolfe")
+        ((x, y),) = batches(1)
+        losses = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(qat(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        assert losses[-1] < 0.6 * losses[0]
+        agrees(qat, x)
+
+    def test_transposed_convolutions(self):
+        torch.manual_seed(2)
+        front = nn.Linear(8, 32), nn.ReLU(), nn.Unflatten(1, (8, 2, 2))
+        middle = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(6), nn.ReLU()
+        qat = fxq.prepare_qat(nn.Sequential(*front, *middle, nn.Flatten(), nn.Linear(96, 3)), torch.randn(32, 8))
+        losses = train(qat, batches(30))
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+        assert agrees(qat, torch.randn(64, 8)).report.int8_share == 1
+
+    @pytest.mark.parametrize("recipe", [Recipe(), LEARNED], ids=["ranges", "steps"])
+    def test_gradients_add_up_over_batches(self, recipe):
+        """Four quarters of a batch give the gradients of the whole, once the ranges stand."""
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        qat = fxq.prepare_qat(model, torch.randn(32, 8), recipe=recipe)
+        fxq.freeze_observers(qat)
+        ((x, y),) = batches(1)
+        F.cross_entropy(qat(x), y).backward()
+        wanted = [p.grad.clone() for n, p in qat.named_parameters() if "observers" not in n and "fake" not in n]
+        qat.zero_grad()
+        for part, labels in zip(x.split(8), y.split(8), strict=True):
+            (F.cross_entropy(qat(part), labels) / 4).backward()
+        found = [p.grad for n, p in qat.named_parameters() if "observers" not in n and "fake" not in n]
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+
+    @pytest.mark.parametrize("recipe", [Recipe(), LEARNED], ids=["ranges", "steps"])
+    def test_autocast(self, recipe):
+        """Products in bfloat16, fake quantization in float32; the trained model is that of float32 in eval mode."""
+        qat = fxq.prepare_qat(classifier(), torch.randn(32, 8), recipe=recipe)
+        optimizer, losses = torch.optim.Adam(qat.parameters(), 1e-2), []
+        for x, y in batches(40):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(qat(x).float(), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+        agrees(qat, torch.randn(64, 8))
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    def test_torch_compile(self):
+        """With breaks where a range is read as a number: the same losses as without."""
+        qat = fxq.prepare_qat(classifier(), torch.randn(32, 8), recipe=LEARNED)
+        twin, losses = copy.deepcopy(qat), []
+        torch._dynamo.reset()
+        for model, own in ((torch.compile(qat, backend="eager"), qat), (twin, twin)):
+            torch.manual_seed(1)
+            losses.append(train(model, batches(3), torch.optim.SGD(own.parameters(), 0.1)))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        agrees(qat, torch.randn(64, 8))
 
     def test_convolutions(self):
         """Batch norms behind convolutions fold while they train; the integers are those of the trained graph."""

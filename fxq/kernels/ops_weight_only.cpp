@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -41,6 +42,53 @@ std::vector<uint32_t> pairs_of(const c10::BFloat16* x, int64_t rows, const Float
 }
 std::vector<uint32_t> pairs_of(const c10::Half*, int64_t, const FloatGemm&) { return {}; }
 
+[[gnu::always_inline]] inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
+[[gnu::always_inline]] inline float float_of(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+
+// Numbers of 16 bits, widened exactly and rounded to nearest, ties to even, without branches, so that loops of them are
+// vectors: torch's own conversions, made for one number, take longer than the products of few channels.
+[[gnu::always_inline]] inline float widened(c10::BFloat16 v) { return float_of(uint32_t(v.x) << 16); }
+[[gnu::always_inline]] inline float widened(c10::Half v) {
+  const uint32_t sign = uint32_t(v.x & 0x8000) << 16, magnitude = uint32_t(v.x & 0x7FFF) << 13;
+  const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);  // denormals become normal
+  return float_of((magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : finite) | sign);
+}
+[[gnu::always_inline]] inline void round_to(c10::BFloat16& y, float v) {
+  const uint32_t bits = bits_of(v), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  y.x = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+[[gnu::always_inline]] inline void round_to(c10::Half& y, float v) {
+  const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000;  // in steps of 2**-24, the last bit of 0.5
+  const uint32_t normal = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000 ? denormal : normal;
+  const uint32_t nonfinite = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+  y.x = uint16_t((magnitude >= 0x47800000 ? nonfinite : finite) | sign);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED [[gnu::optimize("O3")]]  // at -O2 GCC leaves loops of unknown length as they are, Clang does not
+#else
+#define VECTORIZED
+#endif
+
+template <class T>
+VECTORIZED void widen(const T* x, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widened(x[i]);
+}
+template <class T>
+VECTORIZED void round_all(const float* x, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) round_to(to[i], x[i]);
+}
+
 // All rows of x, widened or as pairs; and the result, rounded. Activations only: no float weight is ever made.
 template <class T>
 void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
@@ -50,8 +98,7 @@ void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
   if (pairs.empty()) {
     wide.resize(rows * g.k);
     parallel(rows, std::max<int64_t>(1, kElementGrain / (g.k + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t k = 0; k < g.k; ++k) wide[row * g.k + k] = x[row * g.x_stride + k];
+      for (int64_t row = begin; row < end; ++row) widen(x + row * g.x_stride, wide.data() + row * g.k, g.k);
     });
     g.x = wide.data();
     g.x_stride = g.k;
@@ -62,7 +109,7 @@ void run_narrow(const T* x, T* y, int64_t rows, FloatGemm& g) {
   g.y = sums.data();
   run_float_gemm(g, rows);
   parallel(rows * g.n, kElementGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) y[i] = T(sums[i]);
+    round_all(sums.data() + begin, y + begin, end - begin);
   });
 }
 

@@ -92,6 +92,19 @@ def test_narrow_activations(on_isa, m, dtype):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_narrow_number_is_widened_and_rounded(on_isa, dtype):
+    """All 65536 of them, and float32 results between them, on ties, beyond the largest and below the smallest."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    one = torch.from_numpy(numerics.pack(np.ones((1, 1), np.int8)))
+    for scale in (1.0, 3.0, 0.5, 2.0**-20, 2.0**20, 1 + 2.0**-11, 1 + 2.0**-8, 1 - 2.0**-12):
+        s = torch.tensor([scale])
+        found = on_isa(linear_weight_only, x[:, None], one, s)[:, 0]
+        wanted = (x.float() * s).to(dtype)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(0, torch.inf, -torch.inf), wanted.nan_to_num(0, torch.inf, -torch.inf))
+
+
 @pytest.mark.parametrize("k", [1, 2, 67, BLOCK, 2 * BLOCK + 5])
 @pytest.mark.parametrize(("m", "n"), [(8, 5), (13, 130), (200, 20)])
 def test_bfloat16_by_pairs(on_isa, m, n, k):
