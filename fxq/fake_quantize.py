@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxq import numerics
 from fxq.observers import MovingAverage, WeightObserver
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, SCALE_FLOOR, WEIGHT_QMAX, Granularity, QParams
@@ -184,8 +185,8 @@ class LearnedWeightFakeQuantize(WeightFakeQuantize):
 class TrainedAttention(nn.Module):
     """Attention as `fxq.spelling.attention` computes it, with the dropout that the model has on its weights.
 
-    rounds: whether they are rounded as those of `qattention` are, p = rne(255 * exp(x - max x)) / 255, before they are
-    divided by their sum; the gradient passes straight through.
+    rounds: whether they are those of `qattention`, `numerics.softmax_weights` / 255, before they are divided by their
+    sum; the gradient passes straight through to those of exp(x - max x).
     """
 
     def __init__(self, rounds: bool, dropout: float) -> None:
@@ -214,7 +215,8 @@ class TrainedAttention(nn.Module):
         top = scores.amax(-1, keepdim=True).detach()
         p = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
         if self.rounds:
-            p = p + (torch.round(p.detach() * ACT_QMAX) / ACT_QMAX - p.detach())
+            rounded = torch.from_numpy(numerics.softmax_weights(scores.detach().float().numpy()))
+            p = p + (rounded.to(p.dtype) / ACT_QMAX - p.detach())
         total = p.sum(-1, keepdim=True)
         if not nan_if_masked:
             total = total.masked_fill(total == 0, 1)
