@@ -474,18 +474,6 @@ class TestTraining:
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
         agrees(qat, torch.randn(64, 8))
 
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-    def test_torch_compile(self):
-        """With breaks where a range is read as a number: the same losses as without."""
-        qat = fxq.prepare_qat(classifier(), torch.randn(32, 8), recipe=LEARNED)
-        twin, losses = copy.deepcopy(qat), []
-        torch._dynamo.reset()
-        for model, own in ((torch.compile(qat, backend="eager"), qat), (twin, twin)):
-            torch.manual_seed(1)
-            losses.append(train(model, batches(3), torch.optim.SGD(own.parameters(), 0.1)))
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-        agrees(qat, torch.randn(64, 8))
-
     def test_convolutions(self):
         """Batch norms behind convolutions fold while they train; the integers are those of the trained graph."""
         torch.manual_seed(2)
