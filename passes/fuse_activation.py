@@ -6,7 +6,7 @@
     quantize(silu(qconv_float(...)), s, z)     ->  qconv_act_quantize(..., "silu", s, z)
 
 Only where no one else reads what stands between. fxq's activations are its own polynomials (`fxq.numerics`): the same
-bits everywhere, within a few units in the last place of torch's.
+bits everywhere, and as near to torch's as what stands behind an int8 product is worth; gelu is off by 2e-4 at most.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FuseActivation:
     name: str = "fuse-activation"
     takes: Stage = Stage.INTEGER
     gives: Stage = Stage.INTEGER
-    numbers: Numbers = Numbers.ROUNDING
+    numbers: Numbers = Numbers.APPROXIMATE
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """In graph order, so that a quantize finds the activation before it fused."""
