@@ -1,4 +1,4 @@
-"""The pages: the cells of the one that explains int8 inference, and the table of cases of the one on tracing."""
+"""The pages: the README's passes, the cells that explain int8 inference, the table of cases of the page on tracing."""
 
 import contextlib
 import importlib.util
@@ -12,9 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
+import passes
+from fxq.pipeline import Numbers
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "how-int8-inference-works.md"
 CELL = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```\n", re.DOTALL)
+
+
+def test_the_readme_tells_the_passes_as_they_are():
+    rows = re.findall(
+        r"^\| (`[a-z_`, ]+`) \| .* \| ([A-Z]+) \| (.+) \|$", (DOCS.parent / "README.md").read_text(), re.M
+    )
+    told = {name: row[1:] for row in rows for name in re.findall(r"\w+", row[0])}
+    pipelines = passes.PREPARE, passes.PREPARE_QAT, passes.CONVERT, passes.IMPORT
+    known = {step.name.replace("-", "_"): step for steps in pipelines for step in steps}
+    assert told.keys() == known.keys()
+    for steps in pipelines:
+        names = [step.name.replace("-", "_") for step in steps]
+        assert names == [name for name in told if name in names]
+    short = {Numbers.ONE_STEP: "at most one step per node"}
+    for name, step in known.items():
+        assert told[name] == (step.gives.name, short.get(step.numbers, step.numbers.value)), name
 
 
 @pytest.fixture

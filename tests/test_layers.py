@@ -1,6 +1,8 @@
 """The layers of the architecture: each module imports lower ones only."""
 
 import ast
+import fnmatch
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +145,29 @@ def test_no_cycles():
     while free := {m for m in remaining if not any(a == m and b in remaining for a, b in edges)}:
         remaining -= free
     assert remaining == set()
+
+
+def test_the_readme_lists_the_layers():
+    listed = (ROOT / "README.md").read_text().partition("\nLayers, ")[2].partition("\n\n")[2].partition("\n\n")[0]
+    places = [
+        (pattern, place)
+        for place, line in enumerate(listed.splitlines())
+        for pattern in re.findall(r"[\w.*]+", names(line))
+    ]
+
+    def place(module):
+        found = [place for pattern, place in places if fnmatch.fnmatch(module, pattern.removesuffix(".*"))]
+        assert len(found) == 1, (module, found)
+        return found[0]
+
+    edges = [(a, b) for a, b in ((package_of(a), package_of(b)) for a, b, _ in EDGES) if a != "fxq.__main__"]
+    assert [(a, b) for a, b in edges if place(a) > place(b)] == []
+    assert len(places) == len({pattern for pattern, _ in places})
+
+
+def names(line):
+    """The first column."""
+    return re.split(r" {2,}", line.strip())[0]
 
 
 @pytest.mark.parametrize("package", sorted(SIBLINGS))
