@@ -33,7 +33,9 @@ def test_the_readme_tells_the_passes_as_they_are():
         assert names == [name for name in told if name in names]
     short = {Numbers.ONE_STEP: "at most one step per node"}
     for name, step in known.items():
-        assert told[name] == (step.gives.name, short.get(step.numbers, step.numbers.value)), name
+        stage, numbers = told[name]
+        assert stage == step.gives.name, name
+        assert numbers.startswith(short.get(step.numbers, step.numbers.value)), name
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@
     qlinear_act            y   = act(v)                                          -> float32
     qlinear_act_quantize   q_y = quantize(act(v) [* factor[n]], s_y, z_y)        -> uint8
 
-act is a polynomial in plain float32 steps, without fused multiply-adds, so that every instruction set and NumPy agree
-bit for bit; its error against float64 stands in the docstrings of `fxq.numerics.gelu`, `gelu_tanh`, `silu`, `tanh` and
-`sigmoid`, and is tested. NumPy truth: `fxq.numerics.qlinear_act`, `qlinear_act_quantize`.
+act is made of polynomials in plain float32 steps, without fused multiply-adds, so that every instruction set and NumPy
+agree bit for bit; its error against float64 stands in the docstrings of `fxq.numerics.gelu`, `gelu_tanh`, `silu`,
+`tanh` and `sigmoid`, and is tested. NumPy truth: `fxq.numerics.qlinear_act`, `qlinear_act_quantize`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     acc[t, s] = sum_d (q[t, d] - z_q) * (k[s, d] - 128)                                                exact int32
     x[t, s]   = f32(acc * f32(s_q * s_k * scale)) [+ mask]                                -inf where a key is masked
-    p[t, s]   = rne(255 * exp(x[t, s] - max_s x[t, s]))                                                uint8
+    i[t, s]   = min(rne((max_s x[t, s] - x[t, s]) * 255 / (9 ln 2)), 255)                              uint8
+    p[t, s]   = rne(255 * 2**(-9 i[t, s] / 255))                                          a table of 256 uint8
     y[t, e]   = f32(sum_s p[t, s] * (v[s, e] - z_v)) * f32(m_v / f32(sum_s p[t, s]))
     qattention        q_y = clamp(rne(y) + z_y, 0, 255), m_v = f32(s_v / s_y)                          -> uint8
     qattention_float  y with m_v = s_v                                                                 -> float32
