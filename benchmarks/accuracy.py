@@ -49,7 +49,7 @@ METHODS = {
     "none of them": NONE,
 }
 OBSERVERS = ("min_max", "moving_average", "percentile")
-TIMED = ("balance", "scale-rows", "equalize", "round-weights", "correct-bias")
+TIMED = ("balance", "scale-rows", "equalize", "round-weights", "adaround", "correct-bias")
 
 
 def measure(workload: Workload, found: dict[str, Any]) -> Iterator[None]:
@@ -73,8 +73,11 @@ def measure(workload: Workload, found: dict[str, Any]) -> Iterator[None]:
                 actual = torch.cat([to_tensor(qmodel(*inputs)) for inputs in held_out])
             found["sqnr"][name] = round(sqnr(expected, actual), 2)
             found["products"] = sum(d.macs > 0 and d.form == "int8" for d in qmodel.report.decisions)
+            took = dict(qmodel.report.seconds)
+            if recipe.round_weights == "adaround" and "round-weights" in took:
+                took["adaround"] = took.pop("round-weights")
             for step in TIMED:  # the longest time: of a recipe that has it
-                _, seconds = qmodel.report.seconds.get(step, (0, 0.0))
+                _, seconds = took.get(step, (0, 0.0))
                 found["seconds"][step] = max(found["seconds"].get(step, 0.0), round(seconds, 2))
             print(f"    {workload.name}: {name} {found['sqnr'][name]:.2f} dB", flush=True)
             yield

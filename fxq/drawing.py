@@ -199,7 +199,7 @@ def _dot(gm: GraphModule, direction: str | None, constants: bool, profile: Profi
         _colour_by_time(gm, graph, profile)
     _join_output(graph)
     hidden = {"aside"} if constants else {"aside", "constant"}
-    graph = nx.DiGraph(graph.subgraph(name for name, data in graph.nodes(data=True) if data["form"] not in hidden))
+    graph.remove_nodes_from([name for name, data in graph.nodes(data=True) if data["form"] in hidden])
     graph.remove_nodes_from(
         [name for name, data in graph.nodes(data=True) if data["form"] == "io" and not graph.degree(name)]
     )

@@ -54,6 +54,9 @@ def test_islands_are_the_integer_regions(qmodel):
 def test_dot_text_is_deterministic_and_shows_what_flows(qmodel, tmp_path):
     first = draw(fxq.expand(qmodel), tmp_path / "a.dot").read_text()
     assert draw(fxq.expand(qmodel), tmp_path / "b.dot").read_text() == first
+    sources = [line.split(" -> ")[0].strip() for line in first.splitlines() if " -> " in line and "label=" in line]
+    names = [node.name for node in fxq.expand(qmodel).graph.nodes]
+    assert sources == sorted(sources, key=names.index), "whatever seed strings are hashed with"
     assert "uint8[16, 8]" in first
     assert "cluster_a" in first
     assert "weight_packed" not in first
