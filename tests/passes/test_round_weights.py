@@ -176,7 +176,8 @@ def test_times_and_progress_are_shown(capsys):
     assert all(what in bars for what in ("balancing", "scaling rows", "fitting weights and biases"))
     count, seconds = qmodel.report.seconds["round-weights"]
     assert count and seconds > 0
-    assert f"round-weights: {count} changes in {seconds:.2f} s" in str(qmodel.report)
+    changes = "1 change" if count == 1 else f"{count} changes"
+    assert f"round-weights: {changes} in {seconds:.2f} s" in str(qmodel.report)
     assert Report.from_dict(json.loads(json.dumps(qmodel.report.to_dict()))).seconds == qmodel.report.seconds
 
 
