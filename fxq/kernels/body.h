@@ -1,6 +1,6 @@
 // The kernels, written once over vectors of W lanes: those that need no integer dot product; products.h has the others.
 // Each kernels_<isa>.cpp includes this inside a namespace of its own, after defining
-//   W, I, B, L, F            lanes in a vector; vectors of int32, uint8, int64 and float (`Vectors<W>`)
+//   W, I, B, S, L, F         lanes in a vector; vectors of int32, uint8, uint16, int64 and float (`Vectors<W>`)
 //   Bytes                    4 * W uint8
 //   kColumns                 the register tile in vectors of channels; kColumns * W divides 64, or is 64
 //   fused(F a, F b, F c)     a * b + c, rounded once
@@ -9,6 +9,7 @@
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h
+//   CONVERTS_HALVES          (optional) there are of_half(S) and to_half(F), see narrow.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
 //   MASKED                   (optional) there are load_masked<V>(p, count) and store_masked(p, v, count)
 // Vectors are those of GCC and Clang: `a * b` is W products, `a > b ? a : b` is one max. The build forbids contraction
@@ -89,6 +90,7 @@ static inline int64_t columns_of(int64_t left) { return left >= kColumns ? kColu
 #include "winograd_tiles.h"
 #include "images.h"
 #include "norms.h"
+#include "narrow.h"
 #include "weight_only.h"
 #include "embedding.h"
 #include "lookup.h"

@@ -5,6 +5,9 @@
 #include <vector>
 
 #include "kernels.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fxq {
 
@@ -17,10 +20,17 @@ namespace zmm { void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end
 namespace avx_vnni { extern const Kernels kernels; }
 #endif
 
+#if defined(__x86_64__)
+static bool converts_halves() {  // older compilers cannot be asked by name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 static std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::kernels);

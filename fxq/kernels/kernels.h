@@ -59,7 +59,9 @@ struct Gemm {
   float clamp_low = -INFINITY, clamp_high = INFINITY;
 };
 
-// y = epilogue(x * weight^T): x and y float [rows, k] and [rows, n], weight and epilogue as for gemm's.
+enum class Real { kFloat32, kBfloat16, kFloat16 };
+
+// y = epilogue(x * weight^T): x float [rows, k], y [rows, n], weight and epilogue as for gemm's.
 struct FloatGemm {
   const float* x = nullptr;
   const uint32_t* pairs = nullptr;  // instead of x: two bfloat16 each, the first k in the upper half, the last with a 0
@@ -67,7 +69,8 @@ struct FloatGemm {
   const int8_t* weight = nullptr;
   const float* scale = nullptr;  // [n]
   const float* bias = nullptr;   // [n], or null
-  float* y = nullptr;
+  void* y = nullptr;
+  Real type = Real::kFloat32;  // of y
   int64_t y_stride = 0;
 };
 
@@ -181,6 +184,10 @@ struct Kernels {
   void (*multiply)(Term a, Term b, uint8_t* y, int64_t rows, int64_t count, int32_t zero_point, int32_t low,
                    int32_t high);
   void (*gemm_dynamic)(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+  // From numbers of 16 bits to float32, and bfloat16 to FloatGemm::pairs. The latter returns whether none is infinite or
+  // so large or small that vdpbf16ps, which takes denormals for zeros, may differ: 0, or 2**-100 up to 2**100.
+  void (*widen_reals)(Real type, const uint16_t* x, float* y, int64_t count);
+  bool (*pair_brains)(const uint16_t* x, uint32_t* pairs, int64_t count);
   void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   // y = the sum of `count` rows of k values.
   void (*embed)(const TableRow* rows, int64_t count, int64_t k, float* y);
@@ -212,6 +219,7 @@ struct Vectors {
   typedef int32_t I __attribute__((vector_size(4 * lanes)));
   typedef uint8_t B __attribute__((vector_size(lanes)));
   typedef int64_t L __attribute__((vector_size(4 * lanes)));  // half as many, in the same registers
+  typedef uint16_t S __attribute__((vector_size(2 * lanes)));
   typedef int16_t H __attribute__((vector_size(4 * lanes)));  // twice as many
   typedef uint32_t M __attribute__((vector_size(4 * lanes)));  // for sums modulo 2**32
 };

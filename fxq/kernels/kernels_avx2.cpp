@@ -6,12 +6,13 @@
 
 #include "conv.h"
 
-FXQ_TARGET("avx2,fma")
+FXQ_TARGET("avx2,fma,f16c")
 namespace fxq::ymm {
 
 constexpr int W = 8, kColumns = 2;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using S = Vectors<W>::S;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using F = Vectors<W>::F;
@@ -90,6 +91,10 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   const __m256i low = _mm256_packus_epi32((__m256i)lanes[0], (__m256i)lanes[1]);
   return (Bytes)_mm256_packus_epi16(low, _mm256_packus_epi32((__m256i)lanes[2], (__m256i)lanes[3]));
 }
+
+#define CONVERTS_HALVES
+static inline F of_half(S half) { return (F)_mm256_cvtph_ps((__m128i)half); }
+static inline S to_half(F v) { return (S)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 
 #include "body.h"
 

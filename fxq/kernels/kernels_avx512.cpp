@@ -12,6 +12,7 @@ namespace fxq::zmm {
 constexpr int W = 16, kColumns = 4;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using S = Vectors<W>::S;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using F = Vectors<W>::F;
@@ -119,6 +120,10 @@ static inline Vectors<W>::F widened(I group, int j) {
   const __m512i byte = _mm512_mask_shuffle_epi8(magic, 0x1111111111111111, turned, from);
   return (Vectors<W>::F)byte - 8388736.0f;  // 2**23 + 128
 }
+
+#define CONVERTS_HALVES
+static inline F of_half(S half) { return (F)_mm512_cvtph_ps((__m256i)half); }
+static inline S to_half(F v) { return (S)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 
 #define PERMUTES_BYTES
 #include "body.h"

@@ -9,6 +9,7 @@ constexpr const char* kIsa = "generic";
 constexpr int W = 4, kColumns = 1, kRows = 4;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
+using S = Vectors<W>::S;
 using Bytes = Vectors<4 * W>::B;
 using L = Vectors<W>::L;
 using F = Vectors<W>::F;

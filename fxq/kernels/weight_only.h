@@ -117,12 +117,11 @@ static void finish_floats(const FloatGemm& g, int64_t row, int64_t rows, int64_t
                           const float* sums) {
   const int64_t valid = g.n - channel < width ? g.n - channel : width;
   for (int64_t r = 0; r < rows; ++r) {
-    float* y = g.y + (row + r) * g.y_stride + channel;
     for (int64_t c = 0; c < valid; c += W) {
       const F sum = g.k ? load<F>(sums + r * width + c) : F{};
       F value = sum * load_some<F>(g.scale + channel + c, valid - c);
       if (g.bias) value += load_some<F>(g.bias + channel + c, valid - c);
-      store_some(y + c, value, valid - c);
+      store_real(g.y, g.type, (row + r) * g.y_stride + channel + c, value, valid - c);
     }
   }
 }

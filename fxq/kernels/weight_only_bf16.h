@@ -1,7 +1,7 @@
 // The product of bfloat16 rows with int8 weights by vdpbf16ps, for processors that have it; included behind body.h by
 // the AVX-512 kernels. In every lane it adds two products to a float, first that of the upper halves, each sum
 // rounded once. A product of a bfloat16 with an int8 is exact in float, so these are the steps of weight_only.h, and the
-// bits are the same, as long as nothing overflows or becomes denormal: see `pairs_of`.
+// bits are the same, as long as nothing overflows or becomes denormal: see `pair_brains`.
 
 static inline F dot_brain(F acc, I a, I b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
