@@ -20,7 +20,7 @@ from fxq.gradients import refuse_gradients
 from fxq.graph import STATE
 from fxq.outputs import dequantized, output_qparams
 from fxq.qtypes import QParams
-from fxq.refusals import wrong_dtype
+from fxq.refusals import without_gradients, wrong_dtype
 
 
 class QuantizedModule(GraphModule):
@@ -156,7 +156,9 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for value in (*args, *kwargs.values()) if kwargs else args:
                 if getattr(value, "requires_grad", False):
-                    return refuse_gradients(run(*args, **kwargs), value)
+                    compiling = torch.compiler.is_compiling()
+                    what = "an integer model" if compiling else without_gradients(self, args, kwargs, value)
+                    return refuse_gradients(run(*args, **kwargs), value, what)
         return run(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
         told = wrong_dtype(self, args, kwargs, error.__traceback__, self.report.recipe)

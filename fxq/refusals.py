@@ -1,4 +1,4 @@
-"""A call that fails in an integer model, told in the user's terms: which input has another dtype, what would do."""
+"""What an integer model refuses, told in the user's terms: inputs of another dtype, gradients; and what would do."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ def wrong_dtype(
     return None
 
 
+def without_gradients(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], asking: Tensor) -> str:
+    """The input `asking` of a call of `gm`, behind the first operation on its way that has no gradients."""
+    for parameter, value in _arguments(gm, args, kwargs):
+        if value is asking:
+            reached = {parameter}
+            for node in gm.graph.nodes:
+                if not reached.isdisjoint(node.all_input_nodes):
+                    if getattr(node.target, "namespace", "") == "fxq":
+                        return f"{place_of(node)}: input {str(parameter.target)!r} of an integer model"
+                    reached.add(node)
+    return "an integer model"
+
+
+def _arguments(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Node, Any]]:
+    """The parameters of `gm`, each with what a call gives for it; those by position first."""
+    parameters = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    by_name = ((node, kwargs[str(node.target)]) for node in parameters if str(node.target) in kwargs)
+    return [*zip(parameters, args, strict=False), *by_name]
+
+
 def _other(given: torch.dtype) -> str:
     """The recipe that takes activations of another floating-point type."""
     if given in _NARROW:
@@ -54,8 +74,7 @@ def _inputs(
     What a structure holds is where the graph takes it out.
     """
     held: dict[Node, tuple[str, Any]] = {}
-    parameters = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for node, value in (*zip(parameters, args, strict=False), *((n, kwargs.get(str(n.target))) for n in parameters)):
+    for node, value in _arguments(gm, args, kwargs):
         held.setdefault(node, (str(node.target), value))
     for node in gm.graph.nodes:
         if node.target in (getattr, operator.getitem) and node.args[0] in held:

@@ -474,6 +474,20 @@ class TestTraining:
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
         agrees(qat, torch.randn(64, 8))
 
+    # torch's own: of how a graph is resumed after a break, and of how it guards it
+    @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    def test_torch_compile(self):
+        """With breaks where a range is read as a number: the same losses as without."""
+        qat = fxq.prepare_qat(classifier(), torch.randn(32, 8), recipe=LEARNED)
+        twin, losses = copy.deepcopy(qat), []
+        torch._dynamo.reset()
+        for model, own in ((torch.compile(qat, backend="eager"), qat), (twin, twin)):
+            torch.manual_seed(1)
+            losses.append(train(model, batches(3), torch.optim.SGD(own.parameters(), 0.1)))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        agrees(qat, torch.randn(64, 8))
+
     def test_convolutions(self):
         """Batch norms behind convolutions fold while they train; the integers are those of the trained graph."""
         torch.manual_seed(2)
@@ -618,7 +632,8 @@ class TestConvert:
         x.requires_grad_()
         y = qmodel(input=x) if keyword else qmodel(x)
         assert torch.equal(y, wanted)  # a float part before it may be training
-        with pytest.raises(fxq.InputError, match=r"an integer model has no gradients; train with fxq\.prepare_qat"):
+        refusal = r"\(%\w+\): input 'input' of an integer model has no gradients; train with fxq\.prepare_qat"
+        with pytest.raises(fxq.InputError, match=refusal):
             y.sum().backward()
         with torch.no_grad():
             assert not qmodel(x).requires_grad

@@ -160,9 +160,25 @@ def test_a_swapped_layer_names_its_path(scheme):
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_gradients_are_refused(recipe):
     _, x, qmodel = quantized(recipe)
-    with pytest.raises(fxq.InputError, match=r"an integer model has no gradients; train with fxq\.prepare_qat"):
+    with pytest.raises(fxq.InputError, match=r"\w \(%\w+\): input 'x' of an integer model has no gradients"):
         qmodel(x.clone().requires_grad_()).sum().backward()
     assert not any(p.requires_grad for p in qmodel.parameters())
+
+
+def test_gradients_are_refused_where_they_stop():
+    """Behind what stays float, at the first operation on integers."""
+
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fc(torch.sin(x))
+
+    qmodel = fxq.quantize(Waves().eval(), X, recipe="w8a32")
+    with pytest.raises(fxq.InputError, match=r"^fc \(%\w+\): input 'x' of an integer model has no gradients"):
+        qmodel(X.clone().requires_grad_()).sum().backward()
 
 
 @pytest.mark.parametrize("call", [fxq.quantize, fxq.prepare, fxq.prepare_qat])
