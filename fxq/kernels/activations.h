@@ -63,28 +63,33 @@ static inline F hardsigmoid(F x) { return clip(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6
 
 static inline F hardswish(F x) { return at_least(x, -3.0f) * hardsigmoid(x); }
 
+// Rows of `width` floats, a multiple of W, `stride` apart; at most a tile.
 template <F (*function)(F)>
-static void map(float* y, int64_t count) {  // count: a multiple of W, at most a tile
-  for (int64_t i = 0; i < count; i += W) store(y + i, function(load<F>(y + i)));
+static void map(float* y, int64_t rows, int64_t width, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, y += stride)
+    for (int64_t i = 0; i < width; i += W) store(y + i, function(load<F>(y + i)));
 }
 
 // y = gate(y, logit(y)) in two loops: each step waits for the one before, and a processor looks only so far ahead.
 template <F (*logit)(F)>
-static void map_gate(float* y, int64_t count) {
+static void map_gate(float* y, int64_t rows, int64_t width, int64_t stride) {
   alignas(64) float logits[kMaxRows * kPanel];
-  for (int64_t i = 0; i < count; i += W) store(logits + i, logit(load<F>(y + i)));
-  for (int64_t i = 0; i < count; i += W) store(y + i, gate(load<F>(y + i), load<F>(logits + i)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += W) store(logits + r * width + i, logit(load<F>(y + r * stride + i)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += W)
+      store(y + r * stride + i, gate(load<F>(y + r * stride + i), load<F>(logits + r * width + i)));
 }
 
-static void activate(Activation activation, float* y, int64_t count) {
+static void activate(Activation activation, float* y, int64_t rows, int64_t width, int64_t stride) {
   switch (activation) {
-    case Activation::kGelu: return map<gelu>(y, count);
-    case Activation::kGeluTanh: return map_gate<gelu_tanh_logit>(y, count);
-    case Activation::kSilu: return map<silu>(y, count);
-    case Activation::kTanh: return map<tanh>(y, count);
-    case Activation::kSigmoid: return map<sigmoid>(y, count);
-    case Activation::kRelu: return map<relu>(y, count);
-    case Activation::kHardsigmoid: return map<hardsigmoid>(y, count);
-    case Activation::kHardswish: return map<hardswish>(y, count);
+    case Activation::kGelu: return map<gelu>(y, rows, width, stride);
+    case Activation::kGeluTanh: return map_gate<gelu_tanh_logit>(y, rows, width, stride);
+    case Activation::kSilu: return map<silu>(y, rows, width, stride);
+    case Activation::kTanh: return map<tanh>(y, rows, width, stride);
+    case Activation::kSigmoid: return map<sigmoid>(y, rows, width, stride);
+    case Activation::kRelu: return map<relu>(y, rows, width, stride);
+    case Activation::kHardsigmoid: return map<hardsigmoid>(y, rows, width, stride);
+    case Activation::kHardswish: return map<hardswish>(y, rows, width, stride);
   }
 }

@@ -13,7 +13,13 @@ static void pack_keys(const Attention& a, const uint8_t* k, int8_t* packed) {
   memset(packed, 0, round_up(a.keys, W) * groups * 4);
   for (int64_t s = 0; s < a.keys; ++s, k += a.k_stride[2]) {
     int8_t* to = packed + s / W * groups * 4 * W + s % W * 4;
-    for (int64_t g = 0; g < whole; ++g) store(to + g * 4 * W, load<uint32_t>(k + 4 * g) ^ 0x80808080u);
+    int64_t g = 0;
+    for (; g + 2 <= whole; g += 2) {
+      const uint64_t two = load<uint64_t>(k + 4 * g) ^ 0x8080808080808080u;
+      store(to + g * 4 * W, uint32_t(two));
+      store(to + (g + 1) * 4 * W, uint32_t(two >> 32));
+    }
+    if (g < whole) store(to + g * 4 * W, load<uint32_t>(k + 4 * g) ^ 0x80808080u);
     for (int64_t d = 4 * whole; d < a.depth; ++d) to[whole * 4 * W + d % 4] = int8_t(k[d] ^ 0x80);
   }
 }
@@ -26,8 +32,8 @@ static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed) {
     for (int64_t g = 0; g < groups; ++g, packed += 4 * W) {
       I word = I{};
       for (int64_t i = 0; i < 4 && 4 * g + i < a.keys; ++i)
-        word |= (widen(load_some<B>(v + (4 * g + i) * row + e, lanes)) ^ 0x80) << int32_t(8 * i);
-      store(packed, word);
+        word |= widen(load_some<B>(v + (4 * g + i) * row + e, lanes)) << int32_t(8 * i);
+      store(packed, word ^ int32_t(0x80808080));
     }
   }
 }
@@ -146,7 +152,7 @@ static inline void softmax_steps(const float* x, float top, uint8_t* steps, int6
   const F last = splat(255.0f);
   for (int64_t i = 0; i < count; i += W) {
     const F d = (top - load<F>(x + i)) * 40.876358f;
-    store(steps + i, narrow((I)((d < last ? d : last) + 12582912.0f) - 0x4B400000));
+    store(steps + i, narrow((I)(minimum(d, last) + 12582912.0f) - 0x4B400000));
   }
 }
 

@@ -49,7 +49,7 @@ static inline void depthwise_tile(const Gemm& g, const uint8_t* const (&x)[kUnit
     UNROLL for (int u = 0; u < kUnits; ++u) {
       UNROLL for (int j = 0; j < 4; ++j) store(stage + (4 * u + j) * W, value[u][j]);
     }
-    activate(g.activation, stage, kUnits * 4 * W);
+    activate(g.activation, stage, 1, kUnits * 4 * W, 0);
     UNROLL for (int u = 0; u < kUnits; ++u) {
       UNROLL for (int j = 0; j < 4; ++j) value[u][j] = load<F>(stage + (4 * u + j) * W) * g.inverse;
     }

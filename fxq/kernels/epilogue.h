@@ -90,7 +90,7 @@ struct RoundValues {
 static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t channel, int64_t valid, float* values,
                           int64_t width) {
   if (g.output == Output::kActivation || g.output == Output::kActivationUint8)
-    activate(g.activation, values, rows * width);
+    activate(g.activation, values, rows, width, width);
   const bool one = valid == width && g.y_stride == width;  // rows of the result follow one another
   if (one && g.output == Output::kActivationUint8 && !g.factor)
     return quantize(values, static_cast<uint8_t*>(g.y) + row * width, rows * width, g.inverse, g.zero_point);

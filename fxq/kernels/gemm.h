@@ -160,7 +160,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
   const bool ragged = valid < width;  // the arrays end within the last vector
   const bool gates = is_gated(g), to_uint8 = g.output == Output::kUint8 || gates;
-  const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat);
+  const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat || g.output == Output::kActivation);
   const bool only_sums = g.output == Output::kFixed || g.dynamic || (ragged && (g.addend || g.residual));
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
@@ -213,7 +213,11 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     if (g.addend) at.addend = g.addend + row * g.addend_stride + channel;
     if (g.residual) at.residual = g.residual + row * g.residual_stride + channel;
     direct(g, at);
-    if (!staged) continue;
+    if (!staged) {
+      if (g.output == Output::kActivation)
+        activate(g.activation, static_cast<float*>(at.y), rows, width, g.y_stride);
+      continue;
+    }
     if (!to_uint8) {
       finish_values(g, row, rows, channel, valid, reinterpret_cast<float*>(stage), width);
       continue;

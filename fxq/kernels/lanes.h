@@ -82,7 +82,7 @@ static inline void lanes_tile(const Gemm& g, int64_t pixel, int64_t channel, int
       store(stage + p * W, value);
   }
   if (g.output != Output::kActivationUint8) return;
-  activate(g.activation, stage, P * W);
+  activate(g.activation, stage, 1, P * W, 0);
   for (int p = 0; p < P; ++p)
     quantize(stage + p * W, static_cast<uint8_t*>(g.y) + (pixel + p) * g.y_stride + channel, valid, g.inverse,
              g.zero_point);
