@@ -72,7 +72,12 @@ static inline F pick(const float* table, I index) {
   return picked;
 }
 
-static inline F fused(F a, F b, F c) {
+#ifdef __FP_FAST_FMAF
+inline
+#else  // calls of the math library; in line, they would make of every tile mostly calls
+[[gnu::noinline]]
+#endif
+static F fused(F a, F b, F c) {
   for (int lane = 0; lane < W; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   return c;
 }
