@@ -82,7 +82,7 @@ class Recipe:
     scale_rows: whether each row of what such a product reads gets a scale of its own where one for all is hopeless.
     round_weights: how the weights of a product are rounded together, so that their errors cancel: "feedback", where
     each takes over the errors of those before it (GPTQ); "adaround", where each goes up or down as an optimizer finds
-    best, which takes some ten times as long; None rounds each to its nearest.
+    best, which takes three to thirty times as long; None rounds each to its nearest.
     judge_costs: whether what would be slower in int8 on this machine, at the shapes of the examples, stays float. False
     makes a model that does not depend on a clock.
     judge_tables: whether embedding tables stay float where rounding them makes more noise in the output than all the
