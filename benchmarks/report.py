@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recipes import cells
 from benchmarks.targets import best_peer, shape_text, targets
 from fxq.api import MIN_SQNR
 
@@ -35,6 +36,9 @@ def markdown(results: Any) -> str:
     text += ["Median microseconds, all contestants in turns in one process; see benchmarks/timing.py.", ""]
     if "models" in results:
         text += _models(results["models"]["rows"])
+    if "recipes" in results:
+        text += ["## Recipes: linear, relu, linear of 1024 channels, beside torch in the same float type", ""]
+        text += [*_recipes(results["recipes"]["rows"]), ""]
     if "layers" in results:
         text += ["## Layers: uint8 in, uint8 out, relu", "", *_layers(results["layers"]), ""]
     if "layers held to AVX2" in results:
@@ -76,6 +80,13 @@ def _times(row: Any, names: list[str], threads: str) -> list[str]:
     best = min((name for name in ("fxq", best_peer(row, threads)) if name in times), key=times.__getitem__)
     cells = [_us(times[name]) if name in times else "failed" for name in names]
     return [_name(row), *(f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True))]
+
+
+def _recipes(rows: list[Any]) -> Iterator[str]:
+    header = ["recipe", "activations", "rows"]
+    for count in rows[0]["threads"]:
+        header += [f"us, {count} thr", "float us", "faster"]
+    yield from table(header, map(cells, rows))
 
 
 def _layers(layers: Any) -> Iterator[str]:

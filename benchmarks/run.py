@@ -1,4 +1,4 @@
-"""fxq beside its peers: every layer and model benchmark in one run, into benchmarks/results/ and README's table.
+"""fxq beside its peers: layers, models and recipes in one run, into benchmarks/results/ and README's table.
 
 make bench                          the default, some six minutes
 python -m benchmarks.run --full     the grid of layers, every peer, more rounds; some half an hour
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import layers, models, report
+from benchmarks import layers, models, recipes, report
 from fxq import __version__, kernels
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,8 @@ def measure(full: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine(), "held": " ".join(f"{k}={v}" for k, v in HELD_TO_AVX2.items())}
     print("models", flush=True)
     results["models"] = models.run(full, seconds=15.0 if full else 5.0)
+    print("recipes", flush=True)
+    results["recipes"] = recipes.run()
     print("layers", flush=True)
     results["layers"] = layers.run(layers.SHAPES + layers.GRID if full else layers.SHAPES, seconds=1.5)
     if "avx2" in kernels.info().available:
