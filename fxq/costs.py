@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,14 +26,14 @@ from fxq.errors import FileError
 from fxq.graph import submodule, target_name
 from fxq.kernels.binary import cache
 
-VERSION = 6
+VERSION = 7
 """Of the file's format and of the way of timing."""
 MANY = 24
 """Operations."""
 AMONG = 1 << 20, 1 << 25
 """Bytes of a model's constants: below the first they stay in the caches; more than the second make no difference."""
-_SMALL = frozenset({"zero_point", "low", "high", "z_x", "z_a", "z_b"})
-"""Arguments of fxq's operators that set values, not work."""
+_VALUES = re.compile(r"(zero_point|low|high)s?(_\w+)?|[zm]_\w+|shift|masked")
+"""Arguments of fxq's operators that set values, not work: layers that differ in them share a key, and their timings."""
 
 
 def costs_path() -> Path:
@@ -93,7 +94,7 @@ def key_of(gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: Mapping[s
     given = dict(enumerate(args)) | dict(kwargs)
     if isinstance(node.target, torch._ops.OpOverload):
         names = [argument.name for argument in node.target._schema.arguments]
-        given = {i: value for i, value in given.items() if not (isinstance(i, int) and names[i] in _SMALL)}
+        given = {i: value for i, value in given.items() if not (isinstance(i, int) and _VALUES.fullmatch(names[i]))}
     return f"{name}({', '.join(filter(None, (_describe(value) for value in given.values())))})"
 
 

@@ -11,6 +11,8 @@ import fxq
 from fxq.cli import main
 from fxq.costs import Costs, costs_path, key_of
 from fxq.graph import is_call
+from fxq.inputs import as_call
+from fxq.profiling import predict
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,19 @@ def test_zero_points_are_no_part_of_a_key(qmodel):
     (node,) = [node for node in gm.graph.nodes if str(node.target) == "fxq.qlinear.default"]
     x, w, b, m = torch.zeros(1, 16, dtype=torch.uint8), torch.zeros(1), torch.zeros(1), torch.zeros(1)
     assert key_of(gm, node, (x, w, b, m, 3, 3, 255), {}) == key_of(gm, node, (x, w, b, m, 7, 0, 9), {})
+
+
+def test_layers_of_one_kind_share_a_key():
+    """One slow moment of the machine is then one timing of many."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # so that no two layers have the same zero points
+    x = torch.randn(4, 6, 16)
+    costs = Costs()
+    predict(fxq.expand(fxq.quantize(model, x)), as_call(x), costs)
+    for op in ("fxq.qattention(", "fxq.qlinear(uint8[6, 4, 16]", "fxq.norm("):
+        assert sum(key.startswith(op) for key in costs.seconds) == 1
 
 
 def test_not_a_graph():
