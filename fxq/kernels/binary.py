@@ -40,7 +40,7 @@ _KERNELS = ("-O2",)
 # They check and call: -O2 would make one row of a 64 x 64 layer some 3 % faster, more rows and whole models 0 to 2 %,
 # and take longer to compile.
 _OTHERS = ("-O1", "-finline-small-functions")
-_LINK = ("-shared", "-pthread", "-ltorch_cpu")
+_LINK = ("-shared", "-ltorch_cpu")
 _TIMEOUT = 600
 _DIGEST_BYTES = 32
 

@@ -2,12 +2,10 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
-#include "pool.h"
 #include "tensor.h"
 
 namespace fxq {
@@ -51,27 +49,13 @@ const int32_t* shifts_of(const char* op, const Tensor& shift, int64_t count, std
 
 Activation activation_named(const char* op, const std::string& name);
 
-constexpr int64_t kParts = 2;  // of a piece of work for each thread, where they take one after the other
-
-// How many of `count` pieces, which are worth `threads` threads, are a part of the work.
-inline int64_t part_of(int64_t count, int64_t threads) {
-  return ceil_div(count, has_pool() ? kParts * threads : threads);
-}
-
 // f(begin, end) over [0, count) in parts of at least `grain`; on this thread alone where there is one part.
 template <class Function>
 void parallel(int64_t count, int64_t grain, const Function& f) {
-  if (count <= grain) return f(int64_t(0), count);
-  if (!has_pool()) return torch::stable::parallel_for(0, count, grain, f);
-  struct Work {
-    const Function& f;
-    int64_t count, share;
-  } const work = {f, count, std::max(grain, part_of(count, torch::stable::get_num_threads()))};
-  const auto run = [](const void* all, int64_t part) {
-    const Work& own = *static_cast<const Work*>(all);
-    own.f(part * own.share, std::min((part + 1) * own.share, own.count));
-  };
-  share_out(ceil_div(count, work.share), run, &work);
+  if (count <= grain)
+    f(int64_t(0), count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
 }
 
 constexpr int64_t kElementGrain = 1 << 16;  // elements that are worth a thread

@@ -30,16 +30,11 @@ Split split(const Conv& c, int64_t threads) {
   int64_t bands = std::min(ceil_div(c.out[1], std::max(fit, tall)), c.out[1]);
   if (threads == 1 || images * bands >= 4 * threads) return {bands, 1};
   const int64_t by_rows = std::min(ceil_div(threads, images), c.out[1]);
-  // Where threads take one part after the other: parts that they can choose from, of more than a few pixels.
-  const int64_t choice = has_pool() ? std::max<int64_t>(1, std::min(kParts, c.out[1] * c.out[2] / (by_rows * 96))) : 1;
   // What the slowest thread does: its share of the rows, or of the panels.
   const int64_t rows_share = ceil_div(images * by_rows, threads) * ceil_div(c.out[1], by_rows) * panels;
   const int64_t panel_share = images * c.out[1] * ceil_div(panels, threads);
-  if (rows_share <= panel_share) {
-    const int64_t parts = std::min(choice * by_rows, c.out[1]);
-    return {ceil_div(bands, parts) * parts, 1};
-  }
-  return {bands, std::min(panels, has_pool() ? 2 * threads : threads)};
+  if (rows_share <= panel_share) return {ceil_div(bands, by_rows) * by_rows, 1};
+  return {bands, std::min(panels, threads)};
 }
 
 // By tiles, whose weights are transformed at every call: they would take eight times the memory to keep.
@@ -50,10 +45,7 @@ void run_tiles(const Conv& c, int64_t threads) {
   parallel(groups, ceil_div(groups, threads), [&](int64_t begin, int64_t end) {
     kernels.winograd_weights(c.product.weight, c.channels, n, begin, end, weight);
   });
-  // Each part reads all weights.
-  const bool fits = tile_weights_size(c.channels, n) * 4 <= 1 << 19;
-  const int64_t share = ceil_div(tiles, threads), least = fits ? std::min<int64_t>(share, 24) : share;
-  parallel(tiles, least, [&](int64_t begin, int64_t end) { kernels.winograd(c, weight, begin, end); });
+  parallel(tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) { kernels.winograd(c, weight, begin, end); });
 }
 
 void run(const Conv& c) {
@@ -74,9 +66,13 @@ void run(const Conv& c) {
     if (row < row_end && panel < c.panels())
       convolve(c, plane / c.out[0], plane % c.out[0], row, row_end, panel, std::min(panel + share, c.panels()));
   };
-  parallel(tasks, threads == 1 ? tasks : part_of(tasks, threads), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i);
-  });
+  if (threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+  } else {
+    torch::stable::parallel_for(0, tasks, ceil_div(tasks, threads), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) task(i);
+    });
+  }
 }
 
 // A matrix product of all pixels where every window is one pixel and they follow one another.

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "pool.h"
 #include "program.h"
 
 namespace fxq {
@@ -103,7 +102,6 @@ class Within {
 std::vector<Tensor> qimages(std::vector<Tensor> values, const std::vector<Tensor>& constants,
                             const std::string& program) {
   static thread_local Arena arena;
-  const Together together(torch::stable::get_num_threads());
   arena.settle();
   const int64_t inputs = values.size();
   Arguments words(values, constants);

@@ -6,8 +6,8 @@ namespace fxq {
 
 // Splits the output over threads: by panels of channels or by tiles of rows, whichever shares the work more evenly.
 template <class Product>
-static void run_product(const Product& g, int64_t rows,
-                        void (*gemm)(const Product&, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end)) {
+static void share_out(const Product& g, int64_t rows,
+                      void (*gemm)(const Product&, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end)) {
   if (rows == 0 || g.n == 0) return;
   const int64_t panels = panel_count(g.n), work = rows * g.n * g.k;
   int64_t threads = 1;
@@ -17,15 +17,15 @@ static void run_product(const Product& g, int64_t rows,
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(panels, threads);
   // What the slowest thread does: `share` panels of all rows, or its share of the tiles over all channels.
   if (std::min(share * kPanel, g.n) * tiles <= ceil_div(tiles, threads) * g.n)
-    parallel(panels, part_of(panels, threads), [&](int64_t begin, int64_t end) { gemm(g, 0, rows, begin, end); });
+    torch::stable::parallel_for(0, panels, share,
+                                [&](int64_t begin, int64_t end) { gemm(g, 0, rows, begin, end); });
   else
-    parallel(tiles, std::min(std::max<int64_t>(16, part_of(tiles, threads)), ceil_div(tiles, threads)),
-             [&](int64_t begin, int64_t end) {
-               gemm(g, begin * kMaxRows, std::min(end * kMaxRows, rows), 0, panels);
-             });
+    torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) {
+      gemm(g, begin * kMaxRows, std::min(end * kMaxRows, rows), 0, panels);
+    });
 }
 
-void run_gemm(const Gemm& g, int64_t rows) { run_product(g, rows, g.dynamic ? active().gemm_dynamic : active().gemm); }
+void run_gemm(const Gemm& g, int64_t rows) { share_out(g, rows, g.dynamic ? active().gemm_dynamic : active().gemm); }
 
 // By panels of all parts together, where each thread gets some; else one after the other.
 void run_gemms(const Gemm* parts, int64_t count, int64_t rows) {
@@ -51,7 +51,7 @@ void run_gemms(const Gemm* parts, int64_t count, int64_t rows) {
 }
 
 void run_float_gemm(const FloatGemm& g, int64_t rows) {
-  run_product(g, rows, g.pairs ? brain_gemm() : active().float_gemm);
+  share_out(g, rows, g.pairs ? brain_gemm() : active().float_gemm);
 }
 
 }  // namespace fxq

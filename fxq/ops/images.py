@@ -5,8 +5,7 @@
 
 Bit for bit what the ops would give one by one, without a call and a tensor for each. What only the run itself reads
 lies in one piece of memory, which a thread keeps from call to call and in which each value takes the place of those
-that nobody reads any more. The operations of a run share threads of their own (fxq/kernels/pool.h).
-`fxq.expansion.expand` takes it apart again. NumPy truth: that of the ops.
+that nobody reads any more. `fxq.expansion.expand` takes it apart again. NumPy truth: that of the ops.
 
 The program is text: the numbers of the results, then a line for each operation, its name and all its arguments.
 
