@@ -50,3 +50,22 @@ def test_a_decision_that_changes_numbers_is_a_guard(name, rows, model_of):
     assert any("shape[0]" in text for text in guards(gm))
     with pytest.raises(fxq.GuardError, match=r"shape\[0\]"):
         [gm(X[:n]) for n in (1, 2, 3)]
+
+
+def nested(s, x):
+    if x.shape[0] != 2:
+        return s.l(x) * 2 if x.shape[0] > 4 else s.l(x)
+    return s.l(x)
+
+
+def together(s, x):
+    first = bool(x.shape[0] % 3 == 1)
+    return s.l(x) * 2 if x.shape[0] > 2 and first else s.l(x)
+
+
+@pytest.mark.parametrize("forward", [nested, together])
+def test_decisions_that_nobody_has_seen_the_other_way_of_bind(forward, model_of):
+    """Beside 2 rows, 1 and 3 compute the same, one decision at a time; 7 would not."""
+    gm = fxq.trace(model_of(forward, l=nn.Linear(8, 8)), X[:2])
+    with pytest.raises(fxq.GuardError, match=r"shape\[0\]"):
+        gm(torch.randn(7, 8))

@@ -2,7 +2,8 @@
 
 A library expands one row of positions only where there are more rows of data. Where the model, given another number of
 rows, decides otherwise and still calls the same operations on the same values, but for such views, the decision is no
-guard.
+guard. Not where it then decides something that it has not decided before, whose other way nobody has seen; nor two
+decisions, which may come out otherwise together where each has only been seen to do so alone.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ def drop_idle_guards(
             with suppress(_NotTakenError):
                 same = _is_same(gm, model, other, result, record, copied)
                 (idle if same else needed).update(asking.otherwise)
-    for name in idle - needed:
-        operand = guards[name].args[0]
-        gm.graph.erase_node(guards[name])
-        _erase_unread(gm.graph, operand)
-    if idle - needed:
-        gm.recompile()
+    if len(idle) != 1 or idle & needed:
+        return
+    (dropped,) = (guards[name] for name in idle)
+    operand = dropped.args[0]
+    gm.graph.erase_node(dropped)
+    _erase_unread(gm.graph, operand)
+    gm.recompile()
 
 
 class _NotTakenError(Exception):
@@ -75,8 +77,16 @@ def _is_same(
         graph = record(call)
     except FxqError:
         return False
+    if not _decided(graph) <= _decided(gm.graph):
+        return False
     known: dict[Any, int] = {}
     return _computed(gm.graph, known) == _computed(graph, known)
+
+
+def _decided(graph: fx.Graph) -> set[str]:
+    """What a graph's guards are about, with the lines that decided, whichever way."""
+    messages = [str(node.args[2]) for node in graph.nodes if node.target is guard]
+    return {message.partition("` is ")[0] for message in messages}
 
 
 def _other_rows(call: Call) -> Iterator[Call]:
