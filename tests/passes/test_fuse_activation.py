@@ -64,12 +64,16 @@ def test_a_factor_per_channel_goes_with_it(model_of):
     assert (fxq.golden(qmodel)(x.numpy()) == qmodel(x).numpy()).all()
 
 
-def test_at_the_exit_it_stays_float(staged, model_of):
-    gm, ctx = staged(model_of(lambda s, x: F.gelu(s.a(x)), a=nn.Linear(8, 16)), X, "fuse-activation")
+@pytest.mark.parametrize(
+    ("function", "atol"),
+    [(F.gelu, 2.1e-4), *[(f, 1e-6) for f in (F.silu, torch.tanh, torch.sigmoid, F.hardswish, F.hardsigmoid)]],
+)
+def test_at_the_exit_it_stays_float(staged, model_of, function, atol):
+    gm, ctx = staged(model_of(lambda s, x: function(s.a(x)), a=nn.Linear(8, 16)), X, "fuse-activation")
     before = gm(X)
     run((fuse_activation.PASS,), gm, ctx)
     assert len(calls(gm, qlinear_act)) == 1
-    torch.testing.assert_close(gm(X), before, rtol=0, atol=2.1e-4)
+    torch.testing.assert_close(gm(X), before, rtol=0 if function is F.gelu else 1e-5, atol=atol)
 
 
 def test_a_result_that_others_read_is_left_alone(staged, model_of):
