@@ -38,6 +38,8 @@ def claim(gm: GraphModule, node: Node, schemes: Mapping[torch.dtype, tuple[Schem
         return Refusal(Reason.NO_INTEGER_OP, f"{w} is multiplied by itself")
     weight = constant(gm, w)
     known = schemes.get(weight.dtype, ())
+    if weight.is_complex():  # whose imaginary part .float() would drop
+        return Refusal(Reason.NO_INTEGER_OP, f"its weight is {weight.dtype}")
     if not isinstance(x, Node) or not is_tensor(x) or x.meta["value"].dtype != weight.dtype or not known:
         return Refusal(Reason.NOT_FLOAT32, f"weight is {weight.dtype}")
     if weight.layout != torch.strided:

@@ -160,7 +160,7 @@ def test_the_trace_of_a_convolution_is_exact_integer_arithmetic():
 REFUSED = {
     "a computed weight": (lambda s, x: F.conv2d(x, s.k.weight * 2 + x.mean()), Reason.DYNAMIC_WEIGHT),
     "a computed transposed weight": (lambda s, x: F.conv_transpose2d(x, s.k.weight + x.mean()), Reason.DYNAMIC_WEIGHT),
-    "complex": (lambda s, x: torch.view_as_real(F.conv2d(x.to(torch.complex64), s.w)), Reason.NOT_FLOAT32),
+    "complex": (lambda s, x: torch.view_as_real(F.conv2d(x.to(torch.complex64), s.w)), Reason.NO_INTEGER_OP),
 }
 
 
