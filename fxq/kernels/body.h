@@ -8,6 +8,7 @@
 //   pick(const float* p, I)  p[index[lane] & 15] in each lane; p is aligned to 64 bytes
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
+//   narrow_four(I a, b, c, d)  the bytes of four vectors, one after the other
 //   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h
 //   CONVERTS_HALVES          (optional) there are of_half(S) and to_half(F), see narrow.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
@@ -67,6 +68,7 @@ struct Rounding {
     return (I)(steps + 12582912.0f) + offset;
   }
   B operator()(F steps) const { return narrow(lanes(steps)); }
+  Bytes operator()(F a, F b, F c, F d) const { return narrow_four(lanes(a), lanes(b), lanes(c), lanes(d)); }
 };
 
 struct Affine {  // f32((q - zero_point) * multiplier)

@@ -40,9 +40,10 @@ static inline void depthwise_tile(const Gemm& g, const uint8_t* const (&x)[kUnit
         value[u][j] += __builtin_convertvector(q[j] - g.residual_zero_point, F) * g.residual_multiplier;
     }
   }
-  if (is_gated(g)) {
+  if (const Inside inside = inside_of(g); inside != Inside::kNothing) {
     UNROLL for (int u = 0; u < kUnits; ++u) {
-      UNROLL for (int j = 0; j < 4; ++j) value[u][j] = gated(g, value[u][j]);
+      apply(inside, value[u]);
+      UNROLL for (int j = 0; j < 4; ++j) value[u][j] *= g.inverse;
     }
   } else if (g.output == Output::kActivationUint8) {
     alignas(64) float stage[kUnits * 4 * W];

@@ -46,31 +46,34 @@ static inline void for_each_vector(int64_t count, const Step& step) {
   if (i < count) step(i, count - i);
 }
 
-struct Quantize {
-  const float* x;
-  float inverse;
-  Rounding round;
-  uint8_t* q;
-  inline void operator()(int64_t i, int64_t count) const {
-    store_some(q + i, round(load_some<F>(x + i, count) * inverse), count);
-  }
-};
-static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
-  for_each_vector(count, Quantize{x, inverse, Rounding(zero_point, 0, 255), q});
+// q[i] = round(steps(i)): four vectors at a time, as their bytes are stored together.
+template <class Steps>
+static inline void round_all(int64_t count, const Rounding& round, const Steps& steps, uint8_t* q) {
+  int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W)
+    store(q + i, round(steps(i, W), steps(i + W, W), steps(i + 2 * W, W), steps(i + 3 * W, W)));
+  for (; i < count; i += W) store_some(q + i, round(steps(i, count - i)), count - i);
 }
 
-struct QuantizeScaled {
+struct Scaled {
+  const float* x;
+  float inverse;
+  inline F operator()(int64_t i, int64_t count) const { return load_some<F>(x + i, count) * inverse; }
+};
+static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
+  round_all(count, Rounding(zero_point, 0, 255), Scaled{x, inverse}, q);
+}
+
+struct ScaledTwice {
   const float *x, *factor;
   float inverse;
-  Rounding round;
-  uint8_t* q;
-  inline void operator()(int64_t i, int64_t count) const {
-    store_some(q + i, round(load_some<F>(x + i, count) * load_some<F>(factor + i, count) * inverse), count);
+  inline F operator()(int64_t i, int64_t count) const {
+    return load_some<F>(x + i, count) * load_some<F>(factor + i, count) * inverse;
   }
 };
 static void quantize_scaled(const float* x, const float* factor, uint8_t* q, int64_t count, float inverse,
                             int32_t zero_point) {
-  for_each_vector(count, QuantizeScaled{x, factor, inverse, Rounding(zero_point, 0, 255), q});
+  round_all(count, Rounding(zero_point, 0, 255), ScaledTwice{x, factor, inverse}, q);
 }
 
 struct Dequantize {
@@ -80,22 +83,14 @@ struct Dequantize {
 };
 static void dequantize(Term x, float* y, int64_t count) { for_each_vector(count, Dequantize{Affine(x), y}); }
 
-struct Requantize {
-  Affine value;
-  Rounding round;
-  uint8_t* y;
-  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(value(i, count)), count); }
-};
 static void requantize(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  for_each_vector(count, Requantize{Affine(x), Rounding(zero_point, low, high), y});
+  round_all(count, Rounding(zero_point, low, high), Affine(x), y);
 }
 
-struct Add {
+struct AddTerms {
   Affine a, b;
-  Rounding round;
-  uint8_t* y;
-  inline void operator()(int64_t i, int64_t count) const { store_some(y + i, round(a(i, count) + b(i, count)), count); }
+  inline F operator()(int64_t i, int64_t count) const { return a(i, count) + b(i, count); }
 };
 static void add(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  for_each_vector(count, Add{Affine(a), Affine(b), Rounding(zero_point, low, high), y});
+  round_all(count, Rounding(zero_point, low, high), AddTerms{Affine(a), Affine(b)}, y);
 }

@@ -4,12 +4,23 @@ static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
   return __builtin_convertvector(widen(load_some<B>(q, count)) - g.residual_zero_point, F) * g.residual_multiplier;
 }
 
-// Whether the activation is short enough to be applied to sums as they stand in their registers, on the way to uint8.
-static inline bool is_gated(const Gemm& g) {
-  return g.output == Output::kActivationUint8 && g.activation == Activation::kHardswish && !g.factor &&
-         !g.addend;
+// What a tile applies to its results as they stand in their registers: the activations that are short enough.
+enum class Inside { kNothing, kGelu, kHardswish };
+static inline Inside inside_of(const Gemm& g) {
+  const bool scaled = g.output == Output::kActivationUint8 && (g.factor || g.addend);
+  if (scaled || (g.output != Output::kActivation && g.output != Output::kActivationUint8)) return Inside::kNothing;
+  return g.activation == Activation::kGelu        ? Inside::kGelu
+         : g.activation == Activation::kHardswish ? Inside::kHardswish
+                                                  : Inside::kNothing;
 }
-static inline F gated(const Gemm& g, F value) { return hardswish(value) * g.inverse; }
+template <int C>
+static inline void apply(Inside inside, F (&values)[C]) {
+  if (inside == Inside::kGelu) {
+    UNROLL for (F& value : values) value = gelu(value);
+  } else if (inside == Inside::kHardswish) {
+    UNROLL for (F& value : values) value = hardswish(value);
+  }
+}
 
 // memcpy without a call: rows of a tile are short and many.
 static inline void copy(void* to, const void* from, int64_t bytes) {
@@ -72,17 +83,14 @@ static void scale_sums(const Gemm& g, int64_t row, int64_t rows, int64_t channel
   }
 }
 
-struct RoundValues {
+struct WithResidual {
   const Gemm& g;
-  Rounding round;
   const float* x;
   const uint8_t* added;
-  uint8_t* y;
 
-  inline void operator()(int64_t i, int64_t count) const {
-    F value = load<F>(x + i);
-    if (added) value += residual(g, added + i, count);
-    store_some(y + i, round(value), count);
+  inline F operator()(int64_t i, int64_t count) const {
+    const F value = load<F>(x + i);
+    return added ? value + residual(g, added + i, count) : value;
   }
 };
 
@@ -101,12 +109,12 @@ static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t chan
     if (g.output == Output::kFloat || g.output == Output::kActivation)
       copy(static_cast<float*>(g.y) + i, x, valid * sizeof(float));
     else if (g.output == Output::kUint8)
-      for_each_vector(valid, RoundValues{g, Rounding(g.zero_point, g.low, g.high), x,
-                                         g.residual ? g.residual + (row + r) * g.residual_stride + channel : nullptr, q});
+      round_all(valid, Rounding(g.zero_point, g.low, g.high),
+                WithResidual{g, x, g.residual ? g.residual + (row + r) * g.residual_stride + channel : nullptr}, q);
     else if (g.factor)
       quantize_scaled(x, g.factor + channel, q, valid, g.inverse, g.zero_point);
     else
-      for_each_vector(valid, Quantize{x, g.inverse, Rounding(g.zero_point, 0, 255), q});
+      quantize(x, q, valid, g.inverse, g.zero_point);
   }
 }
 

@@ -16,7 +16,9 @@ struct Place {
   void* y;
   int64_t y_stride;
   int64_t last;  // the last row that there is: narrow tiles take it for those beyond
-  bool gates;    // whether `gated` is applied
+  Inside inside;
+  const int8_t* ahead;  // bytes of the next panel: those that this tile brings into the cache, `ahead_step` for four k
+  int64_t ahead_step;
 };
 
 static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
@@ -70,8 +72,8 @@ static void tile(const Gemm& g, const Place& at) {
     const int64_t row = C < kColumns && r > at.last ? at.last : r;
     x[r] = at.rows ? at.rows[row] : at.x + row * g.x_stride;
   }
-  const int8_t* w = at.weight;
-  const int64_t step = at.step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
+  const int8_t *w = at.weight, *ahead = at.ahead;
+  const int64_t step = at.step, ahead_step = at.ahead_step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
   const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
   uint32_t last[R];
   for (int64_t run = 0; run < g.run_count + rest; ++run) {
@@ -86,7 +88,9 @@ static void tile(const Gemm& g, const Place& at) {
     while (i < run_end) {
       const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
       const Rows<R> rows(x, i, end);
-      for (; i < end; i += 4, w += step) {
+      for (; i < end; i += 4, w += step, ahead += ahead_step) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + 64, 0, 2);
         Weights b[C];
         UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
         UNROLL for (int r = 0; r < R; ++r) {
@@ -103,19 +107,28 @@ static void tile(const Gemm& g, const Place& at) {
     return;
   }
   const Rounding round(g.zero_point, g.low, g.high);
-  UNROLL for (int c = 0; c < C; ++c) {
-    const F multiplier = load<F>(at.multiplier + c * W);
-    UNROLL for (int r = 0; r < R; ++r) {
-      F value = __builtin_convertvector(acc[r][c], F) * multiplier;
-      const int64_t i = r * at.y_stride + c * W;
-      if (kLeaves == Leaves::kUint8 && at.gates) {
-        store(static_cast<uint8_t*>(at.y) + i, round(gated(g, value)));
-      } else if (kLeaves == Leaves::kFloat) {
-        if (at.addend) value += load<F>(at.addend + r * g.addend_stride + c * W);
-        store(static_cast<float*>(at.y) + i, value);
+  UNROLL for (int r = 0; r < R; ++r) {
+    F value[C];
+    UNROLL for (int c = 0; c < C; ++c)
+      value[c] = __builtin_convertvector(acc[r][c], F) * load<F>(at.multiplier + c * W);
+    if constexpr (kLeaves == Leaves::kFloat) {
+      if (at.addend) {
+        UNROLL for (int c = 0; c < C; ++c) value[c] += load<F>(at.addend + r * g.addend_stride + c * W);
+      }
+      apply(at.inside, value);
+      UNROLL for (int c = 0; c < C; ++c) store(static_cast<float*>(at.y) + r * at.y_stride + c * W, value[c]);
+    } else {
+      if (at.inside != Inside::kNothing) {
+        apply(at.inside, value);
+        UNROLL for (int c = 0; c < C; ++c) value[c] *= g.inverse;
+      } else if (at.residual) {
+        UNROLL for (int c = 0; c < C; ++c) value[c] += residual(g, at.residual + r * g.residual_stride + c * W, W);
+      }
+      uint8_t* const y = static_cast<uint8_t*>(at.y) + r * at.y_stride;
+      if constexpr (C == 4) {
+        store(y, round(value[0], value[1], value[2], value[3]));
       } else {
-        if (at.residual) value += residual(g, at.residual + r * g.residual_stride + c * W, W);
-        store(static_cast<uint8_t*>(at.y) + i, round(value));
+        UNROLL for (int c = 0; c < C; ++c) store(y + c * W, round(value[c]));
       }
     }
   }
@@ -153,23 +166,21 @@ static Tile results_of(int64_t rows, int64_t columns, bool to_uint8) {
   return to_uint8 ? tile_of<kRows, Leaves::kUint8>(columns) : tile_of<kRows, Leaves::kFloat>(columns);
 }
 
-// A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time.
-static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, const int8_t* weight,
-                  int64_t step) {
+// A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time, with weights of `at`.
+static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, Place at) {
   constexpr int64_t kWidth = kColumns * W;
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
   const bool ragged = valid < width;  // the arrays end within the last vector
-  const bool gates = is_gated(g), to_uint8 = g.output == Output::kUint8 || gates;
+  const Inside inside = inside_of(g);
+  const bool to_uint8 =
+      g.output == Output::kUint8 || (g.output == Output::kActivationUint8 && inside != Inside::kNothing);
   const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat || g.output == Output::kActivation);
   const bool only_sums = g.output == Output::kFixed || g.dynamic || (ragged && (g.addend || g.residual));
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
   alignas(64) int32_t stage[kRows * kWidth];
 
-  Place at = {};
-  at.weight = weight;
-  at.step = step;
-  at.gates = gates;
+  at.inside = staged && !to_uint8 ? Inside::kNothing : inside;
   at.bias = g.bias + channel;
   if (!only_sums) at.multiplier = g.multiplier + channel;
   if (ragged || g.dynamic) {
@@ -183,7 +194,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
-  for (; row < row_end; row += kRows) {
+  for (; row < row_end; row += kRows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
     int64_t rows = row_end - row < kRows ? row_end - row : kRows;
     // The last ones, some of them again, where those cost less than leaving sums does.
     if (rows > 1 && rows < kRows && row_end - first >= kRows && (kRows - rows) * g.k <= 256) {
@@ -214,7 +225,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     if (g.residual) at.residual = g.residual + row * g.residual_stride + channel;
     direct(g, at);
     if (!staged) {
-      if (g.output == Output::kActivation)
+      if (g.output == Output::kActivation && at.inside == Inside::kNothing)
         activate(g.activation, static_cast<float*>(at.y), rows, width, g.y_stride);
       continue;
     }
@@ -229,18 +240,26 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
   const int64_t fit = 384 * 1024 / (g.k + 1), most = fit < 96 ? 96 : fit > 960 ? 960 : fit;
-  const int64_t blocks = (row_end - row + most - 1) / most;
-  const int64_t tiles = blocks ? (row_end - row + blocks * kRows - 1) / (blocks * kRows) : 0;
-  const int64_t height = tiles * kRows;
+  const int64_t blocks = ceil_div(row_end - row, most);
+  const int64_t height = blocks ? ceil_div(row_end - row, blocks * kRows) * kRows : 0;
   const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;
   for (int64_t block = row; block < row_end; block += height) {
     const int64_t block_end = block + height < row_end ? block + height : row_end;
     for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
-      const int8_t* weight = g.weight + first * padded_k;
+      Place at = {};
+      at.step = 4 * width;
+      at.weight = at.ahead = g.weight + first * padded_k;
+      const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
+      if (tiles > 1) {  // each brings its share of the next panel; one alone leaves that to the processor
+        at.ahead += width * padded_k;
+        at.ahead_step = ceil_div(at.step, tiles * strips);
+      }
       for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
         columns = columns_of((width - c) / W);
-        strip(g, block, block_end, first + c, columns, weight + 4 * c, 4 * width);
+        strip(g, block, block_end, first + c, columns, at);
+        at.weight += 4 * columns * W;
+        at.ahead += tiles * at.ahead_step * (padded_k / 4);
       }
     }
   }

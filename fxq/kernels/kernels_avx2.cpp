@@ -92,6 +92,11 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   return (Bytes)_mm256_packus_epi16(low, _mm256_packus_epi32((__m256i)lanes[2], (__m256i)lanes[3]));
 }
 
+static inline Bytes narrow_four(I a, I b, I c, I d) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return (Bytes)_mm256_permutevar8x32_epi32((__m256i)deinterleave({a, b, c, d}), order);
+}
+
 #define CONVERTS_HALVES
 static inline F of_half(S half) { return (F)_mm256_cvtph_ps((__m128i)half); }
 static inline S to_half(F v) { return (S)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }

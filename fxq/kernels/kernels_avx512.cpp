@@ -111,6 +111,11 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   return (Bytes)_mm512_packus_epi16(low, _mm512_packus_epi32((__m512i)lanes[2], (__m512i)lanes[3]));
 }
 
+static inline Bytes narrow_four(I a, I b, I c, I d) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (Bytes)_mm512_permutexvar_epi32(order, (__m512i)deinterleave({a, b, c, d}));
+}
+
 // Byte by byte into the mantissa of 2**23 (its sign turned, so that it counts from -128), which is taken off again:
 // exact, in two steps, one of which the unit for shuffles does.
 #define WIDENS_BYTES

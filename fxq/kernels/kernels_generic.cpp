@@ -111,6 +111,8 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   return bytes;
 }
 
+static inline Bytes narrow_four(I a, I b, I c, I d) { return deinterleave({a, b, c, d}); }
+
 #include "body.h"
 #include "products.h"
 
