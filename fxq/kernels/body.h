@@ -9,6 +9,8 @@
 //   multiply_even(I, I)      int64 products of the lanes 0, 2, 4, ..., exact
 //   widen(B), narrow(I)      uint8 to int32, and back (values 0..255)
 //   narrow_four(I a, b, c, d)  the bytes of four vectors, one after the other
+//   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
+//   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
 //   WIDENS_BYTES             (optional) there is a widened(I group, int j), see weight_only.h
 //   CONVERTS_HALVES          (optional) there are of_half(S) and to_half(F), see narrow.h
 //   PERMUTES_BYTES           (optional) vectors of 64 bytes can be had, and the processor is asked for vpermi2b
@@ -96,3 +98,4 @@ static inline int64_t columns_of(int64_t left) { return left >= kColumns ? kColu
 #include "weight_only.h"
 #include "embedding.h"
 #include "lookup.h"
+#include "attention_rows.h"

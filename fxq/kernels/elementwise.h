@@ -20,13 +20,28 @@ struct Either {
   }
 };
 
-template <int half, class V, size_t... lane>
-static inline V turned(V v, std::index_sequence<lane...>) {  // lane i is that of i ^ half
+// Lane i of the result is lane from(i) of a and b, those of b from W on; `from` is known to the compiler.
+template <class V, class From, size_t... lane>
+static inline V shuffled(V a, V b, From from, std::index_sequence<lane...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(v, v, int(lane ^ half)...);
+  return __builtin_shufflevector(a, b, from(int(lane))...);
 #else
-  return __builtin_shuffle(v, I{int32_t(lane ^ half)...});
+  return __builtin_shuffle(a, b, I{int32_t(from(int(lane)))...});
 #endif
+}
+template <class V, class From>
+static inline V shuffled(V a, V b, From from) {
+  return shuffled(a, b, from, std::make_index_sequence<W>());
+}
+template <class V, class From>
+static inline V shuffled(V v, From from) {
+  return shuffled(v, v, from);
+}
+
+// Within each 128 bits, a lane of a and one of b in turns, from lane `first` on.
+template <int first>
+static inline I unpacked(I a, I b) {
+  return shuffled(a, b, [](int lane) { return lane / 4 * 4 + lane % 4 / 2 + first + lane % 2 * W; });
 }
 
 // All lanes of a vector as one, each half of them taken together with the other.
@@ -35,7 +50,23 @@ static inline T fold(V v) {
   if constexpr (half == 0)
     return v[0];
   else
-    return fold<Step, T, half / 2>(Step::of(v, turned<half>(v, std::make_index_sequence<W>())));
+    return fold<Step, T, half / 2>(Step::of(v, shuffled(v, [](int lane) { return lane ^ half; })));
+}
+
+// The same of N vectors at once, N a power of two: lane r is that of vector r.
+template <class Step, int half = W / 2, class V, int N>
+static inline V fold_rows(const V (&v)[N]) {
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    V folded[N > 1 ? N / 2 : 1];
+    UNROLL for (int i = 0; 2 * i < N; ++i) {
+      const V a = v[2 * i], b = v[(2 * i + 1) % N];
+      folded[i] = Step::of(shuffled(a, b, [](int lane) { return lane + lane / half * half; }),
+                           shuffled(a, b, [](int lane) { return lane + lane / half * half + half; }));
+    }
+    return fold_rows<Step, half / 2>(folded);
+  }
 }
 
 // step(i, count) for each vector; `count` is W, known to the compiler, in all but the last.
@@ -46,13 +77,19 @@ static inline void for_each_vector(int64_t count, const Step& step) {
   if (i < count) step(i, count - i);
 }
 
-// q[i] = round(steps(i)): four vectors at a time, as their bytes are stored together.
-template <class Steps>
-static inline void round_all(int64_t count, const Rounding& round, const Steps& steps, uint8_t* q) {
+// q[i] = value(i), an int32 of 0..255: four vectors at a time, as their bytes are stored together.
+template <class Value>
+static inline void bytes_of(int64_t count, uint8_t* q, const Value& value) {
   int64_t i = 0;
   for (; i + 4 * W <= count; i += 4 * W)
-    store(q + i, round(steps(i, W), steps(i + W, W), steps(i + 2 * W, W), steps(i + 3 * W, W)));
-  for (; i < count; i += W) store_some(q + i, round(steps(i, count - i)), count - i);
+    store(q + i, narrow_four(value(i, W), value(i + W, W), value(i + 2 * W, W), value(i + 3 * W, W)));
+  for (; i < count; i += W) store_some(q + i, narrow(value(i, count - i)), count - i);
+}
+
+// q[i] = round(steps(i)).
+template <class Steps>
+static inline void round_all(int64_t count, const Rounding& round, const Steps& steps, uint8_t* q) {
+  bytes_of(count, q, [&](int64_t i, int64_t valid) { return round.lanes(steps(i, valid)); });
 }
 
 struct Scaled {

@@ -36,39 +36,45 @@ static float sum_of(const float* x, int64_t k, F mean) {
   return total(sums);
 }
 
+// The normalised values, stored where kFloat, and in steps of uint8 where kUint8.
 template <bool kFloat, bool kUint8>
 struct Normalise {
-  const Norm& n;
+  const Norm n;
   const float* x;
   F mean, inverse_deviation;
-  Rounding round;
   float* y;
-  uint8_t* q;
-  inline void operator()(int64_t i, int64_t count) const {
+  inline F operator()(int64_t i, int64_t count) const {
     F value = (load_some<F>(x + i, count) - mean) * inverse_deviation;
     if (n.weight) value *= load_some<F>(n.weight + i, count);
     if (n.bias) value += load_some<F>(n.bias + i, count);
     if (kFloat) store_some(y + i, value, count);
-    if (kUint8) {
-      if (n.factor) value *= load_some<F>(n.factor + i, count);
-      store_some(q + i, round(value * n.inverse), count);
-    }
+    if (kUint8 && n.factor) value *= load_some<F>(n.factor + i, count);
+    return value * n.inverse;
   }
 };
 
+// A few rows at a time, step by step, so that no row waits for its own sums.
 static void norm(const Norm& n, const float* x, float* y, uint8_t* q, int64_t rows) {
+  constexpr int64_t kTogether = 4;
   const Rounding round(n.zero_point, 0, 255);
-  for (int64_t row = 0; row < rows; ++row, x += n.k) {
-    const F mean = n.centred ? splat(sum_of<false>(x, n.k, F{}) / float(n.k)) : F{};
-    const float variance = sum_of<true>(x, n.k, mean) / float(n.k);
-    const F inverse_deviation = splat(1.0f / __builtin_sqrtf(variance + n.eps));
-    if (!q)
-      for_each_vector(n.k, Normalise<true, false>{n, x, mean, inverse_deviation, round, y, q});
-    else if (!y)
-      for_each_vector(n.k, Normalise<false, true>{n, x, mean, inverse_deviation, round, y, q});
-    else
-      for_each_vector(n.k, Normalise<true, true>{n, x, mean, inverse_deviation, round, y, q});
-    if (y) y += n.k;
-    if (q) q += n.k;
+  for (int64_t count; rows > 0; rows -= count) {
+    count = rows < kTogether ? rows : kTogether;
+    float means[kTogether] = {}, inverse_deviations[kTogether];
+    for (int64_t r = 0; r < count && n.centred; ++r) means[r] = sum_of<false>(x + r * n.k, n.k, F{}) / float(n.k);
+    for (int64_t r = 0; r < count; ++r) {
+      const float variance = sum_of<true>(x + r * n.k, n.k, splat(means[r])) / float(n.k);
+      inverse_deviations[r] = 1.0f / __builtin_sqrtf(variance + n.eps);
+    }
+    for (int64_t r = 0; r < count; ++r, x += n.k) {
+      const F mean = splat(means[r]), inverse_deviation = splat(inverse_deviations[r]);
+      if (!q)
+        for_each_vector(n.k, Normalise<true, false>{n, x, mean, inverse_deviation, y});
+      else if (!y)
+        round_all(n.k, round, Normalise<false, true>{n, x, mean, inverse_deviation, y}, q);
+      else
+        round_all(n.k, round, Normalise<true, true>{n, x, mean, inverse_deviation, y}, q);
+      if (y) y += n.k;
+      if (q) q += n.k;
+    }
   }
 }

@@ -10,6 +10,8 @@
 namespace fxq {
 namespace {
 
+constexpr int64_t kTogether = 8;  // rows
+
 // Ids of one table, to be read in the order of a shape that they broadcast to.
 struct Ids {
   const void* data;
@@ -105,9 +107,11 @@ std::pair<Tensor, Tensor> qembedding_norm(const std::vector<Tensor>& ids, const 
   uint8_t* to_q = q.data<uint8_t>();
   if (k == 0) return {std::move(y), std::move(q)};
   parallel(lookup.count, std::max<int64_t>(1, kElementGrain / 4 / k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {  // the sum is normalised where it lies
-      active().embed(lookup.rows.data() + i * lookup.tables, lookup.tables, k, to + i * k);
-      active().norm(norm.norm, to + i * k, to + i * k, to_q + i * k, 1);
+    for (int64_t first = begin, last; first < end; first = last) {  // sums are normalised where they lie, still in cache
+      last = std::min(first + kTogether, end);
+      for (int64_t i = first; i < last; ++i)
+        active().embed(lookup.rows.data() + i * lookup.tables, lookup.tables, k, to + i * k);
+      active().norm(norm.norm, to + first * k, to + first * k, to_q + first * k, last - first);
     }
   });
   return {std::move(y), std::move(q)};

@@ -8,8 +8,6 @@
 //   dot(acc, Input, Weights) acc[lane] += the four products, exact
 //   pair_weights(p)          2 * W int16, in a register
 //   dot_pairs(acc, I, I)     acc[lane] += both products of int16, modulo 2**32
-//   pieces<n>(p, offset)     Bytes, an n-th of them from each p[i] + offset; store_pieces<n>(p, Bytes)
-//   interleave(Bytes a, b, c, d, I[4]), deinterleave(I[4])  see depthwise.h
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
 //   kIsa                     its name
 
