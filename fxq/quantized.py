@@ -71,16 +71,16 @@ class QuantizedModule(GraphModule):
         """As fx does it, but with a shorter way to operators and constants: of a small model, half the time.
 
         `code` shows `self.fc1.weight_packed`; what runs is `self._modules["fc1"]._buffers["weight_packed"]`, the same
-        object without the search that `nn.Module.__getattr__` makes for each part of a path; each module on the way is
-        looked up once.
+        object without the search that `nn.Module.__getattr__` makes for each part of a path; each module on the way and
+        each of its tables is looked up once.
         """
         code = super().recompile()
         source = code.src
-        owners: dict[tuple[str, ...], str] = {(): "self"}
+        names: dict[str, str] = {}
         for node in self.graph.nodes:
             if node.op in ("get_attr", "call_module"):
                 path = _format_target("self", str(node.target))
-                line, direct_path = f"    {node.name} = ", self._direct(str(node.target), owners)
+                line, direct_path = f"    {node.name} = ", self._direct(str(node.target), names)
                 source = source.replace(f"{line}{path}", f"{line}{direct_path}", 1)
         type(self).source_lines = source.splitlines()
         scope = dict(code.globals)
@@ -96,21 +96,26 @@ class QuantizedModule(GraphModule):
         type(self).__call__ = call  # type: ignore[method-assign]
         return code
 
-    def _direct(self, path: str, owners: dict[tuple[str, ...], str]) -> str:
-        """owners: the modules that have a name so far."""
+    def _direct(self, path: str, names: dict[str, str]) -> str:
+        """names: what the modules and their tables that have been looked up so far are called, by path."""
+
+        def named(place: str, text: str) -> str:
+            if place in names:
+                return names[place]
+            names[place] = f"_fxq_held_{len(names)}"
+            return f"({names[place]} := {text})"
+
         *parts, name = path.split(".")
-        text = "self"
-        for i, part in enumerate(parts, 1):
-            below, place = text, tuple(parts[:i])
-            text = owners.get(place, "")
-            if not text:
-                owners[place] = f"_fxq_owner_{len(owners)}"
-                text = f"({owners[place]} := {below}._modules[{part!r}])"
-        owner = self.get_submodule(".".join(parts))
+        owner, place = "self", ""
+        for part in parts:
+            modules = named(f"{place}.._modules", f"{owner}._modules")
+            place = f"{place}.{part}"
+            owner = named(place, f"{modules}[{part!r}]")
+        module = self.get_submodule(".".join(parts))
         for table in ("_buffers", "_parameters", "_modules"):
-            if name in getattr(owner, table):
-                return f"{text}.{table}[{name!r}]"
-        return f"getattr({text}, {name!r})"
+            if name in getattr(module, table):
+                return f"{named(f'{place}..{table}', f'{owner}.{table}')}[{name!r}]"
+        return f"getattr({owner}, {name!r})"
 
     def __reduce__(self) -> Any:
         return QuantizedModule._restored, (encode(self), self.report.to_dict(), dict(self.named_modules_called()))

@@ -64,8 +64,8 @@ struct StoreScores {
 struct StoreOutput {  // f32(acc + offset) * m, of the rows that there are
   static constexpr bool kUnrolled = false;
   const Attention& a;
-  I offset;  // of each row, as
-  F multiplier;
+  const int32_t* offset;  // of each row, as
+  const float* multiplier;
   Rounding round;
   int64_t rows, lanes;  // lanes: those left from the first vector on
   uint8_t* y;           // the block's first row and lane
@@ -185,8 +185,11 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
     I sums[kTogether];
     UNROLL for (I& sum : sums) sum = I{};
     for (int64_t r = 0; r < rows; ++r) sums[r] = sums_of_bytes(at.weights + r * span, vectors * W, ones);
-    const I totals = fold_rows<Sum>(sums), offset = (128 - a.v_zero_point) * totals;
-    const F normalised = a.v_multiplier / __builtin_convertvector(totals, F);
+    const I totals = fold_rows<Sum>(sums);
+    int32_t offset[W];
+    float normalised[W];
+    store(offset, (128 - a.v_zero_point) * totals);
+    store(normalised, a.v_multiplier / __builtin_convertvector(totals, F));
     uint8_t* y = static_cast<uint8_t*>(a.y) + ((b * a.queries + row) * a.heads + h) * a.width * item;
     for (int64_t e = 0, columns; e < a.width; e += columns * W) {
       columns = columns_of(ceil_div(a.width - e, W));

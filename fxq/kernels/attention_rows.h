@@ -37,23 +37,54 @@ static void pack_keys(const Attention& a, const uint8_t* k, int8_t* packed) {
         rows[i] = (I)pieces<W / 4>(fourth, 0) ^ int32_t(0x80808080);
       }
       transpose(rows, lanes);
-      for (int64_t i = 0; i < 4 && d / 4 + i < groups; ++i) store(packed + (d / 4 + i) * 4 * W, lanes[i]);
+      UNROLL for (int i = 0; i < 4; ++i) {
+        if (d / 4 + i < groups) store(packed + (d / 4 + i) * 4 * W, lanes[i]);
+      }
     }
   }
 }
 
-// Values as vectors: [vector of W e][group of four keys][W][4] int8, v - 128.
-static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed) {
-  const int64_t groups = ceil_div(a.keys, 4), row = a.v_stride[2];
-  for (int64_t e = 0; e < a.width; e += W) {
-    const int64_t lanes = a.width - e < W ? a.width - e : W;
-    for (int64_t g = 0; g < groups; ++g, packed += 4 * W) {
-      I word = I{};
-      for (int64_t i = 0; i < 4 && 4 * g + i < a.keys; ++i)
-        word |= widen(load_some<B>(v + (4 * g + i) * row + e, lanes)) << int32_t(8 * i);
-      store(packed, word ^ int32_t(0x80808080));
-    }
+// Values as vectors: [vector of W e][group of four keys][W][4] int8, v - 128. This is the vector of e, from a group on.
+static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed, int64_t e, int64_t group) {
+  const int64_t groups = ceil_div(a.keys, 4), row = a.v_stride[2], lanes = a.width - e < W ? a.width - e : W;
+  packed += (e / W * groups + group) * 4 * W;
+  for (; group < groups; ++group, packed += 4 * W) {
+    I word = I{};
+    for (int64_t i = 0; i < 4 && 4 * group + i < a.keys; ++i)
+      word |= widen(load_some<B>(v + (4 * group + i) * row + e, lanes)) << int32_t(8 * i);
+    store(packed, word ^ int32_t(0x80808080));
   }
+}
+
+// As many vectors from e on as Bytes of kPieces groups fill; returns where those that are left begin.
+template <int kPieces>
+static int64_t pack_values(const Attention& a, const uint8_t* v, int8_t* packed, int64_t e) {
+  constexpr int64_t kVectors = 4 / kPieces;  // of each group
+  const int64_t groups = ceil_div(a.keys, 4), row = a.v_stride[2];
+  for (; e + kVectors * W <= a.width; e += kVectors * W) {
+    int64_t group = 0;
+    for (; group + kPieces <= a.keys / 4; group += kPieces) {
+      Bytes keys[4];
+      UNROLL for (int i = 0; i < 4; ++i) {
+        const uint8_t* own[kPieces];
+        UNROLL for (int j = 0; j < kPieces; ++j) own[j] = v + (4 * (group + j) + i) * row + e;
+        const I words = (I)pieces<kPieces>(own, 0) ^ int32_t(0x80808080);
+        keys[i] = (Bytes)shuffled(words, [](int lane) { return lane % 4 * (W / 4) + lane / 4; });
+      }
+      I lanes[4];
+      interleave(keys[0], keys[1], keys[2], keys[3], lanes);
+      UNROLL for (int i = 0; i < 4; ++i)
+        store(packed + ((e / W + i % kVectors) * groups + group + i / kVectors) * 4 * W, lanes[i]);
+    }
+    for (int64_t c = 0; c < kVectors; ++c) pack_values(a, v, packed, e + c * W, group);
+  }
+  return e;
+}
+
+static void pack_values(const Attention& a, const uint8_t* v, int8_t* packed) {
+  int64_t e = pack_values<1>(a, v, packed, 0);
+  if constexpr (W > 4) e = pack_values<2>(a, v, packed, e);
+  for (; e < a.width; e += W) pack_values(a, v, packed, e, 0);
 }
 
 struct FillMasked {
