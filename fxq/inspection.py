@@ -69,7 +69,8 @@ def compare(
     call = as_call(inputs, kwargs)
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    check_model(model, call, narrow=any(decision.scheme == "w8a16" for decision in qmodel.report.decisions))
+    schemes = {qmodel.report.recipe, *(decision.scheme for decision in qmodel.report.decisions)}
+    check_model(model, call, narrow="w8a16" in schemes)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
 
     def against(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Comparison:

@@ -73,6 +73,12 @@ def test_exported_model_is_quantized_under_the_users_names(block):
         assert torch.equal(twin(X[:3], more=more)["y"], qmodel(X[:3], more=more)["y"])
 
 
+def test_an_exported_reshape_that_copies(model_of):
+    """ATen spells it as a clone and a view: the clone goes, as every copy does, and the view copies where it must."""
+    model = model_of(lambda self, x: self.l(x.transpose(0, 1).reshape(-1, 4)), l=nn.Linear(4, 2))
+    assert fxq.quantize(model, X, frontend="export").report.sqnr > 25
+
+
 def test_export_is_tried_where_the_root_cannot_be_traced():
     model = nn.Linear(16, 8).eval()
 

@@ -214,6 +214,55 @@ def test_two_threads(entry):
     assert not wrong
 
 
+RECIPES = {
+    "w8a8-dynamic": ("transformers", "GPT-2"),
+    "w8a32": ("transformers", "T5"),
+    "w8a16": ("transformers", "DistilBERT"),
+    "fixed": ("vision", "MobileNetV3"),
+    "tflite": ("vision", "CREPE"),
+    "uint8": ("vision", "U-Net"),
+}
+OTHER = list(RECIPES.items())
+OTHER += [(recipe, ("shipped", name)) for recipe in RECIPES for name in ("SparseNNModel", "ConvModel")]
+
+
+def recipe_of(name):
+    """Whatever it costs on this machine."""
+    options = {"fixed": {"requant": "fixed"}, "tflite": {"requant": "fixed", "rounding": "tflite"}}
+    if name == "uint8":
+        return fxq.Recipe(outputs="uint8", judge_costs=False)
+    return fxq.Recipe("w8a8" if name in options else name, judge_costs=False, **options.get(name, {}))
+
+
+@pytest.mark.parametrize(("recipe", "entry"), OTHER, ids=lambda value: value if isinstance(value, str) else value[1])
+def test_other_recipes(recipe, entry, tmp_path):
+    """Near to float, NumPy's bits, files, comparison: also where a recipe finds nothing to quantize."""
+    kind, name = entry
+    make, inputs = models(kind)[name]
+    torch.manual_seed(1)
+    model, data = make().eval(), [inputs(ROWS[kind][0]) for _ in range(ROWS[kind][1])]
+    x = inputs(4)
+    if recipe == "w8a16":
+        model, (x, *data) = model.bfloat16(), map(narrow, (x, *data))
+    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=recipe_of(recipe), progress=False)
+    outputs = call(qmodel, fresh(x))
+    assert output_sqnr(call(model, fresh(x)), qmodel.dequantize(outputs)) >= MIN_SQNR
+    assert fxq.compare(model, qmodel, fresh(x)).output >= MIN_SQNR
+    fxq.save(qmodel, tmp_path / "model.fxq")
+    assert same(call(fxq.load(tmp_path / "model.fxq", trust=True), fresh(x)), outputs)
+    if recipe != "w8a16":
+        arrays = torch.utils._pytree.tree_map(lambda t: t.numpy(), x)
+        golden = fxq.golden(qmodel, islands="torch")
+        found = golden(**arrays) if isinstance(arrays, dict) else golden(*arrays)
+        pairs = zip(torch.utils._pytree.tree_leaves(found), tensors(outputs), strict=True)
+        assert all((array == y.numpy()).all() for array, y in pairs)
+
+
+def narrow(inputs):
+    """Inputs as w8a16 takes them."""
+    return torch.utils._pytree.tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, inputs)
+
+
 def test_what_is_refused_says_why():
     """A model whose own code compiles a part of itself (control_flow.map): the line, the cause, a remedy that works."""
     make, inputs = models(REFUSED[0])[REFUSED[1]]

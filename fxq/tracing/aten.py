@@ -27,6 +27,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         "silu",
     )},
     "split_with_sizes": torch.split,
+    "_unsafe_view": torch.reshape,
     "max_pool1d": torch.max_pool1d,
     "max_pool2d": torch.max_pool2d,
     "max_pool3d": torch.max_pool3d,
