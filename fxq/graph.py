@@ -222,6 +222,17 @@ def erase_unused(gm: GraphModule, node: Node) -> None:
         erase_unused(gm, operand)
 
 
+def erase_unread(gm: GraphModule) -> int:
+    """Erase what nobody reads and has no effect: no guard, nothing that works in place; returns the number of nodes."""
+
+    def stays(node: Node) -> bool:
+        return "aliases" in node.meta or (not is_call(node) and node.op != "get_attr") or node.is_impure()
+
+    before = len(gm.graph.nodes)
+    gm.graph.eliminate_dead_code(is_impure_node=stays)
+    return before - len(gm.graph.nodes)
+
+
 def bind(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The call's values in placeholder order.
 

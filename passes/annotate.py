@@ -363,6 +363,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason, detail = refusal.reason, refusal.detail
     else:
         reason = Reason.NO_INTEGER_OP
+        if macs and sum(is_float_tensor(n) and n.op != "get_attr" for n in node.all_input_nodes) > 1:
+            detail = "a product of activations that is no part of softmax(q @ k^T * scale + mask) @ v"
     op = target_name(node.target) if node.op != "call_module" else type(gm.get_submodule(str(node.target))).__name__
     scheme = plan.schemes[node] if form in ("int8", "weight") and node in plan.schemes else ""
     return Decision(node.name, module_of(node), line_of(node), op, form, reason, detail, macs, scheme)

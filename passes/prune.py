@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from fxq.graph import drop_unread, is_call
+from fxq.graph import drop_unread, erase_unread
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -25,16 +25,12 @@ class Prune:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of nodes and constants removed."""
-        before = len(gm.graph.nodes) + _constants(gm)
-        gm.graph.eliminate_dead_code(is_impure_node=_stays)
+        before = _constants(gm)
+        nodes = erase_unread(gm)
         gm.delete_all_unused_submodules()
         drop_unread(gm)
         _delete_empty_submodules(gm)
-        return before - len(gm.graph.nodes) - _constants(gm)
-
-
-def _stays(node: Node) -> bool:
-    return "aliases" in node.meta or (not is_call(node) and node.op != "get_attr") or node.is_impure()
+        return nodes + before - _constants(gm)
 
 
 def _constants(gm: GraphModule) -> int:

@@ -4,6 +4,7 @@
     softmax(q @ k.transpose(-2, -1) * c + mask, -1) @ v                     -> attention(q, k, v, mask, False, c, True)
     (q * c).bmm(k.mT), baddbmm(mask, q, k.mT), einsum('bthd,bshd->bhts')    -> the same, operands moved to [B, H, T, D]
     scores.masked_fill(hidden, -inf), torch.where(seen, scores, -inf)       -> a bool mask; -1e9 and less: a float mask
+    softmax(q @ k.mT in [B * H, T, S] as [B, H, T, S] + mask)               -> the mask as [B * H, T, S]
     k[:, :, None].expand(...).reshape(...), repeat_interleave(k, n, 1)      -> k, whose heads are shared
 
 By hand means a softmax over the last dimension of scores that nobody else reads, nor the weights. Dropout on the
@@ -13,6 +14,7 @@ none of this keeps the operations that it has.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -213,8 +215,9 @@ def _is_call(node: Node, target: object, *operands: object) -> bool:
 class Scores:
     """Where the scores come from: the product's operands as [..., T, D] and [..., S, D] after `order`, and its place.
 
-    added: float masks. hidden, seen: bool masks, with the number that fills what is not to be seen. Operations are
-    collected from the softmax inwards.
+    added: float masks. hidden, seen: bool masks, with the number that fills what is not to be seen. split: the reshape
+    of [B * H, T, S] to [B, H, T, S], where there is one; the first `outside` of `added` are added behind it. Operations
+    are collected from the softmax inwards.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -224,6 +227,8 @@ class Scores:
     q: Operand | None = None
     k: Operand | None = None
     product: Node | None = None
+    split: Node | None = None
+    outside: int = 0
 
     def with_mask(self, **masks: Any) -> Scores | None:
         """With one more mask; None where what was found outside it would scale it."""
@@ -265,6 +270,8 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
     if product is None:
         return False
     weights, v, order = product
+    merged = _regrouped(weights, 4)
+    weights = weights if merged is None else merged
     dropout = _dropout(gm, weights)
     if dropout is not None:
         weights, _ = dropout
@@ -272,16 +279,20 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
     found = None if scores is None else _scores(gm, scores, Scores())
     if scores is None or found is None or found.q is None or found.k is None or found.product is None:
         return False
+    if (found.split is None) != (merged is None):
+        return False
     shapes = found.q.shape, found.k.shape, v.shape
     if any(len(shape) not in (3, 4) or shape[:-2] != shapes[0][:-2] for shape in shapes):
         return False
     masks = [*found.added, *(mask for mask, _ in (*found.hidden, *found.seen))]
-    if not all(_fits(_shape(mask), _shape(scores)) for mask in masks):
+    places = [scores] * found.outside + [found.product] * (len(masks) - found.outside)
+    if not all(_fits(_shape(mask), _shape(place)) for mask, place in zip(masks, places, strict=True)):
         return False
     if not all(_settled(gm, x, found.product) for x in (found.q.node, found.k.node, *masks)):
         return False
     q, k, values = (operand.moved(gm, node) for operand in (found.q, found.k, v))
-    mask, scale = _mask(gm, node, found), _times(gm, node, 1.0, found.factors)
+    masked = replace(found, added=(*_merged_masks(gm, node, found), *found.added[found.outside :]))
+    mask, scale = _mask(gm, node, masked), _times(gm, node, 1.0, found.factors)
     new = _write(gm, node, Attention(q, k, values, mask, False, scale, nan_if_masked=True))
     if dropout is not None:
         new.meta[DROPOUT] = dropout[1]
@@ -294,6 +305,31 @@ def _rewrite_by_hand(gm: GraphModule, node: Node) -> bool:
         new.meta["value"] = Value(torch.float32, tuple(shape[i] for i in inverse))
         new.meta.pop("source", None)
     return True
+
+
+def _regrouped(node: Node, rank: int) -> Node | None:
+    """What `node` reshapes from `rank` dimensions, the last two untouched: [B * H, T, S] and [B, H, T, S]."""
+    x = node.args[0] if node.target is torch.reshape and len(node.users) == 1 else None
+    if not isinstance(x, Node) or not is_float_tensor(x) or len(_shape(x)) != rank or "aliases" in x.meta:
+        return None
+    return x if _shape(x)[-2:] == _shape(node)[-2:] and len(_shape(node)) == 7 - rank else None
+
+
+def _merged_masks(gm: GraphModule, before: Node, found: Scores) -> list[Node]:
+    """The masks that are added to [B, H, T, S], for scores that are [B * H, T, S]."""
+    masks = list(found.added[: found.outside])
+    for i, mask in enumerate(masks):
+        if len(_shape(mask)) > 2:  # others broadcast to either
+            assert found.split is not None
+            sizes, (t, s) = found.split.args[1], _shape(mask)[-2:]
+            assert isinstance(sizes, tuple | list)
+            with gm.graph.inserting_before(before):
+                whole = call(gm, torch.broadcast_to, (mask, (*sizes[:2], -1, -1)), before)
+                masks[i] = call(gm, torch.flatten, (whole, 0, 1), before)
+            for new, shape in ((whole, _shape(found.split)[:2]), (masks[i], (math.prod(_shape(found.split)[:2]),))):
+                new.meta.pop("source", None)
+                new.meta["value"] = Value(torch.float32, (*shape, t, s))
+    return masks
 
 
 def _dropout(gm: GraphModule, node: Node) -> tuple[Node, float] | None:
@@ -407,14 +443,26 @@ def _scores(gm: GraphModule, node: object, outer: Scores) -> Scores | None:
                 inner = outer.with_mask(**{side: (*getattr(outer, side), (mask, fill))})
                 return _scores(gm, x, inner) if inner is not None else None
         return None
-    return _first_product(node, outer)
+    if (product := _regrouped(node, 3)) is not None:
+        sizes = node.args[1]
+        unknown = not isinstance(sizes, tuple | list) or -1 in sizes[:2]  # of those that a mask has to be repeated to
+        if outer.hidden or outer.seen or outer.split is not None or (outer.added and unknown):
+            return None
+        return _scores(gm, product, replace(outer, split=node, outside=len(outer.added)))
+    return _first_product(gm, node, outer)
 
 
-def _first_product(node: Node, outer: Scores) -> Scores | None:
+def _first_product(gm: GraphModule, node: Node, outer: Scores) -> Scores | None:
     """q @ k^T, with k as [..., S, D]."""
     operands = _operands(node)
-    if node.target in BIASED_PRODUCTS and len(operands) == 3 and is_float_tensor(operands[0]) and not outer.factors:
-        outer, operands = replace(outer, added=(*outer.added, operands[0])), operands[1:]
+    if node.target in BIASED_PRODUCTS:
+        named = {"beta": 1, "alpha": 1, **_named(node, "input", "batch1", "batch2")}
+        mask, beta, alpha = named["input"], _number(gm, named["beta"]), _number(gm, named["alpha"])
+        if not is_float_tensor(mask) or outer.factors or isinstance(beta, Node) or beta != 1 or alpha is None:
+            return None
+        scaled = () if not isinstance(alpha, Node) and alpha == 1 else ((alpha, False),)
+        outer = replace(outer, added=(*outer.added, mask), factors=scaled)
+        operands = named["batch1"], named["batch2"]
     elif node.target not in PRODUCTS:
         terms = _terms(node)
         if terms is None or len(terms[4]) < 3:

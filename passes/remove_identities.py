@@ -1,5 +1,6 @@
 """remove_identities: what hands back its operand's numbers goes: dropout, identity, contiguous, detach, to.
 
+So does what nobody reads, as attention weights that a library computes for those who ask for them.
 `contiguous` stays in a graph that looks at the order of numbers in memory (`as_strided`, a `view` of modified memory).
 """
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from fxq.graph import bypass, is_tensor, submodule
+from fxq.graph import bypass, erase_unread, is_tensor, submodule
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -58,7 +59,7 @@ class RemoveIdentities:
             source = _operand(node)
             assert isinstance(source, Node)
             bypass(gm, node, source)
-        return len(found)
+        return len(found) + erase_unread(gm)
 
 
 def _operand(node: Node) -> Argument:

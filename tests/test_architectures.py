@@ -52,6 +52,38 @@ def test_a_norm_of_its_own_statistics_stays_float(model_of):
     assert output_sqnr(model(x), qmodel(x)) > 30
 
 
+def test_attention_with_the_heads_in_the_batch(model_of):
+    """BLOOM: a bias for each head within the product, a mask for each sentence behind it, in its own shape."""
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = (part.reshape(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8) for part in self.qkv(x).chunk(3, -1))
+        bias = torch.arange(t) * self.slopes.repeat(b, 1)[..., None].reshape(b * 4, 1, 1)
+        scores = bias.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=1.0, alpha=8**-0.5).view(b, 4, t, -1)
+        weights = F.softmax(scores + torch.ones(t, t).triu(1)[None, None] * -1e9, -1).view(b * 4, t, -1)
+        weights.view(b, 4, t, t).mean(1)  # for those who ask
+        return self.out(torch.bmm(weights, v).view(b, 4, t, 8).transpose(1, 2).reshape(b, t, 32))
+
+    model = model_of(forward, qkv=nn.Linear(32, 96), out=nn.Linear(32, 16), slopes=torch.tensor([0.5, 0.25, 0.1, 0.05]))
+    qmodel = check(model, torch.randn(4, 10, 32))
+    assert qmodel.report.int8_share == 1
+    x = torch.randn(2, 7, 32)
+    assert output_sqnr(model(x), qmodel(x)) > 20
+
+
+def test_a_product_of_activations_says_why_it_stays_float(model_of):
+    """Gemma 2: scores through a tanh are no attention that fxq knows."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(torch.tanh(q @ k.mT / 50) * 50, -1) @ v
+
+    qmodel = fxq.quantize(model_of(forward, qkv=nn.Linear(16, 48)), torch.randn(3, 6, 16))
+    products = [d for d in qmodel.report.decisions if d.op == "matmul"]
+    assert [d.reason for d in products] == [Reason.NO_INTEGER_OP] * 2
+    assert all("no part of softmax(q @ k^T * scale + mask) @ v" in d.detail for d in products)
+
+
 def test_a_size_that_is_a_tensor(model_of):
     """Longformer: the number of chunks by torch.div of an integer."""
 

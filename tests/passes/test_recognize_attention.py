@@ -62,6 +62,9 @@ SPELLINGS = {
     "where": lambda s, q, k, v: softmax(torch.where(s.seen, q @ k.mT, LOW)) @ v,
     "where hidden": lambda s, q, k, v: softmax(torch.where(~s.seen, -math.inf, q @ k.mT)) @ v,
     "fill and add": lambda s, q, k, v: softmax((q @ k.mT + s.floats).masked_fill(~s.seen, -math.inf)) @ v,
+    "alibi": lambda s, q, k, v: merged(s, q, k, v, s.floats),
+    "alibi, mask without batch": lambda s, q, k, v: merged(s, q, k, v, s.floats[0]),
+    "alibi, mask of a head": lambda s, q, k, v: merged(s, q, k, v, s.floats.expand(-1, 4, -1, -1)),
     "repeated heads": lambda s, q, k, v: softmax(q @ repeat(k[:, :2]).mT * 0.5) @ repeat(v[:, :2]),
     "interleaved heads": lambda s, q, k, v: F.scaled_dot_product_attention(
         q, k[:, :2].repeat_interleave(2, 1), torch.repeat_interleave(v[:, :2], 2, dim=1)
@@ -72,6 +75,16 @@ SPELLINGS = {
 def repeat(k):
     b, g, s, d = k.shape
     return k[:, :, None, :, :].expand(b, g, 2, s, d).reshape(b, g * 2, s, d)
+
+
+def merged(s, q, k, v, mask, beta=1.0, split=None):
+    """As BLOOM has it: products of all heads in one batch, a bias within the first, a mask in its own shape."""
+    b, h, t, d = q.shape
+    a, c, e = (x.reshape(b * h, -1, d) for x in (q, k, v))
+    bias = s.floats[0, 0, :1].expand(b * h, 1, -1)
+    scores = torch.baddbmm(bias, batch1=a, batch2=c.transpose(1, 2), beta=beta, alpha=0.3)
+    weights = softmax(scores.view(*(split or (b, h)), t, t) + mask)
+    return torch.bmm(weights.view(b * h, t, -1), e).view(b, h, t, d)
 
 
 def members():
@@ -120,6 +133,9 @@ OTHERS = {
     "q changed in between": lambda s, q, k, v: (lambda a, x: (a[:, 0].zero_(), softmax(x) @ v, a))(
         *(lambda a: (a, a @ k.mT))(q * 1.5)
     )[1],
+    "scaled bias": lambda s, q, k, v: merged(s, q, k, v, s.floats, beta=0.5),
+    "a split of unknown size": lambda s, q, k, v: merged(s, q, k, v, s.floats, split=(-1, 4)),
+    "tanh": lambda s, q, k, v: softmax(torch.tanh(q @ k.mT / 50) * 50) @ v,
     "double softmax": lambda s, q, k, v: softmax(softmax(q @ k.mT)) @ v,
 }
 

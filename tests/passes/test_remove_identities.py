@@ -16,6 +16,24 @@ def test_nothings_go(model_of, normalized):
     assert normalized(model_of(forward, d=nn.Dropout(), i=nn.Identity()), X) == "return x"
 
 
+def test_what_nobody_reads_goes(model_of, normalized):
+    """But for what works in place, and decisions."""
+
+    def forward(self, x):
+        y = torch.sin(x)
+        (y * 2).mean(0)
+        return y
+
+    assert normalized(model_of(forward), X) == "%0 = sin(x)\nreturn %0"
+
+    def changing(self, x):
+        y = torch.sin(x)
+        y[:, 0].zero_()
+        return y
+
+    assert "'zero_'" in normalized(model_of(changing), X)
+
+
 def test_conversions_stay(model_of, normalized):
     found = normalized(model_of(lambda s, x: x.double().to(torch.float32)), X)
     assert found == "%0 = .double(x)\n%1 = .to(%0, torch.float32)\nreturn %1"
