@@ -246,7 +246,8 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
 def convert(prepared: GraphModule, *, passes: tuple[Pass, ...] | None = None) -> QuantizedModule:
     """Turn a calibrated model into integers. `prepared` stays as it is.
 
-    Raises `CalibrationError` naming the first value that no data has reached.
+    Raises `CalibrationError` naming the first value that no data has reached, or a parameter that training has made
+    NaN or infinite.
     """
     return _convert(prepared, passes)
 
@@ -255,6 +256,12 @@ def _convert(prepared: GraphModule, passes: tuple[Pass, ...] | None, last: bool 
     """See `convert`. last: `prepared` is to be converted once; it keeps no samples."""
     _context(prepared, Stage.OBSERVED, "fxq.convert")
     trained = [module for module in prepared.modules() if isinstance(module, FakeQuantize | WeightFakeQuantize)]
+    for name, parameter in prepared.named_parameters() if trained else ():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CalibrationError(
+                f"parameter {name} holds NaN or infinity: the training has diverged; convert an earlier checkpoint, or "
+                "train with a smaller learning rate"
+            )
     changing = {id(tensor) for module in trained for tensor in tensors_of(module)}  # those write to theirs
     shared = not prepared.meta.get(STATE)
     kept = (t for t in tensors_of(prepared) if shared and id(t) not in changing)

@@ -47,7 +47,7 @@ def sqnr(expected: Tensor, actual: Tensor) -> float:
 def output_sqnr(expected: Any, actual: Any) -> float:
     """The worst SQNR over the float tensors of an output; inf where there are none."""
     pairs = zip(tensors(expected), tensors(actual), strict=True)
-    values = [sqnr(x, y) for x, y in pairs if x.is_floating_point() and x.numel()]
+    values = [sqnr(x.to_dense(), y.to_dense()) for x, y in pairs if x.is_floating_point() and x.numel()]
     return min(values, default=math.inf)
 
 

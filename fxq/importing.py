@@ -84,6 +84,8 @@ def _differences(model: nn.Module, result: QuantizedModule, call: Call) -> str:
             ) from error
         outputs = expected, result(*mine.args, **mine.kwargs)
     pairs = list(zip(*map(tensors, outputs), strict=True))
+    if any(tensor.is_quantized for tensor in tensors(expected)):
+        raise InputError("fxq.from_torch: the model returns a quantized tensor; let it end with torch's DeQuantStub")
     total = sum(a.numel() for a, _ in pairs)
     differences = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
     different = int((differences != 0).sum())

@@ -137,9 +137,14 @@ class Recipe:
         if self.round_weights not in (None, *get_args(WeightRounding)):
             kinds = ", ".join(map(repr, get_args(WeightRounding)))
             raise RecipeError(f"unknown round_weights {self.round_weights!r}; there are {kinds} and None")
+        for what, rules in (("modules", self.modules), ("ops", self.ops)):
+            if not isinstance(rules, Mapping):
+                raise RecipeError(f"{what} is {rules!r}; give rules by name, as {what}={{'head': fxq.FLOAT}}")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")
+        if self.requant == "fixed" and "w8a8" not in self.schemes:
+            raise RecipeError(f"requant='fixed' is for integers between layers: the scheme 'w8a8', not {self.scheme!r}")
         if self.outputs == "uint8" and "w8a8" not in self.schemes:
             raise RecipeError(
                 f"outputs='uint8' needs scales found by calibration: the scheme 'w8a8', not {self.scheme!r}"

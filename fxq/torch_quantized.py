@@ -193,7 +193,7 @@ def stand_ins(model: nn.Module) -> nn.Module:
                     refused.append(f"  {path or '(root)'}: {found}")
                 else:
                     memo[id(module)] = found
-        if not memo and not refused and not isinstance(model, GraphModule):
+        if not memo and not refused and not any(map(_calls_quantized, model.modules())):
             refused.append("  it holds no quantized module; fxq.quantize takes float models")
         if refused:
             raise QuantizationError(
@@ -209,6 +209,11 @@ def stand_ins(model: nn.Module) -> nn.Module:
 def _is_torch_ao(module: nn.Module) -> bool:
     home = type(module).__module__
     return home.startswith(("torch.ao.nn.", "torch.ao.quantization.")) and not _inside_known(type(module).__name__)
+
+
+def _calls_quantized(module: nn.Module) -> bool:
+    """Whether the code of a graph quantizes, or calls operators on quantized tensors."""
+    return isinstance(module, GraphModule) and any("quantize" in str(node.target) for node in module.graph.nodes)
 
 
 def _inside_known(name: str) -> bool:
@@ -234,7 +239,10 @@ def _stand_in(module: Any) -> nn.Module | str:
     if kind in (nnq.Linear, nniq.LinearReLU, *_CONVS, *_CONV_RELUS):
         if getattr(module, "padding_mode", "zeros") != "zeros":
             return f"it pads with {module.padding_mode!r}"
-        weight = module.weight()
+        try:
+            weight = module.weight()
+        except RuntimeError as error:
+            return f"torch does not give its weight away ({error}); convert the model for another engine"
         if weight.dtype is not torch.qint8:
             return f"its weight is {weight.dtype}; weights must be torch.qint8"
         if weight.qscheme() not in (torch.per_tensor_affine, torch.per_channel_affine):

@@ -481,3 +481,28 @@ def test_affine_weights_in_fixed_point(kind, rounding, monkeypatch):
 def test_fixed_point_is_no_engine_of_torch():
     with pytest.raises(fxq.InputError, match="fbgemm multiplies by floats; give requant='fixed' without exact"):
         fxq.from_torch(OneLayer(4, 2, "per_tensor"), torch.randn(2, 4), exact="fbgemm", requant="fixed")
+
+
+def test_a_graph_without_anything_quantized_is_refused():
+    exported = torch.export.export(nn.Linear(8, 4).eval(), (torch.randn(3, 8),)).module()
+    with pytest.raises(fxq.QuantizationError, match="it holds no quantized module"):
+        fxq.from_torch(exported, torch.randn(3, 8))
+
+
+def test_a_quantized_output_is_refused():
+    x = torch.randn(3, 8)
+    model = nn.Sequential(tq.QuantStub(), nn.Linear(8, 4)).eval()
+    model.qconfig = tq.get_default_qconfig("fbgemm")
+    tq.prepare(model, inplace=True)(x)
+    with pytest.raises(fxq.InputError, match="returns a quantized tensor; let it end with torch's DeQuantStub"):
+        fxq.from_torch(tq.convert(model), x)
+
+
+def test_a_weight_that_torch_does_not_give_away(monkeypatch):
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
+    x = torch.randn(2, 4, 5, 5, 5)
+    model = nn.Sequential(tq.QuantStub(), nn.Conv3d(4, 4, 3), tq.DeQuantStub()).eval()
+    model.qconfig = tq.get_default_qconfig("qnnpack")
+    tq.prepare(model, inplace=True)(x)
+    with pytest.raises(fxq.QuantizationError, match=r"1: torch does not give its weight away \(QNNPACK only supports"):
+        fxq.from_torch(tq.convert(model), x)

@@ -199,3 +199,17 @@ class TestWhatAnExportReliesOn:
         for frontend in ("auto", "trace", "export"):
             with pytest.raises(fxq.TraceError, match=r"needs the value of a tensor for Python \(`bool` of `gt`\)"):
                 fxq.trace(model, torch.ones(8, 8), frontend=frontend)
+
+
+def test_what_fails_on_another_batch_size_is_told_once(model_of, capfd):
+    """Nothing on stderr: neither of the graph that was tried, nor of torch.export."""
+
+    def forward(self, x):
+        try:
+            return self.l(x.view(-1, 32))
+        except RuntimeError:
+            return self.l(x)
+
+    with pytest.raises(fxq.TraceError, match=r"fails on another batch size, which the model takes: shape '\[-1, 32\]'"):
+        fxq.trace(model_of(forward, l=nn.Linear(16, 4)), torch.randn(6, 16))
+    assert capfd.readouterr().err == ""

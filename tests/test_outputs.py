@@ -158,3 +158,10 @@ def test_types_of_torchs_stay_as_they_are(model_of):
     assert [q is None for q in qmodel.output_qparams] == [True, True, False]
     assert qmodel.dequantize((values, integers))[1].dtype == torch.float32
     assert qmodel.report.sqnr > 35
+
+
+def test_a_sparse_output(model_of):
+    model, x = model_of(lambda s, x: s.l(x).relu().to_sparse(), l=nn.Linear(8, 4)), torch.randn(6, 8)
+    qmodel = fxq.quantize(model, x)
+    assert qmodel.report.sqnr > 30
+    assert qmodel(x[:3]).layout is torch.sparse_coo

@@ -652,3 +652,11 @@ class TestConvert:
         assert PREPARE_QAT[-1].run(qat, ctx) == 0
         assert end_training.PASS.run(qat, ctx) == 2  # a folded norm and a dropout
         assert end_training.PASS.run(qat, ctx) == 0
+
+
+def test_a_training_that_has_diverged():
+    qat = fxq.prepare_qat(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(6, 8))
+    with torch.no_grad():
+        qat.get_parameter("2.weight")[0, 0] = torch.nan
+    with pytest.raises(fxq.CalibrationError, match=r"parameter 2\.weight holds NaN or infinity: the training has div"):
+        fxq.convert(qat)

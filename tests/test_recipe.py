@@ -163,3 +163,16 @@ def test_a_layer_that_the_recipe_keeps_float_may_hold_nan():
 )
 def test_code_evaluates_to_the_recipe(recipe):
     assert eval(recipe.code) == recipe
+
+
+@pytest.mark.parametrize("name", ["modules", "ops"])
+def test_rules_go_by_name(name):
+    with pytest.raises(fxq.RecipeError, match=rf"{name} is \['0'\]; give rules by name"):
+        fxq.Recipe(**{name: ["0"]})
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a32", "w8a16"])
+def test_fixed_point_needs_integers_between_layers(scheme):
+    with pytest.raises(fxq.RecipeError, match=f"requant='fixed' .* not '{scheme}'"):
+        fxq.Recipe(scheme, requant="fixed")
+    fxq.Recipe(scheme, requant="fixed", modules={"body": fxq.Rule("w8a8")})

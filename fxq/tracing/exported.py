@@ -67,13 +67,17 @@ def _unheard() -> Iterator[None]:
     def is_anothers(record: logging.LogRecord) -> bool:
         return record.thread != threading.get_ident()
 
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    logger.addFilter(is_anothers)
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    ]
+    for logger in loggers:
+        logger.addFilter(is_anothers)
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.removeFilter(is_anothers)
+        for logger in loggers:
+            logger.removeFilter(is_anothers)
 
 
 class Exported:
