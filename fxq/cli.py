@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="the processor, the instruction set in use, the state of the native kernels")
     build = commands.add_parser(
-        "build", help="compile the native kernels ahead of time, for images and read-only systems"
+        "build",
+        help="compile the native kernels for all instruction sets ahead of time, for images and read-only systems",
     )
     build.add_argument("directory", nargs="?", type=Path, help="where to (default: beside the installed package)")
     costs = commands.add_parser("costs", help="the measured times of operations on this machine")
@@ -40,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _info() -> None:
     info = kernels.info()
+    lacking = f"; FXQ_ISA compiles: {', '.join(info.lacking)}" if info.lacking else ""
     rows = {
         "fxq": __version__,
         "torch": info.torch,
         "processor": info.cpu,
-        "instruction set": f"{info.isa} (available: {', '.join(('portable', *info.available))})",
+        "instruction set": f"{info.isa} (available: {', '.join(('portable', *info.available))}{lacking})",
         "kernels": f"{info.state}{f', {info.path}' if info.path else ''}",
         "compiler": info.compiler or "none found",
         "threads": str(info.threads),

@@ -1,5 +1,6 @@
 """Shared fixtures: instruction sets, a zoo of small models, and graphs as text."""
 
+import contextlib
 import hashlib
 import warnings
 from collections import namedtuple
@@ -13,6 +14,7 @@ from torch import nn
 from fxq import kernels
 from fxq.graph import target_name, unchanged
 from fxq.inputs import Call
+from fxq.kernels import binary
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, begin, run
 from fxq.qdq import quantize
@@ -22,9 +24,15 @@ hypothesis.settings.register_profile("fxq", deadline=None, max_examples=40, dera
 hypothesis.settings.load_profile("fxq")
 
 
+def pytest_sessionstart(session):
+    """One binary for every instruction set, before anything looks for kernels; without a compiler there is none."""
+    with contextlib.suppress(kernels.KernelError):
+        binary.find() or kernels.build(binary.cache())
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _kernels():
-    """Build the kernels, or settle for the portable ones, before any test could meet the warning that says so."""
+    """Load the kernels, or settle for the portable ones, before any test could meet the warning that says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kernels.PortableKernelWarning)
         quantize(torch.zeros(1), 1.0, 0)  # the first call is the one that says so

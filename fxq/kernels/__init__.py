@@ -2,7 +2,8 @@
 
 `define` is the only door: an op family hands in its schema with a portable and a fake implementation. Where the C++
 library (ops_*.cpp) has a kernel of that name, it serves the CPU from the first call on, with no Python in between;
-it is compiled then, unless a binary lies ready (binary.py). Both return the same bits.
+it is compiled then, for the best instruction set of this processor or the one that FXQ_ISA names, unless a binary lies
+ready (binary.py). Both return the same bits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 
 from fxq.errors import KernelError
+from fxq.kernels.binary import ALL, cache, compiler, find, processor_isas
 from fxq.kernels.binary import build as build
-from fxq.kernels.binary import cache, compiler, find
 
 _library = torch.library.Library("fxq", "DEF")  # type: ignore[no-untyped-call]
 _portable: dict[str, Callable[..., Any]] = {}
@@ -69,7 +70,8 @@ def portable(name: str) -> Callable[..., Any]:
 def use_isa(name: str) -> Iterator[None]:
     """Run the native kernels with one instruction set of `info().available`, in all threads of this process.
 
-    Raises `KernelError` where it is not available. For tests and bug reports; FXQ_ISA does the same from outside.
+    Raises `KernelError` where it is not available. For tests and bug reports; FXQ_ISA does the same from outside, and
+    compiles what the binary lacks.
     """
     _resolve()
     if _native is None:
@@ -84,11 +86,16 @@ def use_isa(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Info:
-    """What serves the integer ops here. isa: 'portable' or one of available; path: the binary in use."""
+    """What serves the integer ops here.
+
+    isa: 'portable' or one of available; lacking: what this processor has beside those, and FXQ_ISA would compile; path:
+    the binary in use.
+    """
 
     cpu: str
     isa: str
     available: tuple[str, ...]
+    lacking: tuple[str, ...]
     state: str
     path: Path | None
     compiler: str | None
@@ -104,6 +111,7 @@ def info() -> Info:
         cpu=_cpu_name(),
         isa=_native.isa if _native else "portable",
         available=_native.available if _native else (),
+        lacking=_native.lacking if _native else (),
         state="native" if _native else f"portable: {_why_portable}",
         path=_native.path if _native else None,
         compiler=" ".join(command) if command else None,
@@ -121,6 +129,7 @@ class _Native:
         self._library = ctypes.CDLL(str(path))
         self._library.fxq_isa.restype = self._library.fxq_isas.restype = ctypes.c_char_p
         self.available = tuple(self._library.fxq_isas().decode().split(","))
+        self.lacking = tuple(isa for isa in processor_isas() if isa not in self.available)
 
     @property
     def isa(self) -> str:
@@ -129,11 +138,14 @@ class _Native:
         return name.decode()
 
     def use(self, name: str) -> None:
-        if not self._library.fxq_use_isa(name.encode()):
+        if name in self.lacking:
             raise KernelError(
-                f"instruction set {name!r} is not available: this processor ({_cpu_name()}) has "
-                f"{', '.join(self.available)}"
+                f"instruction set {name!r} is not available in this process: {self.path.name} holds "
+                f"{', '.join(self.available)}; set FXQ_ISA={name} before it starts, or compile all with "
+                "python -m fxq build"
             )
+        if not self._library.fxq_use_isa(name.encode()):
+            raise _unavailable(name, self.available)
 
 
 def _resolve() -> None:
@@ -146,8 +158,12 @@ def _resolve() -> None:
         if forced == "portable":
             _why_portable = "FXQ_ISA=portable"
         else:
+            isas = processor_isas()
+            if forced and isas and forced not in isas:
+                raise _unavailable(forced, isas)
+            wanted = forced or isas[0] if isas else ALL
             try:
-                native = _Native(find() or build(cache()))
+                native = _Native(find(wanted) or build(cache(), wanted))
             except (KernelError, OSError) as error:
                 if forced:
                     raise KernelError(f"FXQ_ISA={forced}, but there are no native kernels: {error}") from error
@@ -157,6 +173,12 @@ def _resolve() -> None:
                     native.use(forced)
                 _native = native
         _resolved = True
+
+
+def _unavailable(name: str, isas: tuple[str, ...]) -> KernelError:
+    return KernelError(
+        f"instruction set {name!r} is not available: this processor ({_cpu_name()}) has {', '.join(isas)}"
+    )
 
 
 def _first_call() -> None:

@@ -1,7 +1,9 @@
 """Compiling the kernels, once: into a per-user cache at first use, or ahead of time into a folder of choice.
 
-A binary is named after everything it depends on: `fxq-<sources, flags, torch, platform>-<compiler>.so`. It ends in its
-own SHA-256, so that a damaged file is noticed before it is loaded. It appears under its name complete or not at all.
+A binary is named after everything it depends on and what it holds: `fxq-<sources, flags, torch, platform>-<compiler>-
+<instruction set>.so`. At first use that is the operators with the kernels for the one set that will run, as those for
+the others would take three times as long; `all` ahead of time, which goes before any other. It ends in its own SHA-256,
+so that a damaged file is noticed before it is loaded. It appears under its name complete or not at all.
 """
 
 from __future__ import annotations
@@ -41,6 +43,16 @@ _KERNELS = ("-O2",)
 # and take longer to compile.
 _OTHERS = ("-O1", "-finline-small-functions")
 _LINK = ("-shared", "-ltorch_cpu")
+ALL = "all"
+# What the kernels for each instruction set, kernels_<name>.cpp, ask of the processor, in Linux' words; the best first.
+# dispatch.cpp asks the processor itself.
+_NEEDS = {
+    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "generic": set[str](),
+}
 _TIMEOUT = 600
 _DIGEST_BYTES = 32
 
@@ -62,33 +74,48 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxq"
 
 
-def find() -> Path | None:
-    """An undamaged binary for these sources, this torch and platform: beside the sources, else in the cache.
+def processor_isas(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """The instruction sets with kernels that this processor has, the best first; none where it does not say."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ("generic",)
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return ()
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), None)
+    return () if flags is None else tuple(isa for isa, needs in _NEEDS.items() if needs <= flags)
+
+
+def find(isa: str = ALL) -> Path | None:
+    """An undamaged binary for these sources, this torch and platform that holds `isa`: all sets before that one alone,
+    beside the sources before the cache.
 
     The cache also asks for the present compiler, where there is one; a binary made ahead of time may come from another.
     """
     source_key, compiler_key = _keys()
-    patterns = [(PACKAGE, "*"), (cache(), compiler_key or "*")]
-    candidates = (path for folder, key in patterns for path in sorted(folder.glob(f"fxq-{source_key}-{key}.so")))
+    places = [(PACKAGE, "*"), (cache(), compiler_key or "*")]
+    patterns = [(folder, f"fxq-{source_key}-{key}-{held}.so") for held in (ALL, isa) for folder, key in places]
+    candidates = (path for folder, pattern in patterns for path in sorted(folder.glob(pattern)))
     return next((path for path in candidates if _is_whole(path)), None)
 
 
-def build(directory: Path | None = None) -> Path:
+def build(directory: Path | None = None, isa: str = ALL) -> Path:
     """Compile into `directory` (created; None means the package itself) unless it is there already.
 
-    Where it is neither the package nor the cache, FXQ_CACHE must name it at run time. Says on stderr what it does.
+    isa: the one instruction set that it is to hold, or all. Where the folder is neither the package nor the cache,
+    FXQ_CACHE must name it at run time. Says on stderr what it does.
     Raises `KernelError` without a compiler, on a compiler error, or where the folder cannot be written.
     """
     directory = PACKAGE if directory is None else directory
     command = compiler()
     if command is None:
         raise KernelError("no C++ compiler found (looked for $CXX, g++, c++, clang++); install one, e.g. g++")
-    path = directory / "fxq-{}-{}.so".format(*_keys())
+    path = directory / "fxq-{}-{}-{}.so".format(*_keys(), isa)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _lock(directory / f"{path.name}.lock"):
             if not _is_whole(path):  # another process may have been first
-                _compile(command, path)
+                _compile(command, path, isa)
     except OSError as error:
         raise KernelError(f"cannot write {directory} ({error}); set FXQ_CACHE to a writable folder") from error
     return path
@@ -134,12 +161,13 @@ def _lock(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)  # who still waits for it finds the binary, or builds without harm
 
 
-def _compile(command: list[str], path: Path) -> None:
-    print(f"fxq: compiling the kernels with {command[0]}, once per machine ...", end=" ", file=sys.stderr, flush=True)
+def _compile(command: list[str], path: Path, isa: str) -> None:
+    what = f"the kernels for {'all instruction sets' if isa == ALL else isa}"
+    print(f"fxq: compiling {what} with {command[0]}, once ...", end=" ", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="fxq-build-") as scratch:
-            library = _compile_in(command, Path(scratch))
+            library = _compile_in(command, Path(scratch), isa)
             content = library.read_bytes()
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
             try:
@@ -155,13 +183,13 @@ def _compile(command: list[str], path: Path) -> None:
     print(f"{time.perf_counter() - start:.1f} s -> {path}", file=sys.stderr)
 
 
-def _compile_in(command: list[str], scratch: Path) -> Path:
+def _compile_in(command: list[str], scratch: Path, isa: str) -> Path:
     # Beside the kernels, reading torch's headers takes longest: the other sources are compiled as one, which reads them
     # once. What takes longest starts first.
     others = scratch / "others.cpp"
-    kernels = [source for source in _SOURCES if source.name.startswith("kernels_")]
-    kernels.sort(key=lambda source: -source.stat().st_size)
-    others.write_text("".join(f'#include "{source}"\n' for source in _SOURCES if source not in kernels), "utf-8")
+    kernels = [PACKAGE / f"kernels_{name}.cpp" for name in (_NEEDS if isa == ALL else (isa,))]
+    rest = [source for source in _SOURCES if not source.name.startswith("kernels_")]
+    others.write_text("".join(f'#include "{source}"\n' for source in rest), "utf-8")
     compile_ = (*command, *_COMPILE, "-isystem", str(TORCH / "include"))
     objects = {source: scratch / f"{source.stem}.o" for source in (others, *kernels)}
     steps = [

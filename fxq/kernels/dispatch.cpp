@@ -1,6 +1,7 @@
-// Which instruction set serves: the best that this processor has, or the one asked for.
+// Which instruction set serves: the best that this processor has and this binary holds, or the one asked for.
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -11,14 +12,13 @@
 
 namespace fxq {
 
-namespace generic { extern const Kernels kernels; }
-#if defined(__x86_64__)
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-namespace avx512_vnni { extern const Kernels kernels; }
-namespace zmm { void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end); }
-namespace avx_vnni { extern const Kernels kernels; }
-#endif
+// Each of these is null where the binary was compiled without it (binary.py).
+#define FXQ_ISA(name) namespace name { [[gnu::weak]] extern const Kernels kernels; }
+FXQ_ISA(generic)
+FXQ_ISA(avx2)
+FXQ_ISA(avx_vnni)
+FXQ_ISA(avx512)
+FXQ_ISA(avx512_vnni)
 
 #if defined(__x86_64__)
 static bool converts_halves() {  // older compilers cannot be asked by name
@@ -29,16 +29,19 @@ static bool converts_halves() {  // older compilers cannot be asked by name
 
 static std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found;
+  const auto add = [&](const Kernels* kernels, bool supported) {
+    if (kernels && supported) found.push_back(kernels);
+  };
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512_vnni::kernels);
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avx_vnni::kernels);
-  if (avx512) found.push_back(&avx512::kernels);
-  if (avx2) found.push_back(&avx2::kernels);
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  add(&avx512_vnni::kernels, has_avx512 && __builtin_cpu_supports("avx512vnni"));
+  add(&avx_vnni::kernels, has_avx2 && __builtin_cpu_supports("avxvnni"));
+  add(&avx512::kernels, has_avx512);
+  add(&avx2::kernels, has_avx2);
 #endif
-  found.push_back(&generic::kernels);
+  add(&generic::kernels, true);
   return found;
 }
 
@@ -50,14 +53,15 @@ static const std::vector<const Kernels*>& available() {
 static std::atomic<const Kernels*> in_use{nullptr};
 
 const Kernels& active() {
-  const Kernels* kernels = in_use.load(std::memory_order_relaxed);
-  return kernels ? *kernels : *available().front();
+  if (const Kernels* kernels = in_use.load(std::memory_order_relaxed)) return *kernels;
+  if (available().empty()) throw std::runtime_error("fxq: this binary holds no kernels that this processor can run");
+  return *available().front();
 }
 
 void (*brain_gemm())(const FloatGemm&, int64_t, int64_t, int64_t, int64_t) {
 #if defined(__x86_64__)
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  if (supported && &active() == &avx512_vnni::kernels) return zmm::brain_gemm;
+  if (supported) return active().brain_gemm;
 #endif
   return nullptr;
 }

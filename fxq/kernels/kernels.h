@@ -1,8 +1,8 @@
 // The kernels as plain C++, without torch: what one instruction set offers, and what a call asks of it.
 //
-// Every function returns the bits of the function of the same name in fxq/numerics/. `kernels_<isa>.cpp` compiles
-// body.h once per width of vectors and products.h once per way to multiply; dispatch.cpp chooses among them; ops_*.cpp
-// make them torch operators.
+// Every function returns the bits of the function of the same name in fxq/numerics/. Each `kernels_<isa>.cpp` compiles
+// body.h and products.h for one instruction set; dispatch.cpp chooses among those that the binary holds; ops_*.cpp make
+// them torch operators.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -189,6 +189,8 @@ struct Kernels {
   void (*widen_reals)(Real type, const uint16_t* x, float* y, int64_t count);
   bool (*pair_brains)(const uint16_t* x, uint32_t* pairs, int64_t count);
   void (*float_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
+  // The product of FloatGemm::pairs, with the bits of float_gemm; null where the instruction set has none.
+  void (*brain_gemm)(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
   // y = the sum of `count` rows of k values.
   void (*embed)(const TableRow* rows, int64_t count, int64_t k, float* y);
   // y = table[q], of 256 bytes.
@@ -208,9 +210,9 @@ void* scratch(int64_t bytes, Holder holder = Holder::kKernel);
 
 // dispatch.cpp
 const Kernels& active();               // those in use
-// The product of FloatGemm::pairs, with the bits of float_gemm; null where the instruction set in use has none.
+// Kernels::brain_gemm of those in use; null where the processor lacks what it takes.
 void (*brain_gemm())(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end);
-bool use_isa(const char* isa);         // false where this processor or compiler lacks it
+bool use_isa(const char* isa);         // false where this processor or binary lacks it
 const char* available_isas();          // names with commas between, best first
 
 template <int lanes>

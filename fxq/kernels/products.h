@@ -1,5 +1,5 @@
-// The kernels that are products of uint8 and int8, written once as body.h, compiled once per way to multiply. Each
-// kernels_<isa>.cpp includes this once for each, in a namespace that sees body.h's, after defining
+// The kernels that are products of uint8 and int8, written once as body.h. Each kernels_<isa>.cpp includes this behind
+// body.h, in the same namespace, after defining
 //   kRows                    the register tile in rows, at most kMaxRows
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
@@ -9,6 +9,7 @@
 //   pair_weights(p)          2 * W int16, in a register
 //   dot_pairs(acc, I, I)     acc[lane] += both products of int16, modulo 2**32
 //   WIDEN_ROWS               (optional) dot works on pairs of int16, and there is an input(even, odd) that takes them
+//   MULTIPLIES_BRAINS        (optional) there is a brain_gemm, see weight_only_bf16.h
 //   kIsa                     its name
 
 #include "gemm.h"
@@ -18,10 +19,13 @@
 #include "attention.h"
 #include "dynamic.h"
 
+#ifndef MULTIPLIES_BRAINS
+constexpr decltype(Kernels::brain_gemm) brain_gemm = nullptr;
+#endif
+
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, multiply_fixed, norm, gemm, attention, depthwise, lanes, largest_sum,
                          winograd_weights, winograd, max_of, mean_of, mean_of_fixed, mix_of, mix_of_fixed,
                          interleave_four, multiply, gemm_dynamic, widen_reals, pair_brains, float_gemm,
-                         embed, lookup};
-#undef WIDEN_ROWS
+                         brain_gemm, embed, lookup};

@@ -1,5 +1,5 @@
 // The product of bfloat16 rows with int8 weights by vdpbf16ps, for processors that have it; included behind body.h by
-// the AVX-512 kernels. In every lane it adds two products to a float, first that of the upper halves, each sum
+// kernels_avx512_vnni.cpp. In every lane it adds two products to a float, first that of the upper halves, each sum
 // rounded once. A product of a bfloat16 with an int8 is exact in float, so these are the steps of weight_only.h, and the
 // bits are the same, as long as nothing overflows or becomes denormal: see `pair_brains`.
 
@@ -66,7 +66,7 @@ static void widen_pairs(const int8_t* weight, int64_t step, int64_t count, int64
   }
 }
 
-void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+static void brain_gemm(const FloatGemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   constexpr int64_t kHeight = 192 / kMaxRows * kMaxRows, kWidth = kColumns * W;
   int32_t* wide = static_cast<int32_t*>(scratch((kBlock / 2 + kHeight) * kWidth * sizeof(float)));
   float* sums = reinterpret_cast<float*>(wide + kBlock / 2 * kWidth);

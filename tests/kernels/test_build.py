@@ -96,7 +96,7 @@ def test_a_damaged_binary_is_noticed(tmp_path, built, keep, monkeypatch):
 def test_a_damaged_binary_and_an_interrupted_build_do_no_harm(tmp_path, built):
     """One process is killed while it compiles, another finds half a binary: a third one builds and serves."""
     (whole,) = binaries(built)
-    damaged = tmp_path / whole.name
+    damaged = tmp_path / whole.name.replace("-all.so", f"-{kernels.info().available[0]}.so")
     damaged.write_bytes(whole.read_bytes()[:5000])
     stuck = tmp_path / "stuck"
     stuck.write_text("#!/bin/sh\nexec sleep 20\n")
@@ -113,6 +113,77 @@ def test_a_damaged_binary_and_an_interrupted_build_do_no_harm(tmp_path, built):
     assert "compiling the kernels" in err
     assert binaries(tmp_path) == [damaged]
     assert damaged.stat().st_size > 5000
+
+
+@needs_compiler
+def test_first_use_compiles_for_one_instruction_set_and_a_request_for_another_that_one(tmp_path, built):
+    best, other = kernels.info().available[0], "generic"
+    if best == other:
+        pytest.skip("this processor has one instruction set")
+    isa, caught, err = call(tmp_path)
+    assert (isa, caught) == (best, "[]")
+    assert f"compiling the kernels for {best} " in err
+    (first,) = binaries(tmp_path)
+    assert first.name.endswith(f"-{best}.so")
+
+    refused = f"from fxq import kernels\nwith kernels.use_isa({other!r}): pass"
+    _, err = start(tmp_path, refused).communicate(timeout=60)
+    assert f"instruction set '{other}' is not available in this process: {first.name} holds {best}; set FXQ_ISA=" in err
+    assert binaries(tmp_path) == [first]
+    info, _ = start(tmp_path, "from fxq.cli import main; main(['info'])").communicate(timeout=60)
+    assert f"{best} (available: portable, {best}; FXQ_ISA compiles: " in info
+
+    isa, caught, err = call(tmp_path, FXQ_ISA=other)
+    assert (isa, caught) == (other, "[]")
+    assert f"compiling the kernels for {other} " in err
+    assert call(tmp_path, FXQ_ISA=other) == (other, "[]", "")
+    assert call(tmp_path) == (best, "[]", "")
+    assert len(binaries(tmp_path)) == 2
+
+    (whole,) = binaries(built)
+    (tmp_path / whole.name).write_bytes(whole.read_bytes())  # from now on, this one serves whatever is asked for
+    first.unlink()
+    assert call(tmp_path) == (best, "[]", "")
+    assert call(tmp_path, FXQ_ISA=other) == (other, "[]", "")
+
+
+def test_processors_that_share_a_cache_do_not_share_their_binaries(tmp_path, built, monkeypatch):
+    monkeypatch.setattr(binary, "PACKAGE", tmp_path / "none")
+    monkeypatch.setenv("FXQ_CACHE", str(tmp_path))
+    (whole,) = binaries(built)
+    of_one = tmp_path / whole.name.replace("-all.so", "-avx512.so")
+    of_one.write_bytes(whole.read_bytes())
+    assert binary.find("avx512") == of_one
+    for isa in ("avx512_vnni", "avx2", "all"):
+        assert binary.find(isa) is None
+    of_all = tmp_path / whole.name
+    of_all.write_bytes(whole.read_bytes())
+    for isa in ("avx512", "avx2", "all"):
+        assert binary.find(isa) == of_all
+
+
+def test_the_instruction_sets_compiled_for_are_those_that_the_kernels_detect():
+    if not kernels.info().available:
+        pytest.skip("no native kernels here")
+    assert binary.processor_isas() == kernels.info().available
+    assert kernels.info().lacking == ()
+
+
+def test_a_processor_is_judged_by_its_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(binary.platform, "machine", lambda: "x86_64")
+    file = tmp_path / "cpuinfo"
+    assert binary.processor_isas(file) == ()  # nobody knows: all are compiled
+    for flags, expected in (
+        ("sse2", ("generic",)),
+        ("avx2 fma", ("generic",)),
+        ("avx2 fma f16c avx_vnni", ("avx_vnni", "avx2", "generic")),
+        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ("avx512", "avx2", "generic")),
+        ("avx512f avx512_vnni avx2 fma f16c", ("avx2", "generic")),
+    ):
+        file.write_text(f"model name\t: x\nflags\t\t: fpu {flags} ht\n")
+        assert binary.processor_isas(file) == expected
+    monkeypatch.setattr(binary.platform, "machine", lambda: "aarch64")
+    assert binary.processor_isas(file) == ("generic",)
 
 
 @needs_compiler
