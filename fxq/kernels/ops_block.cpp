@@ -1,4 +1,5 @@
 // A run of operations on the rows of a transformer as one torch operator: the program that fxq/ops/block.py writes.
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -12,6 +13,9 @@ namespace {
 constexpr const char* kOp = "qblock";
 constexpr int64_t kMagic = 0x6b636f6c62717866;  // "fxqblock"
 constexpr int64_t kMostPerRow = 1 << 24;  // bytes of memory
+// What the values of the rows that go through all steps together may take: more come back from memory, fewer read the
+// weights more often.
+constexpr int64_t kSliceBytes = 2 << 20;
 constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu", "hardsigmoid", "hardswish",
                                   "layer_norm", "rms_norm"};
 
@@ -81,18 +85,29 @@ class Block {
     if (shape.dim != 3) fail(kOp, ": the first input is ", shape, ", expected [B, T, K]");
     batch_ = shape.sizes[0];
     tokens_ = shape.sizes[1];
-    rows_ = batch_ * tokens_;
     held_.reserve(rows_of);
     for (int64_t i = 0; i < rows_of; ++i) take(inputs[i]);
-    values_.resize(inputs.size());  // masks have no rows
     for (int64_t width : widths) {
       const int64_t sizes[3] = {batch_, tokens_, width < 0 ? -width : width};
       results_.push_back(Tensor::empty({sizes, 3}, width < 0 ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8()));
     }
     written_.resize(widths.size());
-    arena_ = static_cast<uint8_t*>(scratch(rows_ * per_row_ + 64, Holder::kOperator));
+    const int64_t most = std::max<int64_t>(1, kSliceBytes / std::max<int64_t>(1, per_row_ * tokens_));
+    const int64_t slices = std::max<int64_t>(1, ceil_div(batch_, most)), slice = ceil_div(batch_, slices);
+    arena_ = static_cast<uint8_t*>(scratch(slice * tokens_ * per_row_ + 64, Holder::kOperator));
     values_.reserve(inputs.size() + steps);
-    for (int64_t i = 0; i < steps; ++i) step();
+    const Words body = words_;
+    for (int64_t i = 0; i < slices; ++i) {
+      first_ = std::min(i * slice, batch_);
+      count_ = std::min(slice, batch_ - first_);
+      rows_ = count_ * tokens_;
+      words_ = body;
+      parts_.clear();
+      values_ = taken_;
+      for (Value& value : values_) value.data = static_cast<const uint8_t*>(value.data) + offset(value);
+      values_.resize(inputs.size());  // masks have no rows
+      for (int64_t j = 0; j < steps; ++j) step();
+    }
     for (bool written : written_)
       if (!written) fail(kOp, ": the program leaves a result without its numbers");
   }
@@ -115,7 +130,11 @@ class Block {
     if (!value.is_float) expect_dtype(kOp, "an input", input, aoti_torch_dtype_uint8(), "uint8 or float32");
     value.width = shape.sizes[2];
     value.data = held_.emplace_back(input).data<void>();
-    values_.push_back(value);
+    taken_.push_back(value);
+  }
+  // Bytes from the rows of the whole batch to those of this slice.
+  int64_t offset(const Value& value) const {
+    return first_ * tokens_ * value.width * (value.is_float ? int64_t(sizeof(float)) : 1);
   }
 
   const Value& value() {
@@ -163,7 +182,7 @@ class Block {
       if (i >= results_.size() || results_[i].shape().sizes[2] != width || results_[i].dtype() != dtype)
         fail(kOp, ": a step writes what is no result of the block");
       written_[i] = true;
-      data = results_[i].data<void>();
+      data = static_cast<uint8_t*>(results_[i].data<void>()) + offset(value);
     } else {
       if (place % 64 || place + bytes > per_row_) fail(kOp, ": a step writes beyond the block's memory");
       data = arena_ + rows_ * place;
@@ -332,9 +351,12 @@ class Block {
     place(v, a.width, &a.v, a.v_stride);
     a.queries = a.keys = tokens_;
     a.multiplier = attention_multiplier(s_qk, scale, a.depth);
-    if (mask) set_mask(a, *mask, batch_, true);
+    if (mask) {
+      set_mask(a, *mask, batch_, true);
+      a.mask = static_cast<const uint8_t*>(a.mask) + first_ * a.mask_stride[0] * (a.mask_is_float ? sizeof(float) : 1);
+    }
     a.y = write(a.heads * a.width, false);
-    run_attention(a, batch_);
+    run_attention(a, count_);
   }
 
   void norm(Step step) {
@@ -374,12 +396,13 @@ class Block {
   const std::vector<Tensor>&inputs_, &constants_;
   const Contiguous program_;
   Words words_;
-  int64_t per_row_ = 0, batch_ = 0, tokens_ = 0, rows_ = 0;
+  int64_t per_row_ = 0, batch_ = 0, tokens_ = 0;
+  int64_t first_ = 0, count_ = 0, rows_ = 0;  // of the batch, those that go through all steps now
   uint8_t* arena_ = nullptr;
   std::vector<Contiguous> held_;
   std::vector<Tensor> results_;
   std::vector<bool> written_;
-  std::vector<Value> values_, parts_, made_;
+  std::vector<Value> taken_, values_, parts_, made_;
 };
 
 std::vector<Tensor> qblock(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,

@@ -4,8 +4,9 @@
     result  = those of the values that someone reads behind the block
 
 Every value of a step is uint8 or float32 [B, T, width]; so are the inputs, masks excepted. Bit for bit what the ops
-would give one by one, without a call, a tensor and memory of its own for each. `fxq.expansion.expand` takes it apart
-again. NumPy truth: that of the ops.
+would give one by one, without a call, a tensor and memory of its own for each. A batch whose rows would take more
+memory than stays in the caches goes through all steps a few sequences at a time. `fxq.expansion.expand` takes a block
+apart again. NumPy truth: that of the ops.
 
 The steps are one int64 tensor, the program. After its head (magic, steps, inputs that are rows, bytes of memory for a
 row) each step is the number of its op in `STEPS`, its arguments, each after its tag, and for each thing that it writes

@@ -86,6 +86,15 @@ def test_same_bits_as_step_by_step(on_isa, batch, tokens, masked):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(14, 80), (3, 400)])
+def test_large_batches_go_through_in_slices(batch, tokens):
+    """Masks, inputs and results are those of the whole batch."""
+    args = call(*layer(240, 960), batch, tokens, width=240)
+    assert batch * tokens * args[2][3].item() > 2 << 20
+    for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_operands_in_any_memory(on_isa):
     inputs, *rest = call(*layer(), 3, 17)
     strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
