@@ -408,30 +408,10 @@ OPS: dict[str, Op] = {
     "fxq.lookup": Op(numerics.lookup),
     "fxq.lookup_channels": Op(numerics.lookup_channels),
     "fxq.quantize_channels_last": Op(numerics.quantize),
-    "fxq.qconv": Op(golden_images.qconv, golden_images.conv_parts, "y_q", golden_images.conv_weight),
-    "fxq.qconv_fixed": Op(
-        golden_images.qconv_fixed, golden_images.conv_fixed_parts, "y_q", golden_images.conv_fixed_weight
-    ),
-    "fxq.qconv_float": Op(golden_images.qconv_float, golden_images.conv_parts, "y", golden_images.conv_weight),
-    "fxq.qconv_act_quantize": Op(
-        golden_images.qconv_act_quantize, golden_images.conv_parts, "y_q", golden_images.conv_weight
-    ),
-    "fxq.qconv_add": Op(golden_images.qconv_add, golden_images.conv_parts, "y_q", golden_images.conv_weight),
-    "fxq.qconv_transpose": Op(
-        golden_images.qconv_transpose, golden_images.conv_transpose_parts, "y_q", golden_images.conv_transpose_weight
-    ),
-    "fxq.qconv_transpose_fixed": Op(
-        golden_images.qconv_transpose_fixed,
-        golden_images.conv_transpose_fixed_parts,
-        "y_q",
-        golden_images.conv_transpose_fixed_weight,
-    ),
-    "fxq.qconv_transpose_float": Op(
-        golden_images.qconv_transpose_float,
-        golden_images.conv_transpose_parts,
-        "y",
-        golden_images.conv_transpose_weight,
-    ),
+    **{
+        name: Op(conv, conv.parts, "y" if name.endswith("_float") else "y_q", conv.weight)
+        for name, conv in golden_images.CONVOLUTIONS.items()
+    },
     "fxq.qavg_pool": Op(numerics.qavg_pool),
     "fxq.qavg_pool_fixed": Op(numerics.qavg_pool_fixed),
     "fxq.qadaptive_avg_pool_fixed": Op(numerics.qadaptive_avg_pool_fixed),
