@@ -89,8 +89,8 @@ static void tile(const Gemm& g, const Place& at) {
       const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
       const Rows<R> rows(x, i, end);
       for (; i < end; i += 4, w += step, ahead += ahead_step) {
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + 64, 0, 2);
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64);
         Weights b[C];
         UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
         UNROLL for (int r = 0; r < R; ++r) {
