@@ -54,6 +54,6 @@ void convolve(const Conv& c, int64_t image, int64_t plane, int64_t row, int64_t 
 // winograd.cpp: whether a convolution can go by tiles, by way of fewer products; and whether it is faster so.
 bool fits_tiles(const Conv& c);
 bool gains_by_tiles(const Conv& c);
-int64_t tile_weights_size(int64_t channels, int64_t n);  // in int32
+constexpr int64_t kTileWeights = 600 * 1024;  // bytes of transformed weights that tiles use at a time
 
 }  // namespace fxq

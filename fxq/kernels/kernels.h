@@ -156,13 +156,10 @@ struct Kernels {
   // A row of `pixels` outputs of a convolution in groups of run_bytes = 1, 4 or 8 channels in and out: x at the first
   // window, x_stride to the next, runs the taps.
   void (*lanes)(const Gemm& g, int64_t pixels);
-  // A 3 x 3 convolution by tiles of outputs; winograd.cpp says which. Weights are transformed first, those of the groups
-  // of four channels [group, group_end), then tiles [tile, tile_end). largest_sum: of one output channel's positive
-  // weights, or of its negative ones.
+  // A 3 x 3 convolution by tiles of outputs, those [tile, tile_end), in the channels [channel, channel_end), the first
+  // of a panel; winograd.cpp says which. largest_sum: of one output channel's positive weights, or of its negative ones.
   int64_t (*largest_sum)(const int8_t* packed, int64_t k, int64_t n);
-  void (*winograd_weights)(const int8_t* packed, int64_t channels, int64_t n, int64_t group, int64_t group_end,
-                           int32_t* to);
-  void (*winograd)(const Conv& c, const int32_t* weight, int64_t tile, int64_t tile_end);
+  void (*winograd)(const Conv& c, int64_t tile, int64_t tile_end, int64_t channel, int64_t channel_end);
   // Channels-last images: pixels y of `channels`, from pixels of x at offsets.
   void (*max_of)(const uint8_t* x, const int64_t* taps, int64_t count, int64_t pixels, int64_t pixel_step, uint8_t* y,
                  int64_t channels);

@@ -37,15 +37,16 @@ Split split(const Conv& c, int64_t threads) {
   return {bands, std::min(panels, threads)};
 }
 
-// By tiles, whose weights are transformed at every call: they would take eight times the memory to keep.
+// By tiles. Each thread transforms the weights of its channels and the inputs of its tiles: threads share the channels
+// where those are more.
 void run_tiles(const Conv& c, int64_t threads) {
-  const Kernels& kernels = active();
-  const int64_t n = c.product.n, groups = c.channels / 4, tiles = c.tiles();
-  auto* const weight = static_cast<int32_t*>(scratch(tile_weights_size(c.channels, n) * 4, Holder::kOperator));
-  parallel(groups, ceil_div(groups, threads), [&](int64_t begin, int64_t end) {
-    kernels.winograd_weights(c.product.weight, c.channels, n, begin, end, weight);
-  });
-  parallel(tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) { kernels.winograd(c, weight, begin, end); });
+  const auto winograd = active().winograd;
+  const int64_t n = c.product.n, tiles = c.tiles(), panels = c.panels();
+  if (threads > 1 && panels % threads == 0 && n > tiles)
+    return parallel(panels, panels / threads, [&](int64_t begin, int64_t end) {
+      winograd(c, 0, tiles, begin * kPanel, end * kPanel);
+    });
+  parallel(tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t end) { winograd(c, begin, end, 0, n); });
 }
 
 void run(const Conv& c) {

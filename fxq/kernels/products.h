@@ -26,6 +26,6 @@ constexpr decltype(Kernels::brain_gemm) brain_gemm = nullptr;
 extern const Kernels kernels;
 const Kernels kernels = {kIsa, quantize, quantize_scaled, dequantize, requantize, add, requantize_fixed,
                          add_fixed, multiply_fixed, norm, gemm, attention, depthwise, lanes, largest_sum,
-                         winograd_weights, winograd, max_of, mean_of, mean_of_fixed, mix_of, mix_of_fixed,
+                         winograd, max_of, mean_of, mean_of_fixed, mix_of, mix_of_fixed,
                          interleave_four, multiply, gemm_dynamic, widen_reals, pair_brains, float_gemm,
                          brain_gemm, embed, lookup};

@@ -56,37 +56,31 @@ static inline void from_tile(const Modular (&m)[6], Modular (&y)[4]) {
 static inline Halves half_of_inputs(I group, int half) { return (Halves)(group >> 8 * half & 0x00FF00FF); }
 static inline Halves half_of_weights(I group, int half) { return ((Halves)group << 8 * (1 - half)) >> 8; }
 
-// G g G^T of packed weights, for the groups of four channels [group, group_end): [n / 64][36][channels / 2][width] pairs
-// of int16, each position of the 36 followed by a cache line, as 36 streams at a power of two from one another would
-// share one set of the cache. Pairs come as `tile_inputs` leaves them: of W groups all first halves, then all second.
+// G g G^T of packed weights, for `width` channels of a panel of `panel_width` from `packed` on: [36][channels / 2][width]
+// pairs of int16, each position of the 36 followed by a cache line, as 36 streams at a power of two from one another
+// would share one set of the cache. Pairs come as `tile_inputs` leaves them: of W groups all first halves, then all
+// second.
 static int64_t position_size(int64_t pairs, int64_t width) { return pairs * width + 16; }
 
-static void winograd_weights(const int8_t* packed, int64_t channels, int64_t n, int64_t group, int64_t group_end,
-                             int32_t* to) {
-  const int64_t groups = channels / 4, padded_n = (n + 15) / 16 * 16;
-  for (int64_t first = 0; first < padded_n; first += kPanel) {
-    const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
-    const int64_t position = position_size(2 * groups, width);
-    for (int64_t g = group; g < group_end; ++g) {
-      const int64_t run = g / W * W, count = groups - run < W ? groups - run : W;
-      for (int64_t c = 0; c < width; c += W)
-        for (int half = 0; half < 2; ++half) {
-          Halves rows[3][6], u[6];
-          UNROLL for (int i = 0; i < 3; ++i) {
-            Halves taps[3];
-            UNROLL for (int j = 0; j < 3; ++j)
-              taps[j] = half_of_weights(load<I>(packed + 4 * (((i * 3 + j) * groups + g) * width + c)), half);
-            to_factors(taps, rows[i]);
-          }
-          int32_t* const at = to + (2 * run + half * count + g - run) * width + c;
-          for (int j = 0; j < 6; ++j) {
-            to_factors({rows[0][j], rows[1][j], rows[2][j]}, u);
-            UNROLL for (int i = 0; i < 6; ++i) store(at + (6 * i + j) * position, u[i]);
-          }
+static void tile_weights(const int8_t* packed, int64_t panel_width, int64_t channels, int64_t width, int32_t* to) {
+  const int64_t groups = channels / 4, position = position_size(2 * groups, width);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t run = g / W * W, count = groups - run < W ? groups - run : W;
+    for (int64_t c = 0; c < width; c += W)
+      for (int half = 0; half < 2; ++half) {
+        Halves rows[3][6], u[6];
+        UNROLL for (int i = 0; i < 3; ++i) {
+          Halves taps[3];
+          UNROLL for (int j = 0; j < 3; ++j)
+            taps[j] = half_of_weights(load<I>(packed + 4 * (((i * 3 + j) * groups + g) * panel_width + c)), half);
+          to_factors(taps, rows[i]);
         }
-    }
-    packed += 9 * channels * width;
-    to += 36 * position;
+        int32_t* const at = to + (2 * run + half * count + g - run) * width + c;
+        for (int j = 0; j < 6; ++j) {
+          to_factors({rows[0][j], rows[1][j], rows[2][j]}, u);
+          UNROLL for (int i = 0; i < 6; ++i) store(at + (6 * i + j) * position, u[i]);
+        }
+      }
   }
 }
 

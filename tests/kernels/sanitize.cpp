@@ -241,14 +241,13 @@ static void check_conv(int64_t batch, int64_t height, int64_t width, int64_t cha
     c.product.addend = output == Output::kFloat ? addend.data() : nullptr;
     c.product.addend_stride = stride == 1 ? n : 0;
     std::vector<float> wide(output == Output::kFloat ? outputs : 0);
-    std::vector<int32_t> tile_weights(fits_tiles(c) ? tile_weights_size(channels, n) : 0);
     compare("conv", outputs * (wide.empty() ? 1 : 4), [&](uint8_t* y) {
       c.product.y = wide.empty() ? static_cast<void*>(y) : wide.data();
-      if (!tile_weights.empty() && active().isa != std::string("generic")) {
-        active().winograd_weights(weight.data(), channels, n, 0, channels / 8, tile_weights.data());
-        active().winograd_weights(weight.data(), channels, n, channels / 8, channels / 4, tile_weights.data());
-        active().winograd(c, tile_weights.data(), 0, c.tiles() / 2);
-        active().winograd(c, tile_weights.data(), c.tiles() / 2, c.tiles());
+      if (fits_tiles(c) && active().isa != std::string("generic")) {
+        const int64_t half = c.tiles() / 2;
+        active().winograd(c, 0, half, 0, n);
+        active().winograd(c, half, c.tiles(), 0, kPanel);
+        active().winograd(c, half, c.tiles(), kPanel, n);
       } else {
         for (int64_t image = 0; image < batch; ++image)
           for (int64_t row = 0; row < c.out[1]; row += 2)
