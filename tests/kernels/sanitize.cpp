@@ -73,6 +73,29 @@ static void check_elementwise(size_t count) {
   });
 }
 
+// Numbers of 16 bits, among them denormals, infinities and NaNs, and tame ones.
+static void check_reals(size_t count) {
+  auto x = draw<uint16_t>(count, 0, 0xFFFF);
+  for (uint16_t& v : x)
+    if ((v & 0x7FFF) > 0x7C00) v |= 0x200;  // quiet: F16C makes them so, the generic kernels leave it to the product
+  for (const Real type : {Real::kBfloat16, Real::kFloat16}) {
+    std::vector<float> wide(count);
+    compare("widen_reals", count * 4, [&](uint8_t* y) {
+      active().widen_reals(type, x.data(), wide.data(), count);
+      if (count) memcpy(y, wide.data(), count * 4);
+    });
+  }
+  std::vector<uint32_t> pairs(ceil_div(count, 2));
+  for (const bool wild : {false, true}) {
+    auto brains = wild ? x : draw<uint16_t>(count, 0x3F80, 0x42FF);
+    for (size_t i = 0; i < count; i += 3) brains[i] = 0;
+    compare("pair_brains", pairs.size() * 4 + 1, [&](uint8_t* y) {
+      y[0] = active().pair_brains(brains.data(), pairs.data(), count);
+      if (count) memcpy(y + 1, pairs.data(), pairs.size() * 4);
+    });
+  }
+}
+
 static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   const auto x = draw<uint8_t>(rows * k, 0, 255);
   const auto weight = draw<int8_t>(packed_size(n, k), -128, 127);
@@ -111,6 +134,48 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   }
 }
 
+// A float product on all instruction sets, to each type; where the processor multiplies pairs of bfloat16, that way too.
+static void check_float_gemm(int64_t rows, int64_t n, int64_t k, const std::vector<float>& x,
+                             const std::vector<int8_t>& weight, const std::vector<float>& scale,
+                             const std::vector<float>& bias) {
+  FloatGemm g;
+  g.x = x.data();
+  g.x_stride = g.k = k;
+  g.n = g.y_stride = n;
+  g.weight = weight.data();
+  g.scale = scale.data();
+  for (const Real type : {Real::kFloat32, Real::kBfloat16, Real::kFloat16}) {
+    const int64_t bytes = rows * n * (type == Real::kFloat32 ? 4 : 2);
+    g.type = type;
+    g.bias = type == Real::kFloat16 ? nullptr : bias.data();
+    compare("float_gemm", bytes, [&](uint8_t* y) {
+      g.y = y;
+      active().float_gemm(g, 0, rows, 0, panel_count(n));
+    });
+  }
+  const auto brains = draw<uint16_t>(rows * k, 0x3F80, 0x42FF);
+  std::vector<float> wide(rows * k);
+  std::vector<uint32_t> pairs(rows * ceil_div(k, 2));
+  g.type = Real::kBfloat16;
+  compare("brain_gemm", rows * n * 2, [&](uint8_t* y) {
+    g.y = y;
+    g.x = nullptr;
+    g.pairs = nullptr;
+    if (brain_gemm()) {
+      g.pairs = pairs.data();
+      g.x_stride = ceil_div(k, 2);
+      for (int64_t row = 0; row < rows; ++row)
+        active().pair_brains(brains.data() + row * k, pairs.data() + row * g.x_stride, k);
+      brain_gemm()(g, 0, rows, 0, panel_count(n));
+    } else {
+      g.x = wide.data();
+      g.x_stride = k;
+      active().widen_reals(Real::kBfloat16, brains.data(), wide.data(), rows * k);
+      active().float_gemm(g, 0, rows, 0, panel_count(n));
+    }
+  });
+}
+
 // Float rows that find their own scales, and int8 weights beside floats.
 static void check_float_rows(int64_t rows, int64_t n, int64_t k) {
   const auto x = draw<float>(rows * k, -1000, 1000, 0.01);
@@ -136,18 +201,7 @@ static void check_float_rows(int64_t rows, int64_t n, int64_t k) {
       if (!y.empty()) memcpy(found, y.data(), y.size() * 4);
     });
   }
-  FloatGemm g;
-  g.x = x.data();
-  g.x_stride = g.k = k;
-  g.n = g.y_stride = n;
-  g.weight = weight.data();
-  g.scale = scale.data();
-  g.bias = bias.data();
-  g.y = y.data();
-  compare("float_gemm", rows * n * 4, [&](uint8_t* found) {
-    active().float_gemm(g, 0, rows, 0, panel_count(n));
-    if (!y.empty()) memcpy(found, y.data(), y.size() * 4);
-  });
+  check_float_gemm(rows, n, k, x, weight, scale, bias);
 }
 
 static void check_images(int64_t channels) {
@@ -365,7 +419,10 @@ static void check_damaged_chains() {
 }
 
 int main() {
-  for (size_t count = 0; count < 70; ++count) check_elementwise(count);
+  for (size_t count = 0; count < 70; ++count) {
+    check_elementwise(count);
+    check_reals(count);
+  }
   for (const int64_t k : {0, 1, 3, 4, 5, 66, 1029})
     for (const int64_t n : {0, 1, 15, 16, 17, 63, 64, 65, 130})
       for (const int64_t rows : {0, 1, 2, 3, 4, 5, 6, 7, 97})
