@@ -5,6 +5,7 @@ Operands come in the order of the torch ops, whose weights are packed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,18 @@ class Convolution:
     function: Callable[..., Array]
     scales: int = 1
     unpack: Callable[..., Unpacked] = _conv
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The operands by the names of the torch op: of the function's, `conv` is window and z_x there."""
+        signature = inspect.signature(self.function)
+        parameters, place = list(signature.parameters.values()), 3 + self.scales
+        x, weight, window, z_x = (
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ("x", "weight", "window", "z_x")
+        )
+        own = [x, weight, *parameters[2:place], window, z_x, *parameters[place + 1 :]]
+        return signature.replace(parameters=own)
 
     def __call__(self, x: U8, weight: I8, bias: I32, *operands: Any, **named: Any) -> Array:
         scales, rest = operands[: self.scales], operands[self.scales + 2 :]
