@@ -131,8 +131,10 @@ class MovingAverage(Observer):
 
 
 class Histogram(Observer):
-    """The range with the smallest mean squared quantization error over a histogram of all values seen (see CLIP_COST).
+    """The range with the smallest squared quantization error over a histogram of all values seen (see CLIP_COST).
 
+    And over what as many values again would bring: one beyond either extreme, on the average. That is nothing beside
+    millions of values; of a few hundred, the range that holds just those seen would cost up to 15 dB on others.
     4096 bins; when a batch leaves their range, the range doubles and bins merge in pairs, so counts stay exact. Zeros
     are left out: they are exact in every affine quantization.
     """
@@ -185,7 +187,8 @@ class Histogram(Observer):
         return centres, counts[used].astype(np.float64)
 
     def range(self) -> tuple[float, float]:
-        """The best clipping of [low, high]: each end in turn over a geometric grid, twice, then refined."""
+        """The best ends, clipping what was seen or reaching beyond: each in turn over a geometric grid, twice, then
+        refined."""
         seen = torch.cat([self.counts, torch.stack([self.low, self.high, self.start, self.width])])
         if self._found is None or not torch.equal(self._found[0], seen):
             self._found = seen, self._search()
@@ -196,21 +199,47 @@ class Histogram(Observer):
         values, counts = self._values()
         if not len(values):
             return low, high
+        beyond = _excess(-values[::-1], counts[::-1]), _excess(values, counts)
+
+        def cost(ends: tuple[float, float]) -> float:
+            unseen = _unseen(low, ends[0], beyond[0]) + _unseen(high, ends[1], beyond[1])
+            return _squared_error(values, counts, *ends) + unseen
 
         def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
-            return min(candidates, key=lambda r: _squared_error(values, counts, *r))
+            return min(candidates, key=cost)
 
         kept = (1.0, 1.0)
-        for grid in (2.0 ** (-np.arange(48) / 8), 2.0 ** (-np.arange(48) / 8), 2.0 ** np.linspace(-0.12, 0.12, 25)):
+        coarse = 2.0 ** (-np.arange(-8, 48) / 8)
+        for grid in (coarse, coarse, 2.0 ** np.linspace(-0.12, 0.12, 25)):
             for end in (0, 1):
                 if not (low, high)[end]:
                     continue
                 base = kept[end] if len(grid) == 25 else 1.0
-                options = [min(1.0, float(base * g)) for g in grid]
+                most = 2.0 if beyond[end] else 1.0
+                options = [min(most, float(base * g)) for g in grid]
                 ranges = [(low * (o if end == 0 else kept[0]), high * (o if end == 1 else kept[1])) for o in options]
                 chosen = options[ranges.index(best(ranges))]
                 kept = (chosen, kept[1]) if end == 0 else (kept[0], chosen)
         return low * kept[0], high * kept[1]
+
+
+def _excess(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float:
+    """By how much the largest ln(n) of n values exceed the least of them, in the mean; values: ascending."""
+    above = np.cumsum(counts[::-1])[::-1]
+    many = max(1.0, np.log(above[0]))
+    least = int(np.searchsorted(-above, -many, side="right")) - 1
+    return float(np.dot(counts[least:], values[least:] - values[least]) / many)
+
+
+def _unseen(seen: float, end: float, excess: float) -> float:
+    """The squared error expected where one value lies beyond the extreme that was `seen`, and is clipped at `end`.
+
+    How far beyond is taken to be exponentially distributed with the mean `excess`, as tails are (Pickands, 1975).
+    """
+    room = abs(end) - abs(seen)
+    if room <= 0:
+        return room**2 - 2 * room * excess + 2 * excess**2
+    return 2 * excess**2 * float(np.exp(-room / excess)) if excess else 0.0
 
 
 def _squared_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], low: float, high: float) -> float:

@@ -110,8 +110,9 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
             q_w.append(dequantize_weight(*integers_of(WeightObserver("", granularity, factors), w)))
         return Choice(factors, low, high, sqnr(expected, q_x @ torch.cat(q_w).t()))
 
-    plain = attempt(None, *observer.range())
-    choices = [plain, attempt(None, observer.low.item(), observer.high.item())]
+    low, high = observer.range()
+    plain = attempt(None, low, high)
+    choices = [plain, attempt(None, min(low, observer.low.item()), max(high, observer.high.item()))]
     if all(_exclusive(reader, exclusive) for reader in readers):
         for exponent in EXPONENTS:
             factors = _factors(observer, [w for w, _ in whole], exponent)
@@ -136,11 +137,20 @@ def _quality(choice: Choice) -> float:
 
 
 def _scaled_range(observer: Edge, factors: Tensor) -> tuple[float, float]:
-    """That of x * factors, reaching as far beyond what was seen as ever more rows of a normal distribution would."""
+    """That of x * factors, reaching as far beyond what was seen as ever more rows of a normal distribution would.
+
+    And no less than the range of x does, which it is compared with.
+    """
     seen = float(observer.counts.sum()) / len(factors)  # values of a channel
     margin = max(1.0, math.log(MANY) / math.log(max(2.0, seen))) ** 0.5
-    low, high = observer.channel_low * factors, observer.channel_high * factors
-    return margin * float(low.min()), margin * float(high.max())
+    scaled = float((observer.channel_low * factors).min()), float((observer.channel_high * factors).max())
+    extremes = observer.low.item(), observer.high.item()
+    margins = (
+        max(margin, end / extreme) if extreme else margin
+        for end, extreme in zip(observer.range(), extremes, strict=True)
+    )
+    low, high = (m * end for m, end in zip(margins, scaled, strict=True))
+    return low, high
 
 
 def _peaks(observer: Edge) -> Tensor:

@@ -215,12 +215,14 @@ def _factors(x_peak: Tensor, w_peak: Tensor, exponent: float) -> Tensor:
 
 
 def _settled(old: Observer, values: list[Tensor], factors: Tensor, pair: Pair) -> Observer:
-    """The range of `values` scaled, reaching `MARGIN` times as far, or as far as what `old` has seen is beyond them."""
+    """The range of `values` scaled, reaching `MARGIN` times as far, or as far as `old` saw or wants beyond them."""
     new = MinMax(old.where)
     scaled = [value / _column(factors, pair.first) for value in values]
-    for end, all_seen, bound in ((new.low, old.low, torch.amin), (new.high, old.high, torch.amax)):
+    low, high = old.range()
+    least, most = min(low, old.low.item()), max(high, old.high.item())
+    for end, reach, bound in ((new.low, least, torch.amin), (new.high, most, torch.amax)):
         own, now = (bound(torch.stack([bound(value) for value in some])) for some in (values, scaled))
-        end.copy_(now * (all_seen / own).clamp(min=MARGIN) if own != 0 else now)
+        end.copy_(now * (reach / own).clamp(min=MARGIN) if own != 0 else now)
     return new
 
 

@@ -143,7 +143,7 @@ def test_copies_and_files(model_of, tmp_path):
 def test_the_trace_of_a_convolution_is_exact_integer_arithmetic():
     model = nn.Sequential(nn.Conv2d(2, 3, 2, padding=1)).eval()
     x = torch.randn(1, 2, 3, 3)
-    q = fxq.quantize(model, x)
+    q = fxq.quantize(model, x, recipe=fxq.Recipe(round_weights=None))
     traced = fxq.golden(q).trace(x.numpy())
     q_x, acc = traced["0.x_q"], traced["0.acc"]
     w = model[0].weight.detach().numpy()

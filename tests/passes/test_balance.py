@@ -57,11 +57,11 @@ def test_it_pays_and_can_be_switched_off():
     model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.Softplus(), nn.Linear(32, 8)).eval()
     model[0].weight.data[:3] *= 60
     model[1].weight.data[:, :3] /= 60
-    plain = fxq.report(fxq.quantize(model, x, recipe=Recipe(balance=False))).sqnr
-    balanced = fxq.report(fxq.quantize(model, x)).sqnr
-    assert balanced > plain + 6
-    assert "factors" not in fxq.quantize(model, x, recipe=Recipe(balance=False)).code
-    assert "factors" in fxq.quantize(model, x).code
+    plain = fxq.quantize(model, x, recipe=Recipe(balance=False), on_low_sqnr="ignore")
+    balanced = fxq.quantize(model, x)
+    assert fxq.report(balanced).sqnr > fxq.report(plain).sqnr + 6
+    assert "factors" not in plain.code
+    assert "factors" in balanced.code
 
 
 def test_ranges_that_few_rows_have_shown_reach_further():

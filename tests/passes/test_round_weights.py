@@ -114,7 +114,8 @@ def test_adaround_by_recipe():
     assert (fxq.golden(qmodel)(x.numpy()) == qmodel(x).numpy()).all()
 
 
-def test_products_between_integers():
+def test_products_between_integers(monkeypatch):
+    monkeypatch.setattr(round_weights, "LEAST_GAIN", 0.1)
     model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     qmodel = fxq.quantize(model, related())
     details = [d.detail for d in fxq.report(qmodel).decisions if d.op == "linear"]
@@ -167,6 +168,33 @@ def test_the_last_method_is_taken_back_first(staged, monkeypatch):
     assert [note.split(":")[0] for note in ctx.report.notes] == ["correct-bias"]
     assert any(isinstance(m, RoundedWeight) for m in gm.modules())
     assert not any("corrected" in str(node.target) for node in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("last", [0.5, -1.0])
+def test_where_all_is_taken_back_the_last_method_is_tried_by_itself(staged, text, monkeypatch, last):
+    """It was fitted to what the first had made of the products."""
+    monkeypatch.setattr(correct_bias, "LEAST_GAIN", -100.0)
+    both = FitProducts((round_weights.METHOD, correct_bias.METHOD))
+    gains = iter((-1.0, -2.0, 0.0, last, 0.0))
+    monkeypatch.setattr(Simulation, "_gain", lambda self, outputs: next(gains))
+    gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
+    before = text(gm)
+    assert both.run(gm, ctx) == (last > 0)
+    assert not any(isinstance(m, RoundedWeight) for m in gm.modules())
+    assert (text(gm) != before) == (last > 0) == ("corrected" in text(gm))
+    assert ("correct-bias" in ctx.report.seconds) == (last > 0)
+    refused = ["round-weights"] if last > 0 else ["correct-bias", "round-weights"]
+    assert sorted(note.split(":")[0] for note in ctx.report.notes) == refused
+
+
+def test_without_changes_the_network_runs_once(staged, monkeypatch):
+    runs = []
+    monkeypatch.setattr(round_weights, "LEAST_GAIN", 100.0)
+    monkeypatch.setattr(correct_bias, "LEAST_GAIN", 100.0)
+    monkeypatch.setattr(Simulation, "_judge", lambda self, output: runs.append(output))
+    gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
+    assert FitProducts((round_weights.METHOD, correct_bias.METHOD)).run(gm, ctx) == 0
+    assert len(runs) == 1
 
 
 def test_times_and_progress_are_shown(capsys):

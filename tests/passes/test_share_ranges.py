@@ -12,7 +12,7 @@ from fxq.qdq import requantize
 from passes import share_ranges
 
 X = torch.randn(64, 8)
-RECIPE = fxq.Recipe(judge_costs=False, balance=False)
+RECIPE = fxq.Recipe(observer="min_max", judge_costs=False, balance=False)
 
 
 @pytest.fixture
