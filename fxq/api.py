@@ -85,11 +85,12 @@ def prepare(
     frontend: tracing.Frontend = "auto",
     dump: str | Path | None = None,
     check: bool = False,
+    progress: bool | None = None,
 ) -> GraphModule:
     """A float graph with observers, ready to be calibrated; the first of three steps that `quantize` takes at once.
 
     The user's model is not touched. families, passes: what `fxq.ops` and `passes` hold, or more of it.
-    check: every pass is held to the numbers that it promises on the examples.
+    check: every pass is held to the numbers that it promises on the examples. progress: as in `calibrate`.
     Raises `InputError`, `RecipeError`, `TraceError`, `CalibrationError` (weights that are not finite).
     """
     return _prepare(
@@ -102,6 +103,7 @@ def prepare(
         frontend,
         dump,
         check,
+        progress,
     )
 
 
@@ -115,6 +117,7 @@ def _prepare(
     frontend: tracing.Frontend,
     dump: str | Path | None,
     check: bool,
+    progress: bool | None,
     share: bool = False,
 ) -> GraphModule:
     """See `prepare`. share: whether the graph may share the memory of the model's parameters and buffers."""
@@ -130,7 +133,7 @@ def _prepare(
     folder = dump_folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend, share=share)
     give_back()
-    ctx = Context(recipe, families, call.clone(), check=check, dump=folder)
+    ctx = Context(recipe, families, call.clone(), check=check, dump=folder, progress=progress)
     ctx.report.recipe = recipe.title
     gm = inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
     give_back()
@@ -308,7 +311,8 @@ def quantize(
     before, after = passes if passes is not None else (None, None)
     call = as_call(example_inputs, example_kwargs)
     with torch.inference_mode(False):
-        prepared = _prepare(model, call, Recipe.of(recipe), families, before, leaves, frontend, dump, check, share=True)
+        wanted = Recipe.of(recipe)
+        prepared = _prepare(model, call, wanted, families, before, leaves, frontend, dump, check, progress, share=True)
     ctx = cast(Context, prepared.meta["fxq"])
     _refuse(ctx.report, strict)
     data = [(ctx.examples.args or ctx.examples.kwargs)] if calibration_data is None else calibration_data

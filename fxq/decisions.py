@@ -176,7 +176,8 @@ class Report:
             lines.append(f"float arithmetic between the quantized inputs and the dequantized outputs: {count}")
             lines += [f"  {step}" for step in self.float_steps]
         lines += [
-            f"{name}: {count} change{'s' if count > 1 else ''} in {seconds:.2f} s, {1000 * seconds / count:.0f} ms each"
+            f"{name}: {count} change{'' if count == 1 else 's'} in {seconds:.2f} s"
+            + (f", {1000 * seconds / count:.0f} ms each" if count else "")
             for name, (count, seconds) in self.seconds.items()
         ]
         lines += [f"note: {note}" for note in self.notes]

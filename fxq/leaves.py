@@ -195,7 +195,7 @@ class Watch:
             origin: tracing.Origin = node.meta["origin"]
             node.meta["origin"] = replace(origin, module=self._inside(origin.module))
         recipe = replace(outer.recipe, outputs="float32")  # the leaf's own code reads what the module returns
-        ctx = Context(recipe, outer.families, call.clone(), check=outer.check)
+        ctx = Context(recipe, outer.families, call.clone(), check=outer.check, progress=outer.progress)
         gm = prepare(gm, ctx, leaves.passes, leaves.opaque)
         if not any(decision.form == "int8" for decision in ctx.report.decisions):
             raise _NotWorthwhileError

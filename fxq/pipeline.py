@@ -31,6 +31,9 @@ from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
 from fxq.tracing.values import tensors
 
+TOLD = 0.1
+"""Seconds. What a method took that has changed nothing is told from here on."""
+
 
 class Numbers(enum.Enum):
     """What a pass promises about the numbers that the graph computes."""
@@ -70,8 +73,8 @@ class Context:
     timings: list[tuple[str, int, float]] = field(default_factory=list)
     progress: bool | None = None
 
-    def bar(self, what: str, count: int, unit: str = "layer") -> tqdm[NoReturn]:
-        """A progress bar of `count` steps on stderr, as `progress` wants it."""
+    def bar(self, what: str, count: int | None, unit: str = "layer") -> tqdm[NoReturn]:
+        """A progress bar of `count` steps, where that is known, on stderr, as `progress` wants it."""
         delay = 0 if self.progress else 2
         return tqdm(total=count, desc=what, unit=unit, delay=delay, disable=self.progress is False, leave=False)
 
@@ -128,7 +131,7 @@ def run(passes: Sequence[Pass], gm: GraphModule, ctx: Context) -> GraphModule:
             give_back()
         seconds = time.perf_counter() - start
         ctx.timings.append((step.name, rewrites, seconds))
-        if rewrites and step.takes is step.gives is Stage.OBSERVED:
+        if step.takes is step.gives is Stage.OBSERVED and (rewrites or seconds > TOLD):
             ctx.report.seconds[step.name] = rewrites, seconds
         if before is not None:
             gm.recompile()

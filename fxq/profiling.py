@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.costs import Costs, beside, key_of
 from fxq.expansion import expand_blocks
-from fxq.graph import bind, is_call, line_of, module_of, target_name, unchanged
+from fxq.graph import bind, is_call, line_of, module_of, submodule, target_name, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import tensors
 
@@ -175,7 +175,12 @@ def measure(gm: GraphModule, call: Call, costs: Costs) -> Profile:
             gm(*own.args, **own.kwargs)
             wholes.append(time.perf_counter() - start)
     timings = [
-        Timing(module_of(n) or line_of(n), target_name(n.target), n.name, median(clock.spent[n]), seconds)
+        Timing(module_of(n) or line_of(n), _kind(parts, n), n.name, median(clock.spent[n]), seconds)
         for n, seconds in predicted.items()
     ]
     return Profile(timings, median(wholes))
+
+
+def _kind(gm: GraphModule, node: Node) -> str:
+    """What an operation is called: of a module its class."""
+    return type(submodule(gm, node)).__name__ if node.op == "call_module" else target_name(node.target)

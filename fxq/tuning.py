@@ -131,6 +131,7 @@ class Tuning:
         return "\n".join(
             [
                 *lines,
+                "each by itself, borders included, all other layers float; * is the mix that is chosen",
                 f"float: metric {self.float_metric:.6g}, {1e6 * self.float_seconds:.1f} us predicted",
                 f"tuned: metric {self.metric:.6g} (limit {self.limit:.6g}), {1e6 * self.seconds:.1f} us predicted, "
                 f"{len(self.trials)} trials{state}",
@@ -163,6 +164,12 @@ def tune(
     """
     if not tolerance >= 0:
         raise InputError(f"tolerance is {tolerance}; it must be 0 or more: float itself would fail below")
+    if not callable(metric):
+        raise InputError(f"metric is {metric!r}; it must be a function of a model that returns a number")
+    if budget is not None and not budget >= 0:
+        raise InputError(f"budget is {budget}; it must be seconds, 0 or more, or None")
+    if isinstance(schemes, str) or not schemes:
+        raise InputError(f"schemes is {schemes!r}; it must be a tuple of the schemes that a layer may become")
     for scheme in schemes:
         Rule(scheme=scheme)
     base = replace(Recipe.of(recipe), judge_costs=False)  # which layers are worth it is what is sought here
@@ -296,7 +303,7 @@ class _Run:
         return {path: layers[path] for path in paths if layers[path]}
 
     def _decisions(self, scheme: Scheme) -> list[Decision]:
-        names = ("example_kwargs", "families", "leaves", "frontend")
+        names = ("example_kwargs", "families", "leaves", "frontend", "progress")
         options = {name: value for name, value in self.options.items() if name in names}
         recipe = replace(self.base, scheme=scheme)
         return report(prepare(self.model, self.examples, recipe=recipe, **options)).decisions

@@ -8,7 +8,7 @@ below `LEAST_SQNR` loses the observers of its q, k and v, and those of the value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,8 +46,8 @@ class JudgeAttention:
         if not found:
             return 0
         own = ctx.examples.clone()
-        judge = _Judge(gm, found)
-        with torch.no_grad(), unchanged(gm), paused(gm):
+        with torch.no_grad(), unchanged(gm), paused(gm), ctx.bar("judging attention", len(found)) as bar:
+            judge = _Judge(gm, found, bar.update)
             judge.run(*bind(gm, own.args, own.kwargs))
         refused = [node for node in found if judge.sqnr[node] < LEAST_SQNR and _release(gm, node)]
         details = {
@@ -75,11 +75,12 @@ def _observers(gm: GraphModule, node: Node) -> tuple[Observer, ...] | None:
 
 
 class _Judge(Interpreter):
-    """Runs a graph and each of `found` once more, in integers."""
+    """Runs a graph and each of `found` once more, in integers; done: called after each."""
 
-    def __init__(self, gm: GraphModule, found: Sequence[Node]) -> None:
+    def __init__(self, gm: GraphModule, found: Sequence[Node], done: Callable[[], object]) -> None:
         super().__init__(gm)
         self.gm = gm
+        self.done = done
         self.found = frozenset(found)
         self.sqnr: dict[Node, float] = {}
 
@@ -95,6 +96,7 @@ class _Judge(Interpreter):
             operands = (*integers, mask, is_causal, scale, z[0], z[2], s[0] * s[1], s[2], nan_if_masked)
             y = qattention_float(*operands)
             self.sqnr[n] = sqnr(result.nan_to_num(), y.nan_to_num())
+            self.done()
         return result
 
 

@@ -15,6 +15,7 @@ to be exact.
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -26,7 +27,7 @@ from fxq.costs import Costs
 from fxq.errors import FileError
 from fxq.graph import is_call, unchanged
 from fxq.observers import learning
-from fxq.pipeline import Context, Numbers, Pass
+from fxq.pipeline import TOLD, Context, Numbers, Pass
 from fxq.profiling import predict
 from fxq.qtypes import QuantSpec
 from fxq.stages import Stage, is_integer_op, quantized_nodes
@@ -56,16 +57,21 @@ class JudgeCosts:
         """Returns the number of operations that stay float for their time."""
         if not ctx.recipe.judge_costs or ctx.recipe.requant == "fixed" or kernels.info().isa == "portable":
             return 0
-        costs, before = Costs(), len(ctx.unprofitable)
-        while found := self._losers(gm, ctx, costs):
-            ctx.unprofitable |= found
-            ctx.specs.clear()
-            self.annotate.run(gm, ctx)
+        start, costs, before = time.perf_counter(), Costs(), len(ctx.unprofitable)
+        with ctx.bar("timing operations", None, "round") as bar:  # nobody knows how many
+            while found := self._losers(gm, ctx, costs):
+                ctx.unprofitable |= found
+                ctx.specs.clear()
+                self.annotate.run(gm, ctx)
+                bar.update()
         try:
             costs.save()
         except FileError as error:
             ctx.report.notes.append(f"the times of operations are measured anew each time: {error}")
         count = len(ctx.unprofitable) - before
+        seconds = time.perf_counter() - start
+        if count or seconds > TOLD:
+            ctx.report.seconds[self.name] = count, seconds
         if count:
             ctx.report.notes.append(
                 f"operations that stay float for their time on this machine: {count}; "

@@ -10,6 +10,7 @@ alone leaves, reads float again, where no integers are tied to what it reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,8 +67,8 @@ class JudgeLookup:
         if not spans:
             return {}
         own = ctx.examples.clone()
-        judge = _Judge(gm, spans)
-        with torch.no_grad(), unchanged(gm), paused(gm):
+        with torch.no_grad(), unchanged(gm), paused(gm), ctx.bar("judging tables of functions", len(spans)) as bar:
+            judge = _Judge(gm, spans, bar.update)
             judge.run(*bind(gm, own.args, own.kwargs))
         refused: dict[str, str] = {}
         for span in spans:
@@ -97,11 +98,15 @@ def _find(gm: GraphModule) -> list[Span]:
 
 
 class _Judge(Interpreter):
-    """Runs a graph, and each function once more by its table. sqnr: what that reaches, and what it could at best."""
+    """Runs a graph, and each function once more by its table. sqnr: what that reaches, and what it could at best.
 
-    def __init__(self, gm: GraphModule, spans: list[Span]) -> None:
+    done: called after each.
+    """
+
+    def __init__(self, gm: GraphModule, spans: list[Span], done: Callable[[], object]) -> None:
         super().__init__(gm)
         self.gm = gm
+        self.done = done
         self.spans = {span.root: span for span in spans}
         self.read: dict[Node, Tensor] = {}
         self.last_read = {span.source: span.root for span in reversed(spans)}
@@ -114,6 +119,7 @@ class _Judge(Interpreter):
         if n in self.spans:
             span = self.spans[n]
             self.sqnr[n] = self._judge(span, self.read[span.source], result)
+            self.done()
             if self.last_read[span.source] is n:
                 del self.read[span.source]
         return result

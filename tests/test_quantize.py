@@ -430,7 +430,8 @@ class TestRecipes:
     def test_per_tensor_weights(self):
         model = mlp()
         model[0].weight.data[0] *= 100
-        whole, each = (fxq.quantize(model, X, recipe=Recipe(weight=w)) for w in ("per_tensor", "per_channel"))
+        recipes = (Recipe(observer="min_max", weight=w) for w in ("per_tensor", "per_channel"))
+        whole, each = (fxq.quantize(model, X, recipe=recipe) for recipe in recipes)
         assert whole.report.sqnr < each.report.sqnr
 
     @pytest.mark.parametrize("observer", ["min_max", "moving_average", "percentile", "histogram"])

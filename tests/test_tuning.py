@@ -317,3 +317,18 @@ def test_a_model_of_one_layer():
     found = tune(model, lambda candidate: 1.0, 0.0)
     assert list(found.recipe.modules) == [""]
     assert "(root)" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": None}, "metric is None; it must be a function"),
+        ({"budget": -1}, "budget is -1; it must be seconds, 0 or more"),
+        ({"budget": float("nan")}, "budget is nan"),
+        ({"schemes": "w8a8"}, "schemes is 'w8a8'; it must be a tuple"),
+        ({"schemes": ()}, "it must be a tuple of the schemes"),
+    ],
+)
+def test_what_cannot_be_searched_by_is_refused_at_once(model, fidelity, given, message):
+    with pytest.raises(fxq.InputError, match=message):
+        fxq.tune(model, X, DATA, given.pop("metric", fidelity), 1.0, **given)

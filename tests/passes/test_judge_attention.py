@@ -90,3 +90,10 @@ def test_integers_that_others_read_too_keep_their_observers(staged, model_of):
     released = ctx.timings[-1][1] == 1
     assert (decision.form == "float") is released
     assert released or str(gm.graph) == before
+
+
+def test_progress_and_time_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr("fxq.pipeline.TOLD", 0.0)
+    report = fxq.report(fxq.quantize(Attention(0.0).eval(), X, progress=True))
+    assert "judging attention" in capsys.readouterr().err
+    assert "judge-attention: 0 changes in" in str(report)

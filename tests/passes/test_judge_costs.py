@@ -169,3 +169,13 @@ def test_portable_kernels_are_not_judged(model, prices, monkeypatch):
     monkeypatch.setattr("fxq.kernels.info", lambda: dataclasses.replace(info, isa="portable"))
     assert quantize(model).report.int8_share == 1
     assert not asked
+
+
+def test_progress_and_time_are_shown(prices, model, capsys):
+    prices(slow_integers)
+    report = fxq.report(fxq.quantize(model, torch.randn(8, 16), progress=True))
+    assert "timing operations" in capsys.readouterr().err
+    assert report.seconds["judge-costs"][0] > 0
+    assert "judge-costs: " in str(report)
+    fxq.quantize(model, torch.randn(8, 16), progress=False)
+    assert capsys.readouterr().err == ""

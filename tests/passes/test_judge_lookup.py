@@ -101,3 +101,11 @@ def test_no_rows(staged, model_of):
     gm, ctx = staged(model, X, "judge-lookup")
     ctx.examples = type(ctx.examples)((X[:0],))
     assert judge_lookup.PASS.run(gm, ctx) == 0
+
+
+def test_progress_is_shown(staged, model_of, capsys):
+    model = model_of(lambda s, x: s.k(steep(s.l(x))), l=nn.Linear(8, 8), k=nn.Linear(8, 8))
+    gm, ctx = staged(model, X, "judge-lookup")
+    ctx.progress = True
+    run((judge_lookup.PASS,), gm, ctx)
+    assert "judging tables of functions" in capsys.readouterr().err
