@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxq
 from fxq import numerics
 from fxq.ops.add import qadd
 from fxq.ops.linear import qlinear, qlinear_float
@@ -37,8 +38,8 @@ class Values(torch.fx.Interpreter):
 
 @pytest.fixture
 def lowered(staged):
-    def lower_it(model, inputs):
-        gm, ctx = staged(model, inputs, "lower")
+    def lower_it(model, inputs, *recipe):
+        gm, ctx = staged(model, inputs, "lower", *recipe)
         before = copy.deepcopy(gm)
         run((lower.PASS,), gm, ctx)
         count = ctx.timings[-1][1]
@@ -137,7 +138,7 @@ def constants(gm):
 
 def test_the_derived_constants(lowered):
     linear = nn.Linear(8, 8)
-    _, gm, _, _ = lowered(nn.Sequential(linear), X)
+    _, gm, _, _ = lowered(nn.Sequential(linear), X, fxq.Recipe(round_weights=None, correct_bias=None))
     found = constants(gm.get_submodule("0"))
     (scale, zero_point) = next(n.args[1:] for n in gm.graph.nodes if n.target is quantize)
     w, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
