@@ -120,7 +120,9 @@ class Watch:
             turn = self.leaves.calls.turn(self.path)
             self.counts[self.leaves.calls.runs] = turn + 1
             if not self.leaves.probing:
-                self._learn(turn, Call(args, kwargs))
+                call = Call(args, kwargs)
+                self._learn(turn, call)
+                _offer(self.prepared, call)
                 return self.prepared(*args, **kwargs)
             with paused(self.prepared):
                 return self.prepared(*args, **kwargs)
