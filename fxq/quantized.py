@@ -89,8 +89,7 @@ class QuantizedModule(GraphModule):
         # An overload is a Python object that calls one of C++; torch.compile knows the former only.
         direct = {name: getattr(torch.ops.fxq, name).default._op for name in set(_OVERLOAD.findall(source))}
         scope |= {f"_fxq_{name}": op for name, op in direct.items()}
-        source = _SUM.sub(lambda found: f"{found[2]} {_SIGNS[found[1]]} {found[3]}", _OVERLOAD.sub(r"_fxq_\1(", source))
-        exec(compile(source, f"<fxq {id(self)}, direct>", "exec"), scope)
+        exec(compile(_OVERLOAD.sub(r"_fxq_\1(", source), f"<fxq {id(self)}, direct>", "exec"), scope)
         type(self)._run = scope["forward"]
         # torch.compile counts compilations per code object and stops at eight: each model has its own.
         call = FunctionType(_call.__code__.replace(), globals(), "__call__")
@@ -139,9 +138,6 @@ class QuantizedModule(GraphModule):
 
 _module_call = nn.Module.__call__
 _OVERLOAD = re.compile(r"torch\.ops\.fxq\.(\w+)\.default\(")
-_SUM = re.compile(r"torch\.(add|mul)\((\w+), (\w+)\)")
-"""Between tensors an operator is the same call without a look at a function's arguments: a tenth of a small one."""
-_SIGNS = {"add": "+", "mul": "*"}
 
 
 def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:

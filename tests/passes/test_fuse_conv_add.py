@@ -61,11 +61,11 @@ def test_not_fused(name, targets, model_of):
 
 def test_one_rounding_less_is_no_worse(model_of):
     model = model_of(residual, c=conv(), k=conv(), g=conv())
-    fused = fxq.quantize(model, X)
+    fused = fxq.quantize(model, X, recipe=fxq.Recipe(observer="min_max"))
     with torch.no_grad():
         expected = model(X)
     assert any("qconv_add" in str(node.target) for node in fused.graph.nodes)
-    assert fxq.comparison.sqnr(expected, fused(X)) > 34
+    assert fxq.comparison.sqnr(expected, fused(X)) > 38
     assert torch.equal(torch.from_numpy(fxq.golden(fused)(X.numpy())), fused(X))
 
 
