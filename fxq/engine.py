@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.errors import QuantizationError
-from fxq.family import Claim, Refusal
+from fxq.family import Family
 from fxq.graph import call, constant, get_attr, place_of, replace, set_constant
 from fxq.ops.add_engine import qadd_engine
 from fxq.ops.conv import conv_clamp, qconv, qconv_float
@@ -35,7 +35,7 @@ from fxq.ops.pool import qadaptive_avg_pool
 from fxq.ops.quantize_engine import quantize_fused, quantize_onednn
 from fxq.ops.quantize_scaled import quantize_scaled
 from fxq.packing import packed_constant, shared_constant, sibling
-from fxq.pattern import Any, Const, Match, Op
+from fxq.pattern import Any, Const, Match, OneOf, Op, Pattern
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, quantize
 from fxq.qtypes import ACT_QMAX
 from fxq.spelling import ADAPTIVE_AVG_POOLS, ADD, CLAMP, CONVS, LINEAR, MUL, RELU
@@ -61,24 +61,24 @@ _TERMS = (
 )
 
 
-def _quantized(*sources: Op) -> tuple[Op, ...]:
-    return tuple(Op({quantize}, source, Any("s_y"), Any("z_y")) for source in sources)
+def _quantized(*sources: Pattern) -> Op:
+    return Op({quantize}, OneOf(*sources), Any("s_y"), Any("z_y"))
 
 
-_DYNAMIC = (Op({LINEAR}, Op({fake_quantize_rows}, Any("x"), shared=True, name="rows"), *_WEIGHT_AND_BIAS),)
+_DYNAMIC = Op({LINEAR}, Op({fake_quantize_rows}, Any("x"), shared=True, name="rows"), *_WEIGHT_AND_BIAS)
 _PRODUCTS = _quantized(
     Op({LINEAR}, *_OPERANDS, name="product"),
     Op({linear_clamp}, *_OPERANDS, *_BOUNDS, name="product"),
     Op(CONVS, *_OPERANDS, *_WINDOW, name="product"),
     Op({conv_clamp}, *_OPERANDS, *_WINDOW, *_BOUNDS, name="product"),
 )
-_PAIRS = tuple(Op(targets, *_TERMS, name="pair") for targets in ({ADD}, {MUL}))
-_PAIRS = _quantized(*_PAIRS, *(Op({RELU}, pair, name="relu") for pair in _PAIRS))
+_PAIR = Op({ADD, MUL}, *_TERMS, name="pair")
+_PAIRS = _quantized(_PAIR, Op({RELU}, _PAIR, name="relu"))
 _AVERAGES = _quantized(Op(ADAPTIVE_AVG_POOLS, _X, Any("sizes")))
 
 
 @dataclass(frozen=True)
-class Engine:
+class Engine(Family):
     """The family that lowers linears as `engine` computes them; it claims nothing, and stands before the others."""
 
     engine: str
@@ -88,20 +88,12 @@ class Engine:
         """What reports call it."""
         return self.engine
 
-    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
-        """No float operation: what is imported has been decided on."""
-        return None
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Products swallow their relus themselves."""
-        return False
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """What is quantized, linear(fake_quantize_rows) and quantize, as the engine rounds them."""
         ways = (_PRODUCTS, self._lower), (_PAIRS, self._lower_pair), (_AVERAGES, self._lower_average)
-        for patterns, lower in (*ways, (_DYNAMIC, self._lower_dynamic)):
-            match = next((m for pattern in patterns if isinstance(m := pattern.match(node), Match)), None)
-            if match is not None:
+        for pattern, lower in (*ways, (_DYNAMIC, self._lower_dynamic)):
+            match = pattern.match(node)
+            if isinstance(match, Match):
                 lower(gm, match)
                 return True
         if node.target is quantize and FUSED in node.meta:

@@ -43,7 +43,7 @@ class Refusal:
 class Family(Protocol):
     """The same op read several ways; see `fxq/ops/linear.py` for the fullest one.
 
-    name: what recipes and reports call it. A family of one's own may subclass this one and inherit `fuse_clamp`.
+    name: what recipes and reports call it. A family that subclasses this one writes what it has more of than nothing.
     """
 
     @property
@@ -51,7 +51,7 @@ class Family(Protocol):
 
     def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
         """What the family makes of a node of the normalised float graph; None where it is not its op."""
-        ...
+        return None
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """QDQ stage: swallow the clamp at `clamp`, where its operand is this family's; whether it did."""
@@ -59,4 +59,4 @@ class Family(Protocol):
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """QDQ to INTEGER: rewrite the tree that ends at `node`; whether it did."""
-        ...
+        return False

@@ -94,6 +94,23 @@ class Const(Pattern):
         return None
 
 
+class OneOf(Pattern):
+    """The first of `patterns` that matches, which is not gone back on; where none does, the miss is the last one's."""
+
+    def __init__(self, first: Pattern, *others: Pattern) -> None:
+        self.patterns = first, *others
+
+    def _match(self, value: object, bound: dict[str, AnyValue], *, inner: bool) -> Miss | None:
+        miss = None
+        for pattern in self.patterns:
+            own = dict(bound)
+            miss = pattern._match(value, own, inner=inner)
+            if miss is None:
+                bound.update(own)
+                return None
+        return miss
+
+
 class Op(Pattern):
     """A call of one of `targets` with operands that match `operands`, bound to `name` where given.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
+from fxq.clamps import clamp_behind
 from fxq.decisions import Reason
 from fxq.errors import CalibrationError
 from fxq.family import Claim, Refusal
-from fxq.graph import call, constant, get_attr, is_finite, is_tensor, place_of, set_constant
+from fxq.graph import constant, get_attr, is_finite, is_tensor, place_of, replace, set_constant
 from fxq.packing import shared_constant, sibling
 from fxq.pattern import Match
+from fxq.qdq import integer_bounds
 from fxq.qtypes import MAX_K, Scheme
-from fxq.spelling import CLAMP
 
 _STATIC: Mapping[torch.dtype, tuple[Scheme, ...]] = {torch.float32: ("w8a8",)}
 
@@ -107,10 +109,23 @@ def derive(
     return Constants((packed, bias_i32, scale), to_uint8, b if not fits and isinstance(b, Node) else None, s_w)
 
 
-def clamp_behind(gm: GraphModule, y: Node, bounds: tuple[float | None, float | None]) -> None:
-    """Put the clamp that a product had swallowed behind its float result again."""
-    if bounds == (None, None):
-        return
-    with gm.graph.inserting_after(y):
-        clamp = call(gm, CLAMP, (y, *bounds), y)
-    y.replace_all_uses_with(clamp, delete_user_cb=lambda user: user is not clamp)
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""An op, and its operands."""
+
+
+def write(gm: GraphModule, match: Match, product: Node, constants: Constants, integer: Call, floating: Call) -> Node:
+    """Put the integer op in the place of a matched product, which may have swallowed a clamp (low, high).
+
+    integer: the op that gives uint8, and its operands before z_y, low and high; floating: the one that gives float32.
+    """
+    bounds = match.bound.get("low"), match.bound.get("high")
+    if not constants.to_uint8:
+        y = replace(gm, product, *floating)
+        clamp_behind(gm, y, bounds)
+        return y
+    (target, operands), qparams = integer, (match["s_y"], match["z_y"])
+    args = (*operands, qparams[1], *integer_bounds(bounds, *qparams))
+    y = replace(gm, match.root, target, args, qparams, product)
+    # For `use_fixed_point`, which needs more of them than float32 products.
+    y.meta["weight_scales"] = constants.weight_scales
+    return y

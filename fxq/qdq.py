@@ -37,6 +37,27 @@ def expect_fixed(op: str, rounding: str, multiplier: int, shift_low: int, shift_
         raise ValueError(f"fxq::{op}: multiplier {multiplier}, shift {shift_low}, expected 0..2**31 - 1 and 0..62")
 
 
+def expect_fixed_channels(op: str, rounding: str, n: int, **operands: Tensor | None) -> None:
+    """Raise unless `multiplier`, `shift` and all else that there is of `operands` are int32 [n]; see `expect_fixed`."""
+    for name, operand in operands.items():
+        if operand is not None:
+            expect_dtype(op, name, operand, torch.int32)
+            if operand.shape != (n,):
+                raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
+    multiplier, shift = operands["multiplier"], operands["shift"]
+    if n and multiplier is not None and shift is not None:
+        expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
+
+
+def scale_clamp(
+    sums: Tensor, multiplier: Tensor, shift: Tensor, zero_point: int, low: int, high: int, rounding: str
+) -> Tensor:
+    """clamp(scale(sums, multiplier[n], shift[n]) + zero_point, low, high) as uint8, channels last; sums: [B, N, *spatial]."""
+    v = sums.to(torch.int64).movedim(1, -1).numpy()
+    steps = numerics.ROUNDINGS[rounding](v, multiplier.numpy(), shift.numpy())
+    return channels_last(torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1))
+
+
 def round_clamp(steps: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     """clamp(rne(steps) + zero_point, low, high) as uint8; clamped in float so that no conversion overflows."""
     clamped = torch.clamp(torch.round(steps), low - zero_point, high - zero_point)

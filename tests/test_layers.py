@@ -31,6 +31,7 @@ LAYERS = [
         "fxq.gradients",
         "fxq.refusals",
         "fxq.family",
+        "fxq.clamps",
         "fxq.product",
         "fxq.calls",
         "fxq.releasing",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxq.pattern import Any, Cause, Const, Match, Miss, Op
+from fxq.pattern import Any, Cause, Const, Match, Miss, OneOf, Op
 
 
 @pytest.fixture
@@ -88,3 +88,17 @@ def test_the_same_name_twice_is_the_same_value(graph):
 def test_a_placeholder_named_like_a_target_does_not_match():
     graph = fx.Graph()
     assert isinstance(Op({"relu"}, Any("x")).match(graph.placeholder("relu")), Miss)
+
+
+def test_one_of_several_binds_what_the_first_match_has(graph):
+    either = Op({torch.neg}, OneOf(Op({torch.relu}, Any("x"), name="relu"), Op({torch.clamp}, Any("x"), Any("low"))))
+    relu, clamp = graph.call(torch.relu, graph.x), graph.call(torch.clamp, graph.x, 0)
+    assert either.match(graph.call(torch.neg, relu)).bound == {"x": graph.x, "relu": relu}
+    assert either.match(graph.call(torch.neg, clamp)).bound == {"x": graph.x, "low": 0}
+    assert miss(either, graph.call(torch.neg, clamp)) == (Cause.SHARED_INTERMEDIATE, clamp)
+    assert miss(either, graph.call(torch.neg, graph.x)) == (Cause.OTHER_OP, graph.x)
+
+
+def test_an_alternative_that_failed_leaves_nothing_bound(graph):
+    halfway = OneOf(Op({torch.add}, Any("a"), Const("w")), Op({torch.add}, Any("b"), Any("c")))
+    assert halfway.match(graph.call(torch.add, graph.w, graph.x)).bound == {"b": graph.w, "c": graph.x}

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels
+from fxq.clamps import clamp_of, clamped, fuse_clamp
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
 from fxq.layout import laid_like
 from fxq.numerics import f32
-from fxq.pattern import Any, Match, Op
+from fxq.pattern import Any, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
-from fxq.spelling import ADD, CLAMP, RELU, float_bounds
+from fxq.spelling import ADD
 
 
 def _qadd(
@@ -49,26 +50,20 @@ qadd = kernels.define(
 
 def add_clamp(a: Tensor, b: Tensor, low: float | None, high: float | None) -> Tensor:
     """clamp(a + b, low, high) in float: an add that has swallowed the clamp behind it."""
-    y = torch.add(a, b)
-    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+    return clamped(torch.add(a, b), low, high)
 
 
 _OPERANDS = (
     Op({dequantize}, Any("a"), Any("s_a"), Any("z_a"), shared=True),
     Op({dequantize}, Any("b"), Any("s_b"), Any("z_b"), shared=True),
 )
-_LOWERED = (
-    Op({quantize}, Op({ADD}, *_OPERANDS, name="add"), Any("s_y"), Any("z_y")),
-    Op({quantize}, Op({add_clamp}, *_OPERANDS, Any("low"), Any("high"), name="add"), Any("s_y"), Any("z_y")),
-)
-_CLAMPS = (
-    Op({RELU}, Op({ADD}, *_OPERANDS, name="add")),
-    Op({CLAMP}, Op({ADD}, *_OPERANDS, name="add"), Any("low"), Any("high")),
-)
+_ADD = Op({ADD}, *_OPERANDS)
+_LOWERED = Op({quantize}, OneOf(_ADD, Op({add_clamp}, *_OPERANDS, Any("low"), Any("high"))), Any("s_y"), Any("z_y"))
+_CLAMP = clamp_of(_ADD)
 
 
 @dataclass(frozen=True)
-class Add:
+class Add(Family):
     """The sum of two float32 tensors."""
 
     name: str = "add"
@@ -90,27 +85,19 @@ class Add:
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """relu(add(a, b)) -> add_clamp(a, b, 0, None), and clamp likewise, where nobody else reads the sum."""
-        for pattern in _CLAMPS:
-            match = pattern.match(clamp)
-            bounds = float_bounds(clamp)
-            if isinstance(match, Match) and bounds is not None:
-                add = match.node("add")
-                replace(gm, clamp, add_clamp, (*add.args, *bounds), like=add)
-                return True
-        return False
+        return fuse_clamp(gm, clamp, _CLAMP, add_clamp)
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(add[_clamp](dequantize(a), dequantize(b))) -> qadd."""
-        for pattern in _LOWERED:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                s_y, z_y = match["s_y"], match["z_y"]
-                low, high = integer_bounds((match.bound.get("low"), match.bound.get("high")), s_y, z_y)
-                m_a, m_b = f32(match["s_a"] / s_y), f32(match["s_b"] / s_y)
-                args = (match["a"], match["b"], m_a, match["z_a"], m_b, match["z_b"], z_y, low, high)
-                replace(gm, node, qadd, args, (s_y, z_y))
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        s_y, z_y = match["s_y"], match["z_y"]
+        low, high = integer_bounds((match.bound.get("low"), match.bound.get("high")), s_y, z_y)
+        m_a, m_b = f32(match["s_a"] / s_y), f32(match["s_b"] / s_y)
+        args = (match["a"], match["b"], m_a, match["z_a"], m_b, match["z_b"], z_y, low, high)
+        replace(gm, node, qadd, args, (s_y, z_y))
+        return True
 
 
 FAMILY = Add()

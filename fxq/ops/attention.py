@@ -28,10 +28,10 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
 from fxq.pattern import Any as Anything
-from fxq.pattern import Match, Op
+from fxq.pattern import Match, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, quantize
 from fxq.spelling import ATTENTION
 
@@ -96,11 +96,11 @@ _TO_FLOAT = Op(
     *map(Anything, ("mask", "is_causal", "scale", "nan_if_masked")),
     name="attention",
 )
-_TO_UINT8 = Op({quantize}, _TO_FLOAT, Anything("s_y"), Anything("z_y"))
+_LOWERED = OneOf(Op({quantize}, _TO_FLOAT, Anything("s_y"), Anything("z_y")), _TO_FLOAT)
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Family):
     """Attention as `passes.recognize_attention` spells it, over three float32 tensors."""
 
     name: str = "attention"
@@ -128,18 +128,13 @@ class Attention:
             return Refusal(Reason.NO_INTEGER_OP, "attention with a mask that is neither bool nor float32")
         return Claim("product", (q, k, v))
 
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(attention(dequantize, dequantize, dequantize)) -> qattention; without quantize, qattention_float."""
-        for pattern in (_TO_UINT8, _TO_FLOAT):
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                _lower(gm, match)
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        _lower(gm, match)
+        return True
 
 
 def _is_mask(mask: object) -> bool:

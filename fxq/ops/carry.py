@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_size
 from fxq.spelling import CAT, GETITEM, MAX_POOLS, MOVES, SPLITS, is_move
 
@@ -27,8 +27,8 @@ def _holds_slices(index: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Carry:
-    """Everything that only moves numbers."""
+class Carry(Family):
+    """Everything that only moves numbers; `fold_qdq` carries the integers through."""
 
     name: str = "carry"
 
@@ -50,14 +50,6 @@ class Carry:
             if source.target in SPLITS or (is_float_tensor(source) and _holds_slices(index)):
                 return Claim("carry", (source,))
         return None
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
-
-    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """Nothing to lower: `fold_qdq` has carried the integers through."""
-        return False
 
 
 FAMILY = Carry()

@@ -12,22 +12,20 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxq.family import Claim, Refusal
+from fxq.clamps import clamp_of
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, replace
-from fxq.pattern import Any, Match, Op
+from fxq.pattern import Any, Miss, Op
 from fxq.qdq import dequantize, integer_bounds, quantize
-from fxq.spelling import CLAMP, RELU, float_bounds
+from fxq.spelling import CLAMP, float_bounds
 
 _SOURCE = Op({dequantize}, Any("q"), Any("scale"), Any("zero_point"), shared=True)
-_PATTERNS = tuple(
-    Op({quantize}, clamp, Any("scale"), Any("zero_point"))
-    for clamp in (Op({RELU}, _SOURCE, name="clamp"), Op({CLAMP}, _SOURCE, Any("low"), Any("high"), name="clamp"))
-)
+_LOWERED = Op({quantize}, clamp_of(_SOURCE), Any("scale"), Any("zero_point"))
 
 
 @dataclass(frozen=True)
-class Clamp:
-    """A clamp that no product swallowed: it runs on the integers that pass through."""
+class Clamp(Family):
+    """A clamp that no product swallowed: it runs on the integers that pass through. Two in a row stay two."""
 
     name: str = "clamp"
 
@@ -38,21 +36,16 @@ class Clamp:
         source = node.args[0]
         return Claim("carry", (source,)) if isinstance(source, Node) and is_float_tensor(source) else None
 
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse: two clamps in a row stay two."""
-        return False
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(clamp(dequantize(q, s, z), a, b), s, z) -> clamp(q, Q(a), Q(b))."""
-        for pattern in _PATTERNS:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                bounds = float_bounds(match.node("clamp"))
-                assert bounds is not None, "normalize_pointwise leaves constant bounds, claim took no others"
-                qparams = match["scale"], match["zero_point"]
-                replace(gm, node, CLAMP, (match["q"], *integer_bounds(bounds, *qparams)), qparams)
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        bounds = float_bounds(match.node("clamp"))
+        assert bounds is not None, "normalize_pointwise leaves constant bounds, claim took no others"
+        qparams = match["scale"], match["zero_point"]
+        replace(gm, node, CLAMP, (match["q"], *integer_bounds(bounds, *qparams)), qparams)
+        return True
 
 
 FAMILY = Clamp()

@@ -27,23 +27,24 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics, product
+from fxq.clamps import clamp_of, clamped, fuse_clamp
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
-from fxq.graph import constant, replace
+from fxq.family import Claim, Family, Refusal
+from fxq.graph import constant
 from fxq.layout import channels_last, empty
 from fxq.pattern import Any as Operand
-from fxq.pattern import Const, Match, Op
+from fxq.pattern import Const, Match, Miss, OneOf, Op
 from fxq.qdq import (
     dequantize,
     dequantize_weight,
     expect_dtype,
-    expect_fixed,
-    integer_bounds,
+    expect_fixed_channels,
     quantize,
     round_clamp,
+    scale_clamp,
     steps_from,
 )
-from fxq.spelling import CLAMP, CONVS, PAD, RELU, float_bounds
+from fxq.spelling import CONVS, PAD
 
 Ints = Sequence[int]
 
@@ -97,15 +98,8 @@ def _qconv_fixed(
     zero_point: int, low: int, high: int, rounding: str = "single",
 ) -> Tensor:  # fmt: skip
     op, n = "qconv_fixed", bias.numel()
-    for name, operand in (("multiplier", multiplier), ("shift", shift)):
-        expect_dtype(op, name, operand, torch.int32)
-        if operand.shape != (n,):
-            raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
-    if n:
-        expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
-    sums = _sums(op, x, weight, bias, window, z_x).movedim(1, -1).numpy()
-    steps = numerics.ROUNDINGS[rounding](sums, multiplier.numpy(), shift.numpy())
-    return torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1)
+    expect_fixed_channels(op, rounding, n, multiplier=multiplier, shift=shift)
+    return scale_clamp(_sums(op, x, weight, bias, window, z_x), multiplier, shift, zero_point, low, high, rounding)
 
 
 def _qconv_float(*args: Any) -> Tensor:
@@ -177,8 +171,7 @@ def conv_clamp(
 ) -> Tensor:
     """clamp(conv(...), low, high) in float: a convolution that has swallowed the clamp behind it."""
     convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
-    y = convolve(x, weight, bias, stride, padding, dilation, groups)
-    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+    return clamped(convolve(x, weight, bias, stride, padding, dilation, groups), low, high)
 
 
 CLAMPED = "clamped"
@@ -191,19 +184,14 @@ _OPERANDS = (
     Operand("bias"),
     *_SETTINGS,
 )
-_BOUNDS = (Operand("low"), Operand("high"))
-_QPARAMS = (Operand("s_y"), Operand("z_y"))
-_LOWERED = (
-    Op({quantize}, Op(CONVS, *_OPERANDS, name="conv"), *_QPARAMS),
-    Op({quantize}, Op({conv_clamp}, *_OPERANDS, *_BOUNDS, name="conv"), *_QPARAMS),
-    Op(CONVS, *_OPERANDS, name="conv"),
-)
-_CONV = Op(CONVS, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS, name="conv")
-_CLAMPS = (Op({RELU}, _CONV), Op({CLAMP}, _CONV, *_BOUNDS))
+_CONV = Op(CONVS, *_OPERANDS, name="conv")
+_CLAMPED = Op({conv_clamp}, *_OPERANDS, Operand("low"), Operand("high"), name="conv")
+_LOWERED = OneOf(Op({quantize}, OneOf(_CONV, _CLAMPED), Operand("s_y"), Operand("z_y")), _CONV)
+_CLAMP = clamp_of(Op(CONVS, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS))
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(Family):
     """A convolution with a constant float32 weight."""
 
     name: str = "conv"
@@ -219,27 +207,19 @@ class Conv:
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """relu(conv(...)) -> conv_clamp(..., 0, None), and clamp likewise, where nobody else reads."""
-        for pattern in _CLAMPS:
-            match = pattern.match(clamp)
-            bounds = float_bounds(clamp)
-            if isinstance(match, Match) and bounds is not None:
-                conv = match.node("conv")
-                replace(gm, clamp, conv_clamp, (*conv.args, *bounds), like=conv)
-                return True
-        return False
+        return fuse_clamp(gm, clamp, _CLAMP, conv_clamp)
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(conv[_clamp](dequantize, dequantize_weight, b, ...)) -> qconv; without quantize -> qconv_float."""
-        for pattern in _LOWERED:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                _lower(gm, match, notes)
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        _lower(gm, match, notes)
+        return True
 
 
 def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
-    root, conv = match.root, match.node("conv")
+    conv = match.node("conv")
     kernel, dilation, groups = tuple(constant(gm, match.node("w")).shape[2:]), match["dilation"], match["groups"]
 
     def fold(bias: numerics.F32 | None, w: numerics.I8, s_x: float, z_x: int, s_w: numerics.F32) -> Any:
@@ -248,20 +228,14 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     def pack(w: numerics.I8) -> numerics.I8:
         return numerics.pack_conv(w, dilation, groups)
 
-    constants = product.derive(gm, match, conv, root, fold, pack, notes)
+    constants = product.derive(gm, match, conv, match.root, fold, pack, notes)
     x, padding = _padded(match)
     window = str(numerics.Window(kernel, match["stride"], padding, dilation, groups))
     operands = (x, *constants.operands, window, match["z_x"])
-    bounds = (match["low"], match["high"]) if conv.target is conv_clamp else (None, None)
+    floating = qconv_float, (*operands, constants.addend)
+    lowered = product.write(gm, match, conv, constants, (qconv, operands), floating)
     if constants.to_uint8:
-        qparams = match["s_y"], match["z_y"]
-        q = replace(gm, root, qconv, (*operands, qparams[1], *integer_bounds(bounds, *qparams)), qparams, conv)
-        q.meta[CLAMPED] = bounds != (None, None)
-        s_w = constant(gm, match.node("s_w")).numpy()
-        q.meta["weight_scales"] = s_w  # for `use_fixed_point`
-        return
-    y = replace(gm, conv, qconv_float, (*operands, constants.addend))
-    product.clamp_behind(gm, y, bounds)
+        lowered.meta[CLAMPED] = conv.target is conv_clamp
 
 
 def _padded(match: Match) -> tuple[Node, tuple[int, ...]]:

@@ -24,22 +24,23 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics, product
+from fxq.clamps import clamp_of, clamped, fuse_clamp
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
-from fxq.graph import constant, replace
+from fxq.family import Claim, Family, Refusal
+from fxq.graph import constant
 from fxq.layout import channels_last, empty
 from fxq.pattern import Any as Operand
-from fxq.pattern import Const, Match, Op
+from fxq.pattern import Const, Match, Miss, OneOf, Op
 from fxq.qdq import (
     dequantize,
     dequantize_weight,
     expect_dtype,
-    expect_fixed,
-    integer_bounds,
+    expect_fixed_channels,
     quantize,
     round_clamp,
+    scale_clamp,
 )
-from fxq.spelling import CLAMP, CONV_TRANSPOSE, RELU, float_bounds
+from fxq.spelling import CONV_TRANSPOSE
 
 
 def _sums(op: str, x: Tensor, weight: Tensor, bias: Tensor, n: int, window: str, z_x: int) -> Tensor:
@@ -99,15 +100,8 @@ def _qconv_transpose_fixed(
     zero_point: int, low: int, high: int, rounding: str = "single",
 ) -> Tensor:  # fmt: skip
     op, n = "qconv_transpose_fixed", multiplier.numel()
-    for name, operand in (("multiplier", multiplier), ("shift", shift)):
-        expect_dtype(op, name, operand, torch.int32)
-        if operand.shape != (n,):
-            raise ValueError(f"fxq::{op}: {name} has shape {list(operand.shape)}, expected [{n}]")
-    if n:
-        expect_fixed(op, rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
-    sums = _sums(op, x, weight, bias, n, window, z_x).to(torch.int64).movedim(1, -1).numpy()
-    steps = numerics.ROUNDINGS[rounding](sums, multiplier.numpy(), shift.numpy())
-    return channels_last(torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1))
+    expect_fixed_channels(op, rounding, n, multiplier=multiplier, shift=shift)
+    return scale_clamp(_sums(op, x, weight, bias, n, window, z_x), multiplier, shift, zero_point, low, high, rounding)
 
 
 def _qconv_transpose_float(*args: Any) -> Tensor:
@@ -151,8 +145,7 @@ def conv_transpose_clamp(
     high: float | None,
 ) -> Tensor:
     """clamp(conv_transpose(...), low, high) in float: one that has swallowed the clamp behind it."""
-    y = CONV_TRANSPOSE(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+    return clamped(CONV_TRANSPOSE(x, weight, bias, stride, padding, output_padding, groups, dilation), low, high)
 
 
 _SETTINGS = tuple(map(Operand, ("stride", "padding", "output_padding", "groups", "dilation")))
@@ -162,20 +155,15 @@ _OPERANDS = (
     Operand("bias"),
     *_SETTINGS,
 )
-_BOUNDS = (Operand("low"), Operand("high"))
-_QPARAMS = (Operand("s_y"), Operand("z_y"))
-_LOWERED = (
-    Op({quantize}, Op({CONV_TRANSPOSE}, *_OPERANDS, name="conv"), *_QPARAMS),
-    Op({quantize}, Op({conv_transpose_clamp}, *_OPERANDS, *_BOUNDS, name="conv"), *_QPARAMS),
-    Op({CONV_TRANSPOSE}, *_OPERANDS, name="conv"),
-)
-_CONV = Op({CONV_TRANSPOSE}, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS, name="conv")
-_CLAMPS = (Op({RELU}, _CONV), Op({CLAMP}, _CONV, *_BOUNDS))
+_CONV = Op({CONV_TRANSPOSE}, *_OPERANDS, name="conv")
+_CLAMPED = Op({conv_transpose_clamp}, *_OPERANDS, Operand("low"), Operand("high"), name="conv")
+_LOWERED = OneOf(Op({quantize}, OneOf(_CONV, _CLAMPED), Operand("s_y"), Operand("z_y")), _CONV)
+_CLAMP = clamp_of(Op({CONV_TRANSPOSE}, Operand("x"), Operand("w"), Operand("bias"), *_SETTINGS))
 _OF_TORCH = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
 
 
 @dataclass(frozen=True)
-class ConvTranspose:
+class ConvTranspose(Family):
     """A transposed convolution with a constant float32 weight."""
 
     name: str = "conv_transpose"
@@ -193,27 +181,19 @@ class ConvTranspose:
 
     def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
         """relu(conv_transpose(...)) -> conv_transpose_clamp(..., 0, None), where nobody else reads."""
-        for pattern in _CLAMPS:
-            match = pattern.match(clamp)
-            bounds = float_bounds(clamp)
-            if isinstance(match, Match) and bounds is not None:
-                conv = match.node("conv")
-                replace(gm, clamp, conv_transpose_clamp, (*conv.args, *bounds), like=conv)
-                return True
-        return False
+        return fuse_clamp(gm, clamp, _CLAMP, conv_transpose_clamp)
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(conv_transpose[_clamp](...)) -> qconv_transpose; without quantize -> qconv_transpose_float."""
-        for pattern in _LOWERED:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                _lower(gm, match, notes)
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        _lower(gm, match, notes)
+        return True
 
 
 def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
-    root, conv = match.root, match.node("conv")
+    conv = match.node("conv")
     kernel, stride, dilation, groups = (
         tuple(constant(gm, match.node("w")).shape[2:]),
         match["stride"],
@@ -228,18 +208,11 @@ def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
     def pack(w: numerics.I8) -> numerics.I8:
         return numerics.pack_transposed(w, stride, padding, dilation, groups)
 
-    constants = product.derive(gm, match, conv, root, fold, pack, notes)
+    constants = product.derive(gm, match, conv, match.root, fold, pack, notes)
     window = numerics.Window(kernel, stride, padding, dilation, groups, match["output_padding"])
     operands = (match.node("x"), *constants.operands, str(window), match["z_x"])
-    bounds = (match["low"], match["high"]) if conv.target is conv_transpose_clamp else (None, None)
-    if constants.to_uint8:
-        qparams = match["s_y"], match["z_y"]
-        args = (*operands, qparams[1], *integer_bounds(bounds, *qparams))
-        lowered = replace(gm, root, qconv_transpose, args, qparams, conv)
-        lowered.meta["weight_scales"] = constants.weight_scales  # for `use_fixed_point`
-        return
-    y = replace(gm, conv, qconv_transpose_float, (*operands, constants.addend))
-    product.clamp_behind(gm, y, bounds)
+    floating = qconv_transpose_float, (*operands, constants.addend)
+    product.write(gm, match, conv, constants, (qconv_transpose, operands), floating)
 
 
 FAMILY = ConvTranspose()

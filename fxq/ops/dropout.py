@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, submodule
 
 FUNCTIONS: dict[object, Callable[..., Tensor]] = {
@@ -54,7 +54,7 @@ class Dropout(nn.Module):
 
 
 @dataclass(frozen=True)
-class DropoutFamily:
+class DropoutFamily(Family):
     """The dropouts that `passes.keep_dropout` leaves."""
 
     name: str = "dropout"
@@ -65,14 +65,6 @@ class DropoutFamily:
             return None
         (x,) = node.args
         return Claim("carry", (x,)) if is_float_tensor(x) and isinstance(x, Node) else None
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
-
-    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """Nothing to lower: the end of training takes dropouts out."""
-        return False
 
 
 FAMILY = DropoutFamily()

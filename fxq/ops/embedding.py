@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import constant, get_attr, is_finite, replace, set_constant
 from fxq.pattern import Const, Match, Op
 from fxq.qdq import dequantize_weight, expect_dtype
@@ -81,7 +81,7 @@ _MAX_NORM = 3  # its place among the operands of F.embedding
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Family):
     """An embedding with a constant float32 table."""
 
     name: str = "embedding"
@@ -102,10 +102,6 @@ class Embedding:
         if not weight.numel() or not is_finite(weight):
             return Refusal(Reason.NO_INTEGER_OP, "its table is empty or not finite")
         return Claim("product", (), table)
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """embedding(ids, dequantize_weight(table, scales), ...) -> qembedding(ids, table, scales)."""

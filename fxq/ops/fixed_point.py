@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fxq import kernels, numerics
 from fxq.layout import laid_like
-from fxq.qdq import expect_dtype, expect_fixed
+from fxq.qdq import expect_dtype, expect_fixed, expect_fixed_channels
 
 
 def _tensor(array: numerics.U8) -> Tensor:
@@ -44,15 +44,10 @@ def _qlinear_fixed(
     expect_dtype("qlinear_fixed", "x", x, torch.uint8)
     expect_dtype("qlinear_fixed", "weight", weight, torch.int8)
     n = bias.numel()
-    for name, operand in (("bias", bias), ("multiplier", multiplier), ("shift", shift), ("zero_w", zero_w)):
-        if operand is not None:
-            expect_dtype("qlinear_fixed", name, operand, torch.int32)
-            if operand.shape != (n,):
-                raise ValueError(f"fxq::qlinear_fixed: {name} has shape {list(operand.shape)}, expected [{n}]")
+    fixed = {"bias": bias, "multiplier": multiplier, "shift": shift, "zero_w": zero_w}
+    expect_fixed_channels("qlinear_fixed", rounding, n, **fixed)
     if weight.shape != (numerics.packed_size(n, x.shape[-1]),):
         raise ValueError(f"fxq::qlinear_fixed: a packed weight of shape {list(weight.shape)} does not fit x and bias")
-    if n:
-        expect_fixed("qlinear_fixed", rounding, int(multiplier.min()), int(shift.min()), int(shift.max()))
     operands = (x.numpy(), numerics.unpack(weight.numpy(), n, x.shape[-1]), bias.numpy(), multiplier.numpy())
     zeros = None if zero_w is None else zero_w.numpy()
     return _tensor(numerics.qlinear_fixed(*operands, shift.numpy(), zero_point, low, high, rounding, zeros))

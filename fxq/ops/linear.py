@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics, product
-from fxq.family import Claim, Refusal
-from fxq.graph import replace
+from fxq.clamps import clamp_of, clamped, fuse_clamp
+from fxq.family import Claim, Family, Refusal
 from fxq.packing import unpack
-from fxq.pattern import Any, Const, Match, Op
-from fxq.qdq import dequantize, dequantize_weight, expect_dtype, integer_bounds, quantize, round_clamp
+from fxq.pattern import Any, Const, Miss, OneOf, Op
+from fxq.qdq import dequantize, dequantize_weight, expect_dtype, quantize, round_clamp
 from fxq.qtypes import Scheme
-from fxq.spelling import CLAMP, LINEAR, RELU, float_bounds
+from fxq.spelling import LINEAR
 
 
 def _accumulate(op: str, x: Tensor, weight: Tensor, bias: Tensor, multiplier: Tensor) -> Tensor:
@@ -78,8 +78,7 @@ qlinear_float = kernels.define(
 
 def linear_clamp(x: Tensor, weight: Tensor, bias: Tensor | None, low: float | None, high: float | None) -> Tensor:
     """clamp(linear(x, weight, bias), low, high) in float: a linear that has swallowed the clamp behind it."""
-    y = F.linear(x, weight, bias)
-    return torch.relu(y) if (low, high) == (0.0, None) else torch.clamp(y, low, high)
+    return clamped(F.linear(x, weight, bias), low, high)
 
 
 _OPERANDS = (
@@ -87,17 +86,10 @@ _OPERANDS = (
     Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True),
     Any("bias"),
 )
-_TO_FLOAT = Op({LINEAR}, *_OPERANDS)
-_TO_UINT8 = Op({quantize}, Op({LINEAR}, *_OPERANDS, name="linear"), Any("s_y"), Any("z_y"))
-_CLAMPED = Op(
-    {quantize}, Op({linear_clamp}, *_OPERANDS, Any("low"), Any("high"), name="linear"), Any("s_y"), Any("z_y")
-)
-_INTEGER_INPUT = (_OPERANDS[0], Any("w"), Any("bias"))
-_CLAMPS = (
-    Op({RELU}, Op({LINEAR}, *_INTEGER_INPUT, name="linear")),
-    Op({CLAMP}, Op({LINEAR}, *_INTEGER_INPUT, name="linear"), Any("low"), Any("high")),
-)
-
+_LINEAR = Op({LINEAR}, *_OPERANDS, name="linear")
+_CLAMPED = Op({linear_clamp}, *_OPERANDS, Any("low"), Any("high"), name="linear")
+_LOWERED = OneOf(Op({quantize}, OneOf(_LINEAR, _CLAMPED), Any("s_y"), Any("z_y")), _LINEAR)
+_CLAMP = clamp_of(Op({LINEAR}, _OPERANDS[0], Any("w"), Any("bias")))
 
 _SCHEMES: dict[torch.dtype, tuple[Scheme, ...]] = {
     torch.float32: ("w8a8", "w8a8-dynamic", "w8a32"),
@@ -107,7 +99,7 @@ _SCHEMES: dict[torch.dtype, tuple[Scheme, ...]] = {
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Family):
     """A linear with a constant weight, in every scheme; those without integers between layers have ops of their own."""
 
     name: str = "linear"
@@ -123,40 +115,19 @@ class Linear:
 
         Of a linear that reads integers: those that read float32 have other epilogues.
         """
-        for pattern in _CLAMPS:
-            match = pattern.match(clamp)
-            bounds = float_bounds(clamp)
-            if isinstance(match, Match) and bounds is not None:
-                linear = match.node("linear")
-                replace(gm, clamp, linear_clamp, (*linear.args, *bounds), like=linear)
-                return True
-        return False
+        return fuse_clamp(gm, clamp, _CLAMP, linear_clamp)
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(linear[_clamp](dequantize, dequantize_weight, b)) -> qlinear; without quantize -> qlinear_float."""
-        for pattern in (_TO_UINT8, _CLAMPED, _TO_FLOAT):
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                _lower(gm, match, notes)
-                return True
-        return False
-
-
-def _lower(gm: GraphModule, match: Match, notes: list[str]) -> None:
-    root = match.root
-    linear = match.node("linear") if root.target is quantize else root
-    constants = product.derive(gm, match, linear, root, numerics.fold_bias, numerics.pack, notes)
-    operands = (match.node("x"), *constants.operands)
-    bounds = (match["low"], match["high"]) if linear.target is linear_clamp else (None, None)
-    if constants.to_uint8:
-        qparams = match["s_y"], match["z_y"]
-        args = (*operands, qparams[1], *integer_bounds(bounds, *qparams))
-        lowered = replace(gm, root, qlinear, args, qparams, linear)
-        # For `use_fixed_point`, which needs more of them than float32 products.
-        lowered.meta["weight_scales"] = constants.weight_scales
-        return
-    y = replace(gm, linear, qlinear_float, operands if constants.addend is None else (*operands, constants.addend))
-    product.clamp_behind(gm, y, bounds)
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        linear = match.node("linear")
+        constants = product.derive(gm, match, linear, match.root, numerics.fold_bias, numerics.pack, notes)
+        operands = (match.node("x"), *constants.operands)
+        floating = operands if constants.addend is None else (*operands, constants.addend)
+        product.write(gm, match, linear, constants, (qlinear, operands), (qlinear_float, floating))
+        return True
 
 
 FAMILY = Linear()

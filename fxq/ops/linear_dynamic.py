@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
-from fxq.family import Claim, Family, Refusal
+from fxq.family import Family
 from fxq.graph import constant, get_attr, replace
 from fxq.packing import packed_constant, shared_constant, sibling, unpack
 from fxq.pattern import Any, Const, Match, Op
@@ -95,10 +95,6 @@ class LinearDynamic(Family):
     """The form of a linear in the scheme "w8a8-dynamic"; it is the family `linear` that claims it."""
 
     name: str = "linear_dynamic"
-
-    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
-        """No float operation is one."""
-        return None
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """linear(fake_quantize_rows(x), dequantize_weight(w, s_w), b) -> qlinear_dynamic(x, w, column_sums, s_w, b)."""

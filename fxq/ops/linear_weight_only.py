@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
-from fxq.family import Claim, Family, Refusal
+from fxq.family import Family
 from fxq.graph import constant, get_attr, replace
 from fxq.packing import packed_constant, shared_constant, sibling, unpack
-from fxq.pattern import Any, Const, Match, Op
+from fxq.pattern import Any, Const, Miss, OneOf, Op
 from fxq.qdq import dequantize_weight, expect_dtype
 from fxq.spelling import LINEAR
 
@@ -65,11 +65,11 @@ linear_weight_only = kernels.define(
     _fake,
 )
 
-_WEIGHT = (
+_WEIGHT = OneOf(
     Op({dequantize_weight}, Const("w"), Const("s_w"), shared=True),
     Op({dequantize_weight}, Const("w"), Const("s_w"), Any("dtype"), shared=True),
 )
-_PATTERNS = tuple(Op({LINEAR}, Any("x"), weight, Any("bias")) for weight in _WEIGHT)
+_PATTERN = Op({LINEAR}, Any("x"), _WEIGHT, Any("bias"))
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,10 @@ class LinearWeightOnly(Family):
 
     name: str = "linear_weight_only"
 
-    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
-        """No float operation is one."""
-        return None
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """linear(x, dequantize_weight(w, s_w), b) -> linear_weight_only(x, w, s_w, b, dtype of x)."""
-        match = next((m for pattern in _PATTERNS if isinstance(m := pattern.match(node), Match)), None)
-        if match is None:
+        match = _PATTERN.match(node)
+        if isinstance(match, Miss):
             return False
         path = str(match.node("w").target)
         w, s_w = (constant(gm, match.node(name)).numpy() for name in ("w", "s_w"))

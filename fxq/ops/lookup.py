@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from fxq import kernels
 from fxq.decisions import Reason
 from fxq.elementwise import Span, span_of
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import get_attr, module_of, replace, set_constant
 from fxq.layout import laid_like
 from fxq.qdq import dequantize, expect_dtype, quantize
@@ -71,7 +71,7 @@ lookup_channels = kernels.define(
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Family):
     """A function of one float32 tensor, number by number, in any number of operations (`fxq.elementwise`)."""
 
     name: str = "lookup"
@@ -85,10 +85,6 @@ class Lookup:
         if channels > MAX_CHANNELS:
             return Refusal(Reason.UNPROFITABLE, f"it differs from channel to channel, of which there are {channels}")
         return Claim("pointwise", (span.source,), inner=span.inner(), to_float=True)
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse: a clamp behind such a function is a part of it."""
-        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(f(dequantize(q))) -> lookup into uint8; f(dequantize(q)) of which nothing does -> into float32."""

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels
+from fxq.clamps import clamp_of
 from fxq.decisions import Reason
 from fxq.elementwise import is_bounded
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
 from fxq.layout import laid_like
 from fxq.numerics import f32
-from fxq.pattern import Any, Match, Op
+from fxq.pattern import Any, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp
-from fxq.spelling import CLAMP, MUL, RELU, float_bounds
+from fxq.spelling import MUL, float_bounds
 
 
 def _qmul(a: Tensor, b: Tensor, m: float, z_a: int, z_b: int, zero_point: int, low: int, high: int) -> Tensor:
@@ -50,14 +51,11 @@ _MUL = Op(
     Op({dequantize}, Any("a"), Any("s_a"), Any("z_a"), shared=True),
     Op({dequantize}, Any("b"), Any("s_b"), Any("z_b"), shared=True),
 )
-_LOWERED = tuple(
-    Op({quantize}, source, Any("s_y"), Any("z_y"))
-    for source in (_MUL, Op({RELU}, _MUL, name="clamp"), Op({CLAMP}, _MUL, Any("low"), Any("high"), name="clamp"))
-)
+_LOWERED = Op({quantize}, OneOf(_MUL, clamp_of(_MUL)), Any("s_y"), Any("z_y"))
 
 
 @dataclass(frozen=True)
-class Mul:
+class Mul(Family):
     """The product of two float32 tensors, number by number."""
 
     name: str = "mul"
@@ -81,22 +79,17 @@ class Mul:
             return Refusal(Reason.UNPROFITABLE, "a gate as large as its sequence has outliers")
         return Claim("pointwise", tuple(operands))
 
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse: `lower` reads through a clamp."""
-        return False
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize([clamp](mul(dequantize(a), dequantize(b)))) -> qmul."""
-        for pattern in _LOWERED:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                s_y, z_y = match["s_y"], match["z_y"]
-                bounds = float_bounds(match.bound.get("clamp")) or (None, None)
-                m = f32(match["s_a"] * match["s_b"] / s_y)
-                args = (match["a"], match["b"], m, match["z_a"], match["z_b"], z_y)
-                replace(gm, node, qmul, (*args, *integer_bounds(bounds, s_y, z_y)), (s_y, z_y))
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        s_y, z_y = match["s_y"], match["z_y"]
+        bounds = float_bounds(match.bound.get("clamp")) or (None, None)
+        m = f32(match["s_a"] * match["s_b"] / s_y)
+        args = (match["a"], match["b"], m, match["z_a"], match["z_b"], z_y)
+        replace(gm, node, qmul, (*args, *integer_bounds(bounds, s_y, z_y)), (s_y, z_y))
+        return True
 
 
 FAMILY = Mul()

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, submodule
 from fxq.qdq import expect_dtype
 from fxq.spelling import ADD, MEAN
@@ -223,7 +223,7 @@ def _calls(node: Node, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class NormFamily:
+class NormFamily(Family):
     """Norms: float32 by nature, in an op of fxq's own (`passes.fuse_norm`) unless the recipe keeps them torch's."""
 
     name: str = "norm"
@@ -233,14 +233,6 @@ class NormFamily:
         if node.op not in ("call_module", "call_function") or norm_of(gm, node) is None:
             return None
         return Refusal(Reason.OWN_FLOAT)
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
-
-    def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
-        """Nothing to lower: a norm reads and writes float32."""
-        return False
 
 
 FAMILY = NormFamily()

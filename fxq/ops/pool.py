@@ -23,14 +23,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
+from fxq.clamps import clamp_of
 from fxq.decisions import Reason
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import call, is_float_tensor, replace
 from fxq.layout import empty, from_numpy
 from fxq.pattern import Any as Operand
-from fxq.pattern import Match, Op
+from fxq.pattern import Match, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, expect_fixed, integer_bounds, quantize
-from fxq.spelling import ADAPTIVE_AVG_POOLS, AVG_POOLS, CLAMP, MAX_POOLS, MEAN, RELU, float_bounds
+from fxq.spelling import ADAPTIVE_AVG_POOLS, AVG_POOLS, MAX_POOLS, MEAN, float_bounds
 
 Ints = Sequence[int]
 
@@ -106,25 +107,17 @@ qmax_pool = kernels.define(
 
 _SOURCE = Op({dequantize}, Operand("x"), Operand("s_x"), Operand("z_x"), shared=True)
 _WINDOWS = tuple(map(Operand, ("kernel", "stride", "padding", "ceil_mode", "count_include_pad")))
-_POOLS = (
+_POOL = OneOf(
     Op(AVG_POOLS, _SOURCE, *_WINDOWS, name="pool"),
     Op(AVG_POOLS, _SOURCE, *_WINDOWS, Operand("divisor"), name="pool"),
     Op(ADAPTIVE_AVG_POOLS, _SOURCE, Operand("sizes"), name="pool"),
     Op({MEAN}, _SOURCE, Operand("dims"), Operand("keepdim"), name="pool"),
 )
-_LOWERED = tuple(
-    Op({quantize}, source, Operand("s_y"), Operand("z_y"))
-    for pool in _POOLS
-    for source in (
-        pool,
-        Op({RELU}, pool, name="clamp"),
-        Op({CLAMP}, pool, Operand("low"), Operand("high"), name="clamp"),
-    )
-)
+_LOWERED = Op({quantize}, OneOf(_POOL, clamp_of(_POOL)), Operand("s_y"), Operand("z_y"))
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Family):
     """Averages over windows, and the mean over all spatial dimensions, of a float32 [B, C, *spatial].
 
     Maxima are carried by `fxq.ops.carry`, and lowered here.
@@ -150,20 +143,15 @@ class Pool:
             return Refusal(Reason.NO_INTEGER_OP, "its window is computed at run time")
         return Claim("pointwise", (x,))
 
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse: `lower` reads through a clamp."""
-        return False
-
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize([clamp](pool(dequantize(x)))) -> qavg_pool, qadaptive_avg_pool; max_pool of uint8 -> qmax_pool."""
         if node.target in MAX_POOLS and "qparams" in node.meta:
             return _lower_max_pool(gm, node)
-        for pattern in _LOWERED:
-            match = pattern.match(node)
-            if isinstance(match, Match):
-                _lower(gm, match)
-                return True
-        return False
+        match = _LOWERED.match(node)
+        if isinstance(match, Miss):
+            return False
+        _lower(gm, match)
+        return True
 
 
 def _lower(gm: GraphModule, match: Match) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels
-from fxq.family import Claim, Refusal
+from fxq.family import Family
 from fxq.graph import constant, replace
 from fxq.pattern import Any, Const, Match, Op
 from fxq.qdq import expect_dtype, quantize
@@ -42,18 +42,10 @@ _PATTERN = Op({quantize}, Op({MUL}, Any("x"), Const("factor")), Any("scale"), An
 
 
 @dataclass(frozen=True)
-class QuantizeScaled:
+class QuantizeScaled(Family):
     """A quantize of a tensor times a constant per channel."""
 
     name: str = "quantize_scaled"
-
-    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
-        """No float operation is one."""
-        return None
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(x * factor, s, z) -> quantize_scaled(x, factor, s, z)."""

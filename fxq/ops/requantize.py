@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from fxq.family import Claim, Refusal
+from fxq.family import Family
 from fxq.graph import replace
 from fxq.numerics import f32
 from fxq.pattern import Any, Match, Op
@@ -22,18 +22,10 @@ _PATTERN = Op({quantize}, Op({dequantize}, Any("q"), Any("s_x"), Any("z_x"), sha
 
 
 @dataclass(frozen=True)
-class Requantize:
+class Requantize(Family):
     """A dequantize met by a quantize with other parameters."""
 
     name: str = "requantize"
-
-    def claim(self, gm: GraphModule, node: Node) -> Claim | Refusal | None:
-        """No float operation is one."""
-        return None
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(dequantize(q, s_x, z_x), s_y, z_y) -> requantize."""

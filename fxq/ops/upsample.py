@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
-from fxq.family import Claim, Refusal
+from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, replace
 from fxq.layout import empty, from_numpy
 from fxq.pattern import Any as Operand
@@ -74,7 +74,7 @@ _PATTERN = Op(
 
 
 @dataclass(frozen=True)
-class Upsample:
+class Upsample(Family):
     """Bilinear interpolation of images; the nearest neighbour is a move."""
 
     name: str = "upsample"
@@ -87,10 +87,6 @@ class Upsample:
         if not isinstance(x, Node) or not is_float_tensor(x) or antialias or node.args[5] or not _is_known(node):
             return None
         return Claim("carry", (x,))
-
-    def fuse_clamp(self, gm: GraphModule, clamp: Node) -> bool:
-        """Nothing to fuse."""
-        return False
 
     def lower(self, gm: GraphModule, node: Node, notes: list[str]) -> bool:
         """quantize(interpolate(dequantize)) -> qupsample_bilinear; the nearest of uint8 -> qupsample_nearest."""

@@ -100,6 +100,13 @@ def test_a_relu_and_a_clamp_cost_nothing(model_of):
     assert fxq.report(qmodel).sqnr > 25
 
 
+@pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_with_one_scale_for_its_weight(convolution):
+    model, x = nn.Sequential(convolution(3, 8, 3), nn.ReLU(), convolution(8, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    qmodel = fxq.quantize(model, x, recipe=Recipe(requant="fixed", weight="per_tensor"), strict=True)
+    assert same(qmodel(x), fxq.golden(qmodel)(x.numpy()))
+
+
 def test_the_report_names_what_remains_float(model_of):
     model = model_of(lambda s, x: s.b(F.softmax(F.gelu(s.a(x)), -1)), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
     qmodel = fxq.quantize(model, X, recipe=FIXED, on_low_sqnr="ignore")
