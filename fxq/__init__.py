@@ -16,10 +16,7 @@ if TYPE_CHECKING:
         KeptFloatWarning,
         calibrate,
         convert,
-        freeze_batch_norm,
-        freeze_observers,
         prepare,
-        prepare_qat,
         quantize,
         trace,
     )
@@ -48,6 +45,7 @@ if TYPE_CHECKING:
     from fxq.quantized import QuantizedModule
     from fxq.recipe import FLOAT, Recipe, Rule
     from fxq.swapping import swap_linears
+    from fxq.training import freeze_batch_norm, freeze_observers, prepare_qat
     from fxq.tuning import Tuning, tune
 
 __version__ = "0.1.0"
@@ -58,10 +56,7 @@ _HOMES = {
         "KeptFloatWarning",
         "calibrate",
         "convert",
-        "freeze_batch_norm",
-        "freeze_observers",
         "prepare",
-        "prepare_qat",
         "quantize",
         "trace",
     ),
@@ -90,6 +85,7 @@ _HOMES = {
     "fxq.recipe": ("FLOAT", "Recipe", "Rule"),
     "fxq.tuning": ("Tuning", "tune"),
     "fxq.swapping": ("swap_linears",),
+    "fxq.training": ("freeze_batch_norm", "freeze_observers", "prepare_qat"),
     "fxq.decisions": ("Decision", "Reason", "Report"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -11,13 +11,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxq import drawing, dump, tracing
 from fxq import leaves as inside
-from fxq.batch_norm import BatchNorm
+from fxq.checks import check_model, is_narrow
 from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
@@ -25,7 +24,7 @@ from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
-from fxq.inputs import Call, as_call, calibration_calls, check_finite, check_kind
+from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
 from fxq.observers import forget_rows, learning, paused, sample_of
 from fxq.ops import FAMILIES
@@ -34,7 +33,7 @@ from fxq.quantized import QuantizedModule
 from fxq.recipe import Recipe
 from fxq.stages import Stage
 from fxq.tracing.sharing import aliases, own, tensors_of
-from passes import CONVERT, PREPARE, PREPARE_QAT
+from passes import CONVERT, PREPARE
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MIN_SQNR = 15.0
@@ -124,12 +123,12 @@ def _prepare(
     if recipe.learn_steps:
         raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
     check_model(model, call, narrow="w8a16" in recipe.schemes)
-    if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not _is_narrow(model, call):
+    if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not is_narrow(model, call):
         raise InputError(
             "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
             "inputs with .to(torch.bfloat16), or use the recipe w8a32"
         )
-    recipe = _resolve(recipe, model, families)
+    recipe = resolve(recipe, model, families)
     folder = dump_folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend, share=share)
     give_back()
@@ -138,70 +137,6 @@ def _prepare(
     gm = inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
     give_back()
     return gm
-
-
-@torch.inference_mode(False)
-def prepare_qat(
-    model: nn.Module,
-    example_inputs: Examples,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    recipe: str | Recipe = "w8a8",
-    families: tuple[Family, ...] = FAMILIES,
-    passes: tuple[Pass, ...] | None = None,
-    leaves: tuple[type[nn.Module] | str, ...] = (),
-    frontend: tracing.Frontend = "auto",
-    dump: str | Path | None = None,
-    check: bool = False,
-) -> GraphModule:
-    """A graph in training mode that computes with the rounding of int8: train it, then `convert` it.
-
-    Its parameters are copies of the user's, under the user's names; the user's model is not touched. Values are fake
-    quantized (`fxq.fake_quantize`), gradients pass straight through; batch norms behind products are folded as they
-    will be (`fxq.batch_norm`); dropout and batch norm follow train() and eval(). The examples give the first ranges;
-    `calibrate` gives better ones. From then on the ranges follow the training data until `freeze_observers`, or, with
-    `Recipe(learn_steps=True)`, the step sizes are parameters. What the user's own code does in training mode only
-    (`if self.training`) is not in the graph. Arguments and errors as in `prepare`.
-    """
-    recipe = Recipe.of(recipe)
-    if recipe.scheme != "w8a8":
-        raise RecipeError(f"fxq.prepare_qat trains for the recipe 'w8a8', not {recipe.scheme!r}")
-    call = as_call(example_inputs, example_kwargs)
-    check_model(model, call)
-    recipe = _resolve(recipe, model, families)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)
-        gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
-    ctx = Context(recipe, families, call.clone(), check=check, dump=dump_folder(dump))
-    ctx.report.recipe = recipe.scheme
-    gm = inside.prepare_graph(gm, ctx, PREPARE_QAT if passes is None else passes)
-    return calibrate(gm, [call.args or call.kwargs], progress=False).train()
-
-
-def freeze_observers(model: nn.Module, after: int = 0) -> None:
-    """From `after` more training steps on, the ranges in a model of `prepare_qat` stand still; in a wrapper as well.
-
-    A step is a forward in training mode. The schedule is part of the `state_dict`. Raises `InputError`.
-    """
-    _freeze(model, FakeQuantize, after, "fxq.freeze_observers")
-
-
-def freeze_batch_norm(model: nn.Module, after: int = 0) -> None:
-    """From `after` more training steps on, the statistics of batch norms stand still, and are what is normalised by.
-
-    Their weights and biases train on. Otherwise as `freeze_observers`.
-    """
-    _freeze(model, BatchNorm, after, "fxq.freeze_batch_norm")
-
-
-def _freeze(model: nn.Module, kind: type[FakeQuantize | BatchNorm], after: int, what: str) -> None:
-    if not any(isinstance(m, GraphModule) and isinstance(m.meta.get("fxq"), Context) for m in model.modules()):
-        raise InputError(f"{what} takes what fxq.prepare_qat returns, not {type(model).__name__}")
-    if after < 0:
-        raise InputError(f"{what}: after is {after}; it counts steps from now on")
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.freeze(after)
 
 
 @torch.inference_mode(False)
@@ -343,60 +278,11 @@ def dump_folder(path: str | Path | None) -> dump.Folder | None:
     return None if path is None else dump.Folder(path, drawing.draw_step)
 
 
-def _resolve(recipe: Recipe, model: nn.Module, families: tuple[Family, ...]) -> Recipe:
-    """The recipe, its names checked, for all paths of shared modules."""
+def resolve(recipe: Recipe, model: nn.Module, families: tuple[Family, ...]) -> Recipe:
+    """The recipe, its names checked, for all paths of shared modules of `model`; raises `RecipeError`."""
     named = list(model.named_modules(remove_duplicate=False))
     recipe.check_names((name for name, _ in named), (family.name for family in families))
     return recipe.with_all_names(named)
-
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-def _is_narrow(model: nn.Module, call: Call) -> bool:
-    tensors = (*model.parameters(), *model.buffers(), *(tensor for _, tensor in call.tensors()))
-    return any(tensor.dtype in _NARROW for tensor in tensors)
-
-
-def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
-    """Raise `InputError` for what cannot be quantized.
-
-    narrow: whether the recipe has a scheme for bfloat16 and float16.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
-    if isinstance(model, QuantizedModule):
-        raise InputError("the model is already quantized by fxq; quantize the float model it came from")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("the model is a ScriptModule, whose code cannot be traced; quantize the nn.Module behind it")
-    if isinstance(model, GraphModule) and isinstance(model.meta.get("fxq"), Context):
-        raise InputError("the model is already prepared by fxq; go on with fxq.calibrate and fxq.convert")
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            raise InputError(f"module {path!r} is already quantized by fxq; quantize the float model it came from")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise InputError(
-                f"parameter {name} has no shape yet (a lazy module); call the model once, model(*example_inputs), and "
-                "quantize it then"
-            )
-        if tensor.device.type != "cpu":
-            remedy = "load its weights first" if tensor.device.type == "meta" else "move it with model.cpu()"
-            raise InputError(f"parameter {name} is on the device {tensor.device}; fxq runs on CPUs: {remedy}")
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, *(_NARROW if narrow else ())):
-            other = ', or use recipe="w8a16"' if tensor.dtype in _NARROW else ""
-            raise InputError(
-                f"parameter {name} has dtype {tensor.dtype}; fxq quantizes float32: convert it with .float(){other}"
-            )
-    if not call.args and not call.kwargs:
-        raise InputError("example_inputs is empty; give a tensor, a tuple of positional or a dict of keyword arguments")
-    for name, tensor in call.tensors():
-        check_kind(name, tensor)
-        if tensor.device.type != "cpu":
-            raise InputError(f"{name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")
-        if tensor.dtype == torch.float64 or (tensor.dtype in _NARROW and not narrow):
-            raise InputError(f"{name} has dtype {tensor.dtype}, the model is float32; convert it with .float()")
-    check_finite(call, "example_inputs")
 
 
 def _refuse(report: Report, strict: bool) -> None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxq import numerics
+from fxq.errors import InputError
 from fxq.observers import MovingAverage, WeightObserver
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
 from fxq.qtypes import ACT_QMAX, ACT_QMIN, SCALE_FLOOR, WEIGHT_QMAX, Granularity, QParams
@@ -98,9 +99,10 @@ class FakeQuantize(MovingAverage):
     def forward(self, x: Tensor) -> Tensor:
         """x^ of x (float32, any shape); raises `CalibrationError` on NaN or infinity while it learns or trains.
 
-        What autocast has made narrower is widened first.
+        What autocast has made narrower is widened first; raises `InputError` for another dtype.
         """
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        _expect_float32(self.where, x)
         if (self.learning or self.training) and x.numel():
             extremes = self.extremes(x)
             if self.learning or self.steps < self.until:
@@ -159,7 +161,11 @@ class WeightFakeQuantize(WeightObserver):
         self.register_buffer("scales", WeightObserver.scales_of(self, w))
 
     def forward(self, w: Tensor) -> Tensor:
-        """w^ of w (float32 [N, ...])."""
+        """w^ of w (float32 [N, ...]); raises `InputError` where the model has been converted to another dtype."""
+        _expect_float32(self.where, w)
+        return self._fake(w)
+
+    def _fake(self, w: Tensor) -> Tensor:
         self.scales.copy_(self.scales_of(w))
         return _apply(_Weight, w, self.scales.clone())
 
@@ -175,8 +181,7 @@ class LearnedWeightFakeQuantize(WeightFakeQuantize):
         """The scales that were learned."""
         return _exp(self.log_scales).detach()
 
-    def forward(self, w: Tensor) -> Tensor:
-        """w^ of w (float32 [N, ...])."""
+    def _fake(self, w: Tensor) -> Tensor:
         scales = _exp(self.log_scales)
         self.scales.copy_(scales.detach())
         return _apply(_Weight, w, scales)
@@ -224,6 +229,14 @@ class TrainedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rounds={self.rounds}, dropout={self.dropout}"
+
+
+def _expect_float32(where: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise InputError(
+            f"{where} is {tensor.dtype}: a model of fxq.prepare_qat and its inputs are float32; make them so again with "
+            '.float(), and train in bfloat16 under torch.autocast("cpu", torch.bfloat16)'
+        )
 
 
 def _exp(log_scale: Tensor) -> Tensor:

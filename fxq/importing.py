@@ -11,7 +11,8 @@ from torch import nn
 
 from fxq import leaves as inside
 from fxq import numerics, tracing
-from fxq.api import Examples, check_model, dump_folder
+from fxq.api import Examples, dump_folder
+from fxq.checks import check_model
 from fxq.engine import Engine
 from fxq.errors import InputError
 from fxq.graph import unchanged

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from fxq import leaves as inside
 from fxq import pipeline, tracing
-from fxq.api import Examples, check_model, quantize
+from fxq.api import Examples, quantize
 from fxq.calls import PerCall
+from fxq.checks import check_model
 from fxq.comparison import Comparison, compare_graphs
 from fxq.costs import Costs
 from fxq.decisions import Reason, Report

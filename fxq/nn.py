@@ -7,7 +7,7 @@ Each takes the place of a `torch.nn.Linear`: the same sizes, the same shapes, fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxq import numerics
 from fxq.errors import InputError
 from fxq.gradients import refuse_gradients
-from fxq.observers import WeightObserver
+from fxq.observers import KeepsDtypes, WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linear_weight_only import linear_weight_only
 from fxq.qdq import integers_of
@@ -28,7 +28,7 @@ _REMEDIES = {
 """Who else takes such activations."""
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(KeepsDtypes):
     """What the layers share. Buffers: weight_packed int8, weight_scale float32 [N], bias float32 [N] or None.
 
     path: where `fxq.swap_linears` put the layer, for messages; "" for one that was put there by hand.
@@ -101,16 +101,6 @@ class QuantizedLinear(nn.Module):
     def _product(self, x: Tensor, held: Mapping[str, Tensor | None]) -> Tensor:
         """held: the buffers by name, each of which would take half a microsecond as an attribute of a module."""
         raise NotImplementedError
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Keep the scales and the bias float32 where a model is converted to another floating-point type."""
-        kept = self.weight_scale, self.bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in zip(("weight_scale", "bias"), kept, strict=True):
-            after = getattr(self, name)
-            if after is not None and before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,20 @@ rounding cancel. Measured without balance: with 1, `histogram` falls behind `min
 0.1 at most."""
 
 
-class Observer(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose buffers stay what they are where a model is converted to another floating-point type."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class Observer(KeepsDtypes):
     """Watches one activation; `where` names it in the user's terms."""
 
     low: Tensor
@@ -396,7 +409,7 @@ def sample_of(prepared: nn.Module) -> Sample | None:
     return found if isinstance(found, Sample) else None
 
 
-class WeightObserver(nn.Module):
+class WeightObserver(KeepsDtypes):
     """Stands on a weight's edge; its scales follow from the weight alone.
 
     factors: what each input channel is multiplied by before it comes to the product, powers of two, float32 [K]; None

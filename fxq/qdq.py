@@ -52,7 +52,7 @@ def expect_fixed_channels(op: str, rounding: str, n: int, **operands: Tensor | N
 def scale_clamp(
     sums: Tensor, multiplier: Tensor, shift: Tensor, zero_point: int, low: int, high: int, rounding: str
 ) -> Tensor:
-    """clamp(scale(sums, multiplier[n], shift[n]) + zero_point, low, high) as uint8, channels last; sums: [B, N, *spatial]."""
+    """clamp(scale(sums, multiplier[n], shift[n]) + zero_point, low, high) as uint8; sums: integers [B, N, *spatial]."""
     v = sums.to(torch.int64).movedim(1, -1).numpy()
     steps = numerics.ROUNDINGS[rounding](v, multiplier.numpy(), shift.numpy())
     return channels_last(torch.from_numpy(numerics.clamp_integers(steps, zero_point, low, high)).movedim(-1, 1))

@@ -474,6 +474,22 @@ class TestTraining:
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
         agrees(qat, torch.randn(64, 8))
 
+    @pytest.mark.parametrize("recipe", [Recipe(), LEARNED], ids=["ranges", "steps"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_a_model_that_was_converted_says_so(self, dtype, recipe):
+        """And is taken back without a loss of what it has learned of ranges."""
+        x = torch.randn(32, 8)
+        qat = fxq.prepare_qat(classifier(), x, recipe=recipe)
+        buffers = {name: buffer.clone() for name, buffer in qat.observers.named_buffers()}
+        qat.to(dtype)
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in qat.observers.named_buffers())
+        for inputs in (x, x.to(dtype)):
+            with pytest.raises(
+                fxq.InputError, match=rf"^(weight 0.*|the input .*) is {dtype}: .*float\(\).*torch.autocast"
+            ):
+                qat(inputs)
+        qat.float()(x)
+
     # torch's own: of how a graph is resumed after a break, and of how it guards it
     @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

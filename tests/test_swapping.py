@@ -182,6 +182,25 @@ def test_hooks_and_parametrizations_are_left_alone():
     ]
 
 
+def test_what_was_swapped_before_stays_and_is_reported():
+    once, _ = fxq.swap_linears(Model(), fxq.Recipe("w8a8-dynamic", modules={"head": fxq.FLOAT}))
+    twice, report = fxq.swap_linears(once)
+    assert (type(twice.head), type(twice.a)) == (W8A32Linear, W8A8Linear)
+    told = {d.module: (d.op, d.form, d.scheme, d.detail.partition(";")[0]) for d in report.decisions}
+    assert told["head"] == ("Linear", "weight", "w8a32", "")
+    assert told["a"] == ("W8A8Linear", "int8", "w8a8-dynamic", "it had int8 weights before")
+
+
+@pytest.mark.parametrize("place", ["", "inner"])
+@pytest.mark.parametrize("make", [fxq.quantize, fxq.prepare, fxq.prepare_qat])
+def test_what_fxq_has_made_is_refused(make, place):
+    made = make(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(4, 8))
+    model = nn.ModuleDict({"inner": made}) if place else made
+    named = "module 'inner'" if place else "the model"
+    with pytest.raises(fxq.InputError, match=f"^{named} is already (quantized|prepared) by fxq; "):
+        fxq.swap_linears(model)
+
+
 @pytest.mark.parametrize(
     ("make", "recipe", "error", "message"),
     [
