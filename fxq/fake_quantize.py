@@ -234,7 +234,7 @@ class TrainedAttention(nn.Module):
 def _expect_float32(where: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.float32:
         raise InputError(
-            f"{where} is {tensor.dtype}: a model of fxq.prepare_qat and its inputs are float32; make them so again with "
+            f"{where} is {tensor.dtype}: a model of fxq.prepare_qat and its inputs are float32; make them so with "
             '.float(), and train in bfloat16 under torch.autocast("cpu", torch.bfloat16)'
         )
 

@@ -1,11 +1,12 @@
 // Numbers of 16 bits, bfloat16 and float16: widened exactly, rounded to nearest, ties to even; a part of body.h. float16
-// NaNs keep the upper bits of their payload, as in F16C.
+// NaNs become quiet and keep the upper bits of their payload, as in F16C.
 
 #ifndef CONVERTS_HALVES
 static inline F of_half(S half) {
   const I bits = __builtin_convertvector(half, I), magnitude = (bits & 0x7FFF) << 13;
   const I finite = (I)((F)magnitude * 0x1p112f);  // denormals become normal
-  return (F)((magnitude >= 0x0F800000 ? magnitude | 0x7F800000 : finite) | (bits & 0x8000) << 16);
+  const I nonfinite = magnitude | (magnitude > 0x0F800000 ? 0x7FC00000 - I{} : 0x7F800000 - I{});
+  return (F)((magnitude >= 0x0F800000 ? nonfinite : finite) | (bits & 0x8000) << 16);
 }
 static inline S to_half(F v) {
   const I bits = (I)v, magnitude = bits & 0x7FFFFFFF;
