@@ -14,29 +14,8 @@ constexpr int kRows = 6;  // 12 accumulators, 2 weights, 1 input: 15 of 16 regis
 
 #include "ymm.h"
 
-using Input = __m256i;
-using Weights = __m256i;
-
-static inline Input input(uint32_t group) { return _mm256_set1_epi32(int32_t(group)); }
-
-static inline Input input_lanes(I groups) { return (Input)groups; }
-
-static inline Weights weights(const int8_t* p) {
-  Weights w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  asm("" : "+x"(w));  // keeps it in its register, where g++ would rather load it again for every row
-  return w;
-}
-
-static inline I dot(I acc, Input a, Weights b) {
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
-  return acc;
-}
-
-static inline I dot_pairs(I acc, I a, I b) {
-  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
-  return acc;
-}
-
+#define VEX "%{vex%} "
+#include "vnni.h"
 #include "products.h"
 
 }  // namespace fxq::avx_vnni
