@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from torch.fx.graph import PythonCode, _format_target
 from torch.nn.modules import module as hooks
 
 from fxq.decisions import Report
+from fxq.direct import shorten
 from fxq.encoding import decode, encode
 from fxq.expansion import summary
 from fxq.gradients import refuse_gradients
@@ -68,11 +68,11 @@ class QuantizedModule(GraphModule):
         return "\n".join(lines)
 
     def recompile(self) -> PythonCode:
-        """As fx does it, but with a shorter way to operators and constants: of a small model, half the time.
+        """As fx does it, but with a shorter way to operations and constants: of a small model, half the time.
 
         `code` shows `self.fc1.weight_packed`; what runs is `self._modules["fc1"]._buffers["weight_packed"]`, the same
         object without the search that `nn.Module.__getattr__` makes for each part of a path; each module on the way and
-        each of its tables is looked up once.
+        each of its tables is looked up once. How operations are called stands in `fxq.direct`.
         """
         code = super().recompile()
         source = code.src
@@ -86,10 +86,9 @@ class QuantizedModule(GraphModule):
         scope = dict(code.globals)
         exec(compile(source, f"<fxq {id(self)}>", "exec"), scope)
         type(self).forward = scope["forward"]
-        # An overload is a Python object that calls one of C++; torch.compile knows the former only.
-        direct = {name: getattr(torch.ops.fxq, name).default._op for name in set(_OVERLOAD.findall(source))}
-        scope |= {f"_fxq_{name}": op for name, op in direct.items()}
-        exec(compile(_OVERLOAD.sub(r"_fxq_\1(", source), f"<fxq {id(self)}, direct>", "exec"), scope)
+        source, functions = shorten(source, self.graph)
+        scope |= functions
+        exec(compile(source, f"<fxq {id(self)}, direct>", "exec"), scope)
         type(self)._run = scope["forward"]
         # torch.compile counts compilations per code object and stops at eight: each model has its own.
         call = FunctionType(_call.__code__.replace(), globals(), "__call__")
@@ -137,7 +136,9 @@ class QuantizedModule(GraphModule):
 
 
 _module_call = nn.Module.__call__
-_OVERLOAD = re.compile(r"torch\.ops\.fxq\.(\w+)\.default\(")
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
+"""Each looked up once: a call asks all three."""
 
 
 def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -145,24 +146,24 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
 
     A failure costs nothing where there is none: it is told in the user's terms where an input's dtype is its cause.
     """
+    own = self.__dict__
     try:
         if (
-            self._forward_hooks
-            or self._forward_pre_hooks
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "forward" in own
             or self._compiled_call_impl is not None
             or nn.Module.__call__ is not _module_call
             or hooks._global_forward_hooks
             or hooks._global_forward_pre_hooks
-            or torch._C._get_tracing_state()
-            or "forward" in self.__dict__
+            or _tracing_state()
         ):
             return nn.Module.__call__(self, *args, **kwargs)
-        run = self.forward if torch.compiler.is_compiling() else self._run
-        if torch.is_grad_enabled():
+        run = self.forward if _is_compiling() else self._run
+        if _is_grad_enabled():
             for value in (*args, *kwargs.values()) if kwargs else args:
                 if getattr(value, "requires_grad", False):
-                    compiling = torch.compiler.is_compiling()
-                    what = "an integer model" if compiling else without_gradients(self, args, kwargs, value)
+                    what = "an integer model" if _is_compiling() else without_gradients(self, args, kwargs, value)
                     return refuse_gradients(run(*args, **kwargs), value, what)
         return run(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -43,6 +43,7 @@ LAYERS = [
     {"fxq.nn"},
     {"fxq.engine", "fxq.torch_quantized"},
     {
+        "fxq.direct",
         "fxq.shapes",
         "fxq.expansion",
         "fxq.runs",

@@ -71,12 +71,13 @@ def _of_types(kind: type, *types: type) -> str | None:
 @in_graph
 def structure(value: Any) -> str:
     """Containers, their lengths and keys, and which leaves are None, as text; every other leaf is `*`."""
-    if isinstance(value, torch.Tensor):  # most are, and this runs in each call
-        return "*"
-    if type(value) in (tuple, list) and len(value) <= _SHORT:
-        known = _of_types(type(value), *map(type, value))  # type: ignore[arg-type]
+    kind = type(value)
+    if (kind is tuple or kind is list) and len(value) <= _SHORT:  # this runs in each call
+        known = _of_types(kind, *map(type, value))  # type: ignore[arg-type]
         if known is not None:
             return known
+    if isinstance(value, torch.Tensor):
+        return "*"
     if value is None:
         return "None"
     if isinstance(value, dict):
