@@ -268,6 +268,7 @@ def test_pack_and_unpack(n, k):
     assert packed.shape == (numerics.packed_size(n, k),)
     assert packed.size == -(-n // 16) * 16 * (-(-k // 4) * 4) + -k % 4
     assert np.array_equal(numerics.unpack(packed, n, k), w)
+    assert n == 0 or packed.ctypes.data % 64 == 0  # no vector of weights lies in two cache lines
 
 
 def test_where_the_packed_layout_puts_a_weight():

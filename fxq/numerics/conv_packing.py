@@ -16,7 +16,7 @@ import numpy as np
 
 from fxq.numerics.affine import I8
 from fxq.numerics.conv import Phase, phases
-from fxq.numerics.packing import pack, packed_size, unpack
+from fxq.numerics.packing import in_lines, pack, packed_size, unpack
 
 Ints = Sequence[int]
 
@@ -49,7 +49,7 @@ def pack_conv(q_w: I8, dilation: Ints, groups: int) -> I8:
         return pack(rows.reshape(n, -1))
     runs, length = conv_runs(channels, kernel, dilation, groups)
     rows = np.pad(rows.reshape(n, runs, length), ((0, 0), (0, 0), (0, -length % 4))).reshape(groups, n // groups, -1)
-    return np.concatenate([*(pack(group) for group in rows), np.zeros(-length % 4, np.int8)])
+    return in_lines([*(pack(group) for group in rows), np.zeros(-length % 4, np.int8)])
 
 
 def unpack_conv(packed: I8, n: int, channels: int, kernel: Ints, dilation: Ints, groups: int) -> I8:
@@ -87,7 +87,7 @@ def pack_transposed(q_w: I8, stride: Ints, padding: Ints, dilation: Ints, groups
         pack_conv(phase.select(q_w), phase.dilation, groups)
         for phase in _phases_with_taps(q_w.shape[2:], stride, padding, dilation)
     ]
-    return np.concatenate(parts)
+    return in_lines(parts)
 
 
 def unpack_transposed(

@@ -266,6 +266,7 @@ def test_packing_and_back(n, c, kernel, d, groups, depthwise):
     packed = numerics.pack_conv(w, dilation, groups)
     assert packed.shape == (numerics.packed_conv_size(n, c, kernel, dilation, groups),)
     assert np.array_equal(numerics.unpack_conv(packed, n, c, kernel, dilation, groups), w)
+    assert packed.ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("case", TRANSPOSED)
@@ -276,6 +277,7 @@ def test_packing_of_transposed_weights_and_back(case):
     geometry = (n, channels // groups, kernel, stride, padding, dilation, groups)
     assert packed.shape == (numerics.packed_transposed_size(*geometry),)
     assert np.array_equal(numerics.unpack_transposed(packed, *geometry), w)
+    assert packed.ctypes.data % 64 == 0
 
 
 @given(st.integers(1, 3).flatmap(lambda rank: st.tuples(
