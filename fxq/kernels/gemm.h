@@ -145,28 +145,30 @@ static Tile tile_of(int64_t columns) {
   return tile<R, kColumns, kLeaves>;
 }
 
-template <int R>
-static Tile wide_sums_of(int64_t rows) {
+template <int R, Leaves kLeaves>
+static Tile wide_tile_of(int64_t rows) {
   if constexpr (R > 1)
-    if (rows < R) return wide_sums_of<R - 1>(rows);
-  return tile<R, kColumns, Leaves::kSums>;
+    if (rows < R) return wide_tile_of<R - 1, kLeaves>(rows);
+  return tile<R, kColumns, kLeaves>;
 }
 
 // As high as there are rows; narrow ones of one row, half of kRows or kRows, as others would save little.
 static Tile sums_of(int64_t rows, int64_t columns) {
-  if (columns == kColumns) return wide_sums_of<kRows>(rows);
+  if (columns == kColumns) return wide_tile_of<kRows, Leaves::kSums>(rows);
   if (rows == 1) return tile_of<1, Leaves::kSums>(columns);
   return rows <= kRows / 2 ? tile_of<kRows / 2, Leaves::kSums>(columns) : tile_of<kRows, Leaves::kSums>(columns);
 }
 
-// The tile that leaves results, where there is one: nearly all tiles are of kRows rows; uint8 of one row is for speed.
+// The tile that leaves results, where there is one: of any height, but of narrow ones those that there are most of.
 static Tile results_of(int64_t rows, int64_t columns, bool to_uint8) {
+  if (columns == kColumns)
+    return to_uint8 ? wide_tile_of<kRows, Leaves::kUint8>(rows) : wide_tile_of<kRows, Leaves::kFloat>(rows);
   if (to_uint8 && rows == 1) return tile_of<1, Leaves::kUint8>(columns);
   if (rows != kRows) return nullptr;
   return to_uint8 ? tile_of<kRows, Leaves::kUint8>(columns) : tile_of<kRows, Leaves::kFloat>(columns);
 }
 
-// A strip of the output: the rows [row, row_end) of `columns` vectors of channels, kRows at a time, with weights of `at`.
+// A strip of the output: the rows [row, row_end) of `columns` vectors of channels, by tiles, with weights of `at`.
 static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, int64_t columns, Place at) {
   constexpr int64_t kWidth = kColumns * W;
   const int64_t width = columns * W, valid = g.n - channel < width ? g.n - channel : width;
@@ -194,11 +196,13 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
-  for (; row < row_end; row += kRows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
-    int64_t rows = row_end - row < kRows ? row_end - row : kRows;
-    // The last ones, some of them again, where those cost less than leaving sums does.
-    if (rows > 1 && rows < kRows && row_end - first >= kRows && (kRows - rows) * g.k <= 256) {
-      row = row_end - kRows;
+  for (int64_t rows; row < row_end; row += rows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
+    const int64_t left = row_end - row;
+    rows = left < kRows ? left : kRows;
+    if (columns == kColumns) {
+      rows = ceil_div(left, ceil_div(left, kRows));  // of equal height, as the weights come equally fast for each
+    } else if (rows > 1 && rows < kRows && row_end - first >= kRows && (kRows - rows) * g.k <= 256) {
+      row = row_end - kRows;  // the last ones, some of them again, where those cost less than leaving sums does
       rows = kRows;
     }
     if (g.rows)
@@ -237,6 +241,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 }
 
+constexpr int64_t kAheadRows = 16;
+
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
   const int64_t fit = 384 * 1024 / (g.k + 1), most = fit < 96 ? 96 : fit > 960 ? 960 : fit;
@@ -251,7 +257,9 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.step = 4 * width;
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
-      if (tiles > 1) {  // each brings its share of the next panel; one alone leaves that to the processor
+      // Each tile brings its share of the next panel. Where there are fewer rows the processor does better alone: they
+      // are through with a panel before its few buffers for misses that were asked for can have brought the next.
+      if (block_end - block >= kAheadRows) {
         at.ahead += width * padded_k;
         at.ahead_step = ceil_div(at.step, tiles * strips);
       }
