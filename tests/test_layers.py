@@ -44,6 +44,7 @@ LAYERS = [
     {"fxq.engine", "fxq.torch_quantized"},
     {
         "fxq.direct",
+        "fxq.attention_by_hand",
         "fxq.shapes",
         "fxq.expansion",
         "fxq.runs",
