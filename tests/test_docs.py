@@ -94,10 +94,11 @@ def test_the_plots_are_what_their_script_draws(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tracing_table():
     """The script that writes the table into docs/tracing.md."""
-    spec = importlib.util.spec_from_file_location("tracing_table", DOCS / "tracing_table.py")
-    script = sys.modules["tracing_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    for name in ("tracing_cases", "tracing_table"):
+        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules["tracing_table"]
 
 
 def test_the_table_of_cases_says_what_fxq_does(tracing_table):
