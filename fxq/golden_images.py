@@ -1,4 +1,4 @@
-"""What the convolutions of a golden model compute, and what moves images, in NumPy: functions for rows of `golden_ops`.
+"""What the convolutions of a golden model compute, in NumPy: functions for rows of `golden_ops`.
 
 Operands come in the order of the torch ops, whose weights are packed.
 """
@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from fxq import numerics
 from fxq.numerics import I8, I32, U8, Array
@@ -93,27 +91,3 @@ CONVOLUTIONS = {
     "fxq.qconv_transpose_fixed": Convolution(numerics.qconv_transpose_fixed, 2, _transposed),
     "fxq.qconv_transpose_float": Convolution(numerics.qconv_transpose_float, 1, _transposed),
 }
-
-
-_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
-
-def pad(input: Array, pad: Ints, mode: str = "constant", value: Any = None) -> Array:
-    """torch's pad: `pad` holds two numbers per dimension, the last dimension first; a negative one cuts off."""
-    widths = [(0, 0)] * input.ndim
-    for i in range(len(pad) // 2):
-        before, after = pad[2 * i : 2 * i + 2]
-        axis = input.ndim - 1 - i
-        size = input.shape[axis]
-        input = np.take(input, range(max(-before, 0), size - max(-after, 0)), axis)
-        widths[axis] = (max(before, 0), max(after, 0))
-    if mode == "constant":
-        return np.pad(input, widths, constant_values=value or 0)
-    options: Any = {"mode": _MODES[mode]}
-    return np.pad(input, widths, **options)
-
-
-def channel_shuffle(input: Array, groups: int) -> Array:
-    """Channel g * C / groups + i goes to i * groups + g."""
-    split = input.reshape(input.shape[0], groups, input.shape[1] // groups, *input.shape[2:])
-    return np.swapaxes(split, 1, 2).reshape(input.shape)

@@ -7,7 +7,6 @@ torch's sign depends on the position in memory.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxq import golden_images, numerics
+from fxq import golden_images, golden_moves, numerics
 from fxq.errors import GoldenError, GuardError
 from fxq.numerics import F32, I8, I32, U8, Array
 
@@ -158,91 +157,7 @@ def _linear_weight(x: Array, weight: I8, bias: Array, *rest: object, **named: ob
     return _weight(x, weight, bias)
 
 
-# Moves: the same numbers in another order or shape, as torch understands the arguments.
-
-
-def _sizes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-
-
-def _flatten(input: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
-    shape = input.shape or (1,)
-    start, end = start_dim % len(shape), end_dim % len(shape)
-    return input.reshape(*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
-
-
-def _unflatten(input: Array, dim: int, sizes: tuple[int, ...]) -> Array:
-    dim %= input.ndim
-    known = math.prod(size for size in sizes if size != -1)
-    whole = (input.shape[dim] // known if size == -1 else size for size in sizes)
-    return input.reshape(*input.shape[:dim], *whole, *input.shape[dim + 1 :])
-
-
-def _squeeze(input: Array, dim: int | tuple[int, ...] | None = None) -> Array:
-    dims = range(input.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
-    ones = tuple(d % input.ndim for d in dims if input.ndim and input.shape[d] == 1)
-    return np.squeeze(input, ones)
-
-
-def _permute(input: Array, *dims: Any) -> Array:
-    return np.transpose(input, _sizes(dims))
-
-
-def _narrow(input: Array, dim: int, start: int, length: int) -> Array:
-    start += input.shape[dim] if start < 0 else 0
-    if start + length > input.shape[dim]:
-        raise IndexError(f"narrow({dim}, {start}, {length}) reaches beyond the size {input.shape[dim]}")
-    return _slice(input, dim, start, start + length)
-
-
-def _slice(x: Array, dim: int, start: int, stop: int) -> Array:
-    index: list[slice] = [slice(None)] * x.ndim
-    index[dim] = slice(start, stop)
-    return x[tuple(index)]
-
-
-def _split(tensor: Array, split_size_or_sections: int | tuple[int, ...], dim: int = 0) -> tuple[Array, ...]:
-    total, sections = tensor.shape[dim], split_size_or_sections
-    if isinstance(sections, int):
-        sections = tuple(min(sections, total - start) for start in range(0, total, sections)) or (0,)
-    if sum(sections) != total:
-        raise ValueError(f"split sizes {list(sections)} do not add up to the size {total}")
-    stops = itertools.accumulate(sections)
-    return tuple(_slice(tensor, dim, stop - size, stop) for size, stop in zip(sections, stops, strict=True))
-
-
-def _chunk(input: Array, chunks: int, dim: int = 0) -> tuple[Array, ...]:
-    return _split(input, max(1, -(-input.shape[dim] // chunks)), dim)
-
-
-def _tensor_split(input: Array, indices_or_sections: int | tuple[int, ...], dim: int = 0) -> tuple[Array, ...]:
-    return tuple(np.array_split(input, indices_or_sections, dim))
-
-
-def _unbind(input: Array, dim: int = 0) -> tuple[Array, ...]:
-    return tuple(np.moveaxis(input, dim, 0))
-
-
-def _expand(input: Array, *size: Any) -> Array:
-    size = _sizes(size)
-    known = (1,) * (len(size) - input.ndim) + input.shape
-    return np.broadcast_to(input, tuple(k if s == -1 else s for s, k in zip(size, known, strict=True)))
-
-
-def _pixel_shuffle(input: Array, upscale_factor: int) -> Array:
-    *lead, c, h, w = input.shape
-    r, n = upscale_factor, len(lead)
-    blocks = input.reshape(*lead, c // (r * r), r, r, h, w)
-    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
-    return blocks.transpose(order).reshape(*lead, c // (r * r), h * r, w * r)
-
-
-def _pixel_unshuffle(input: Array, downscale_factor: int) -> Array:
-    *lead, c, h, w = input.shape
-    r, n = downscale_factor, len(lead)
-    blocks = input.reshape(*lead, c, h // r, r, w // r, r)
-    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3)
-    return blocks.transpose(order).reshape(*lead, c * r * r, h // r, w // r)
+# Pools and tables.
 
 
 def _max_pool(
@@ -254,25 +169,8 @@ def _max_pool(
     ceil_mode: bool = False,
 ) -> Array:
     """The largest of each window over the last dimensions; the first of equals, and NaN above all, as in torch."""
-    rank = len(kernel_size)
-    lowest: Any = -np.inf if input.dtype.kind == "f" else np.iinfo(input.dtype.name).min
-    counts, pads = [], [(0, 0)] * (input.ndim - rank)
-    for size, k, s, p, d in zip(input.shape[-rank:], kernel_size, stride, padding, dilation, strict=True):
-        room = size + 2 * p - d * (k - 1) - 1
-        count = (-(-room // s) if ceil_mode else room // s) + 1
-        if ceil_mode and (count - 1) * s >= size + p:
-            count -= 1  # a window may not begin in the padding on the right
-        if count < 1:
-            raise ValueError(f"its input of size {size} is smaller than the pooling window")
-        counts.append(count)
-        pads.append((p, max(p, (count - 1) * s + d * (k - 1) + 1 - size - p)))
-    padded: Any = np.pad(input, pads, constant_values=lowest)
-    best: Array = np.full((*input.shape[:-rank], *counts), lowest, input.dtype)
-    for offset in itertools.product(*(range(k) for k in kernel_size)):
-        starts = [o * d for o, d in zip(offset, dilation, strict=True)]
-        window = tuple(slice(b, b + s * (n - 1) + 1, s) for b, s, n in zip(starts, stride, counts, strict=True))
-        best = _larger(best, padded[(..., *window)])
-    return best
+    lowest = -np.inf if input.dtype.kind == "f" else np.iinfo(input.dtype.name).min
+    return numerics.max_of_windows(input, kernel_size, stride, padding, dilation, ceil_mode, lowest, _larger)
 
 
 def _max_pool1d(
@@ -421,30 +319,7 @@ OPS: dict[str, Op] = {
     "fxq.qupsample_bilinear": Op(numerics.qupsample_bilinear),
     "fxq.qupsample_bilinear_fixed": Op(numerics.qupsample_bilinear_fixed),
     "fxq.qcat": Op(lambda tensors: np.concatenate(tensors, 1)),
-    "pad": Op(golden_images.pad),
-    "channel_shuffle": Op(golden_images.channel_shuffle),
-    "reshape": Op(lambda input, shape: np.reshape(input, shape)),
-    "flatten": Op(_flatten),
-    "unflatten": Op(_unflatten),
-    "squeeze": Op(_squeeze),
-    "unsqueeze": Op(lambda input, dim: np.expand_dims(input, dim)),
-    "transpose": Op(lambda input, dim0, dim1: np.swapaxes(input, dim0, dim1)),
-    "permute": Op(_permute),
-    "movedim": Op(lambda input, source, destination: np.moveaxis(input, source, destination)),
-    "narrow": Op(_narrow),
-    "select": Op(lambda input, dim, index: np.take(input, index, dim)),
-    "flip": Op(lambda input, *dims: np.flip(input, _sizes(dims))),
-    "tile": Op(lambda input, *dims: np.tile(input, _sizes(dims))),
-    "expand": Op(_expand),
-    "pixel_shuffle": Op(_pixel_shuffle),
-    "pixel_unshuffle": Op(_pixel_unshuffle),
-    "cat": Op(lambda tensors, dim=0: np.concatenate(tensors, dim)),
-    "stack": Op(lambda tensors, dim=0: np.stack(tensors, dim)),
-    "split": Op(_split),
-    "chunk": Op(_chunk),
-    "tensor_split": Op(_tensor_split),
-    "unbind": Op(_unbind),
-    "getitem": Op(operator.getitem),
+    **{name: Op(move) for name, move in golden_moves.MOVES.items()},
     "max_pool1d": Op(_max_pool1d),
     "max_pool2d": Op(_max_pool),
     "max_pool3d": Op(_max_pool),

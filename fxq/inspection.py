@@ -24,7 +24,8 @@ from fxq.decisions import Reason, Report
 from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
 from fxq.expansion import expand
-from fxq.golden_model import GoldenModel, build
+from fxq.golden_model import GoldenModel
+from fxq.golden_program import build
 from fxq.graph import bind, mutations, place_of, target_name
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context

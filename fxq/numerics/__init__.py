@@ -111,6 +111,7 @@ from fxq.numerics.lookup import lookup, lookup_channels
 from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
 from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
 from fxq.numerics.pooling import (
+    max_of_windows,
     pool_sizes,
     qadaptive_avg_pool,
     qadaptive_avg_pool_fixed,
@@ -178,6 +179,7 @@ __all__ = [
     "linear_weight_only",
     "lookup",
     "lookup_channels",
+    "max_of_windows",
     "mean_multiplier",
     "norm_quantize",
     "onednn_scales",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,14 +170,35 @@ def qadaptive_avg_pool_fixed(
 
 def qmax_pool(q_x: U8, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> U8:
     """The largest integer of each window; what is padded holds 0, the smallest. padding: one number per dimension."""
-    sizes = pool_sizes(q_x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
-    widths = [(0, 0), (0, 0)]
-    for n, k, s, p, d, count in zip(q_x.shape[2:], kernel, stride, padding, dilation, sizes, strict=True):
+    y: U8 = max_of_windows(q_x, kernel, stride, padding, dilation, ceil_mode, 0, np.maximum)
+    return y
+
+
+def max_of_windows(
+    x: npt.NDArray[Any],
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    ceil_mode: bool,
+    lowest: float,
+    larger: Callable[[Any, Any], npt.NDArray[Any]],
+) -> npt.NDArray[Any]:
+    """The largest value of each window over the last dimensions of `x` by `larger`, of `lowest` where it is padded.
+
+    Raises `ValueError` where a window is larger than the padded input.
+    """
+    rank = len(kernel)
+    sizes = pool_sizes(x.shape[-rank:], kernel, stride, padding, dilation, ceil_mode)
+    if min(sizes) < 1:
+        raise ValueError(f"its input of sizes {list(x.shape[-rank:])} is smaller than the pooling window")
+    widths = [(0, 0)] * (x.ndim - rank)
+    for n, k, s, p, d, count in zip(x.shape[-rank:], kernel, stride, padding, dilation, sizes, strict=True):
         widths.append((p, max((count - 1) * s + d * (k - 1) + 1 - n - p, 0)))
-    padded = np.pad(q_x, widths)
-    y = np.zeros((*q_x.shape[:2], *sizes), np.uint8)
+    padded = np.pad(x, widths, constant_values=lowest)
+    y: npt.NDArray[Any] = np.full((*x.shape[:-rank], *sizes), lowest, x.dtype)
     for position in itertools.product(*map(range, kernel)):
         starts = [p * d for p, d in zip(position, dilation, strict=True)]
         window: list[Any] = [slice(b, b + s * (n - 1) + 1, s) for b, s, n in zip(starts, stride, sizes, strict=True)]
-        y = np.maximum(y, padded[(..., *window)])
+        y = larger(y, padded[(..., *window)])
     return y
