@@ -158,18 +158,6 @@ class Simulation:
                 for run in runs:
                     run.forget(node)
 
-    def judge(self) -> None:
-        """Find `gain` and `reached` of the graph as it is now, after `stops`."""
-        self._weights.clear()
-        with _reproducible():
-            runs = [_Run(self.gm, call, self._round) for call in self.judged]
-            for node in self.gm.graph.nodes:
-                for run in runs:
-                    run.step(node)
-                    if node.op != "output":
-                        run.forget(node)
-            self.gain = self._gain([run.env[node] for run in runs])
-
     def values(self, node: Node) -> tuple[list[Tensor], list[Tensor]]:
         """What `node` gave in the exact runs, and in the rounded ones."""
         return [run.env[node] for run in self.exact], [run.env[node] for run in self.rounded]

@@ -2,8 +2,8 @@
 
 The network runs in float and in integers side by side (`fxq.simulation`). At each product the methods change its
 constants in their order, and everything behind it sees what it then gives. Where the output of the network loses by all
-of it, the last method's changes are taken back, then the one's before; and where none are left, the network runs once
-more without the first method, since the others were fitted to what it had made of the products.
+of it, all is taken back, and the network runs again with fewer of the methods, without the last one first: what one has
+made of a product was fitted to what the others had made of those before.
 
 The methods have files of their own: `round_weights`, `correct_bias`.
 """
@@ -11,7 +11,8 @@ The methods have files of their own: `round_weights`, `correct_bias`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 
 from torch.fx import GraphModule, Node
 
@@ -32,50 +33,60 @@ class FitProducts:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of constants changed; effects and times go into the report."""
-        refused: dict[str, str] = {}
-        count = 0
-        for first, method in enumerate(self.methods):
-            count = _fit(self.methods[first:], gm, ctx, refused)
-            if count or method.name not in refused:  # without it, the others would do the same again
-                break
-        ctx.report.notes += refused.values()
-        return count
+        losses: dict[Method, float] = {}
+        tried: list[set[Method]] = [set()]
+        for size in range(len(self.methods), 0, -1):
+            for methods in combinations(self.methods, size):
+                if set(methods) in tried:
+                    continue
+                fit = _fit(methods, gm, ctx)
+                if fit.gain >= 0:
+                    _report(fit, losses, ctx)
+                    return sum(map(len, fit.changes.values()))
+                for change in (change for changes in fit.changes.values() for change in changes.values()):
+                    change.undo()
+                tried.append(set(fit.changes))  # where the others have changed nothing, these have lost by themselves
+                losses |= dict.fromkeys(fit.changes, -fit.gain)
+        _report(_Fit(), losses, ctx)
+        return 0
 
 
-def _fit(methods: tuple[Method, ...], gm: GraphModule, ctx: Context, refused: dict[str, str]) -> int:
-    """One run of the network with these methods; the number of constants changed. refused: why, by name of a method."""
+@dataclass
+class _Fit:
+    """One run of the network: what the methods that changed anything did, by name of the product, and the seconds that
+    each took; gain: of the output, in dB."""
+
+    changes: dict[Method, dict[str, Change]] = field(default_factory=dict)
+    seconds: dict[Method, float] = field(default_factory=dict)
+    gain: float = 0.0
+
+
+def _fit(methods: tuple[Method, ...], gm: GraphModule, ctx: Context) -> _Fit:
     begun = [(method, fitter) for method in methods if (fitter := method.begin(gm, ctx)) is not None]
     products = set[Node]().union(*(fitter.products for _, fitter in begun))
     if not products:
-        return 0
+        return _Fit()
     simulation = Simulation(gm, ctx)
-    changes: dict[Method, dict[str, Change]] = {method: {} for method, _ in begun}
-    seconds = dict.fromkeys(changes, 0.0)
-    for node in simulation.stops(products, f"fitting {' and '.join(method.what for method in changes)}"):
+    fit = _Fit(seconds={method: 0.0 for method, _ in begun})
+    for node in simulation.stops(products, f"fitting {' and '.join(method.what for method in fit.seconds)}"):
         for method, fitter in begun:
             start = time.perf_counter()
             change = fitter.fit(node, simulation) if node in fitter.products else None
             if change is not None:
-                changes[method][node.name] = change
+                fit.changes.setdefault(method, {})[node.name] = change
                 simulation.rerun(node)
-            seconds[method] += time.perf_counter() - start
-    for method in reversed(changes):
-        if simulation.gain >= 0:
-            break
-        if changes[method]:
-            loss = f"the output would lose {-simulation.gain:.2f} dB"
-            refused[method.name] = f"{method.name}: all {method.what} stay as they were, since {loss}"
-            _undo(changes[method], simulation)
-    for method, done in changes.items():
-        ctx.report.add_details({name: change.effect for name, change in done.items()})
-        if done:
-            refused.pop(method.name, None)
-            ctx.report.seconds[method.name] = len(done), seconds[method]
-    return sum(map(len, changes.values()))
+            fit.seconds[method] += time.perf_counter() - start
+    fit.gain = simulation.gain
+    return fit
 
 
-def _undo(changes: dict[str, Change], simulation: Simulation) -> None:
-    for change in changes.values():
-        change.undo()
-    changes.clear()
-    simulation.judge()
+def _report(fit: _Fit, losses: dict[Method, float], ctx: Context) -> None:
+    """losses: of the output, in dB, by each method that was tried in vain before."""
+    for method, changes in fit.changes.items():
+        ctx.report.add_details({name: change.effect for name, change in changes.items()})
+        ctx.report.seconds[method.name] = len(changes), fit.seconds[method]
+    ctx.report.notes += (
+        f"{method.name}: all {method.what} stay as they were, since the output would lose {loss:.2f} dB"
+        for method, loss in losses.items()
+        if method not in fit.changes
+    )

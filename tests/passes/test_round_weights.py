@@ -1,5 +1,6 @@
 """round_weights: weights on the grid of their scales, less noise in the product, and what is left alone."""
 
+import copy
 import json
 
 import pytest
@@ -21,6 +22,7 @@ from passes.fit_products import FitProducts
 from passes.round_weights import compensated, damped_hessian
 
 PASS = FitProducts((round_weights.METHOD,))
+BOTH = (round_weights.METHOD, correct_bias.METHOD)
 
 
 def related(rows=512, width=48, rank=12):
@@ -160,7 +162,7 @@ def test_in_float_the_network_is_as_it_was(staged):
 
 def test_the_last_method_is_taken_back_first(staged, monkeypatch):
     monkeypatch.setattr(correct_bias, "LEAST_GAIN", -100.0)
-    both = FitProducts((round_weights.METHOD, correct_bias.METHOD))
+    both = FitProducts(BOTH)
     gains = iter((-1.0, 0.5))
     monkeypatch.setattr(Simulation, "_gain", lambda self, outputs: next(gains))
     gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
@@ -174,8 +176,8 @@ def test_the_last_method_is_taken_back_first(staged, monkeypatch):
 def test_where_all_is_taken_back_the_last_method_is_tried_by_itself(staged, text, monkeypatch, last):
     """It was fitted to what the first had made of the products."""
     monkeypatch.setattr(correct_bias, "LEAST_GAIN", -100.0)
-    both = FitProducts((round_weights.METHOD, correct_bias.METHOD))
-    gains = iter((-1.0, -2.0, 0.0, last, 0.0))
+    both = FitProducts(BOTH)
+    gains = iter((-1.0, -2.0, last))
     monkeypatch.setattr(Simulation, "_gain", lambda self, outputs: next(gains))
     gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
     before = text(gm)
@@ -187,13 +189,40 @@ def test_where_all_is_taken_back_the_last_method_is_tried_by_itself(staged, text
     assert sorted(note.split(":")[0] for note in ctx.report.notes) == refused
 
 
+def test_what_was_fitted_beside_a_method_that_goes_is_fitted_again(staged, monkeypatch):
+    """To what the products before give without it."""
+    correct = correct_bias._correct
+    monkeypatch.setattr(correct_bias, "LEAST_GAIN", -100.0)
+    monkeypatch.setattr(correct_bias, "_correct", lambda gm, product, shift: correct(gm, product, shift - 2))
+    model, x = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 16)), related() + 3
+    found = []
+    for methods, gains in (((round_weights.METHOD,), [0.5]), (BOTH, [-1.0, 0.5]), (BOTH, [0.5])):
+        monkeypatch.setattr(Simulation, "_gain", lambda self, outputs, left=iter(gains): next(left))
+        gm, ctx = staged(copy.deepcopy(model), x, "fit-products", Recipe())
+        assert FitProducts(methods).run(gm, ctx)
+        found.append([module.integers for module in gm.modules() if isinstance(module, RoundedWeight)])
+    alone, again, beside = found
+    assert len(alone) == len(again) == 2 and all(map(torch.equal, alone, again))
+    assert len(beside) == 1, "behind such a bias the second does not gain"
+
+
+def test_what_has_lost_is_not_tried_twice(staged, monkeypatch):
+    """Where the biases did not change, the weights have been tried by themselves."""
+    runs = []
+    monkeypatch.setattr(correct_bias, "LEAST_GAIN", 100.0)
+    monkeypatch.setattr(Simulation, "_gain", lambda self, outputs: runs.append(self) or -1.0)
+    gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
+    assert FitProducts(BOTH).run(gm, ctx) == 0
+    assert len(runs) == 2, "with both, and with the biases alone"
+
+
 def test_without_changes_the_network_runs_once(staged, monkeypatch):
     runs = []
     monkeypatch.setattr(round_weights, "LEAST_GAIN", 100.0)
     monkeypatch.setattr(correct_bias, "LEAST_GAIN", 100.0)
     monkeypatch.setattr(Simulation, "_judge", lambda self, output: runs.append(output))
     gm, ctx = staged(nn.Linear(48, 16), related(), "fit-products", Recipe())
-    assert FitProducts((round_weights.METHOD, correct_bias.METHOD)).run(gm, ctx) == 0
+    assert FitProducts(BOTH).run(gm, ctx) == 0
     assert len(runs) == 1
 
 
