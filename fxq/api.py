@@ -26,11 +26,12 @@ from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
-from fxq.observers import forget_rows, learning, paused, sample_of
+from fxq.observers import forget_rows, learning, paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
 from fxq.recipe import Recipe
+from fxq.sampling import sample_of
 from fxq.stages import Stage
 from fxq.tracing.sharing import aliases, own, tensors_of
 from passes import CONVERT, PREPARE

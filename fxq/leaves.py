@@ -28,9 +28,10 @@ from fxq.decisions import Decision
 from fxq.errors import FxqError, GuardError, InputError, TraceError
 from fxq.graph import SHARED, STATE, unchanged
 from fxq.inputs import Call
-from fxq.observers import HOLDER, paused, sample_of
+from fxq.observers import HOLDER, paused
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule, weight_bytes
+from fxq.sampling import sample_of
 from fxq.tracing.sharing import aliases, tensors_of
 
 META = "leaves"

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -18,17 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fxq.errors import CalibrationError
-from fxq.inputs import Call
 from fxq.numerics import activation_qparams, weight_scales
-from fxq.qtypes import ACT_QMAX, ACT_QMIN, Granularity, QParams
+from fxq.qtypes import Granularity, QParams
+from fxq.ranges import best_range
 
 BINS = 4096
 AT_ONCE = 1 << 16
 """Values that are sorted into bins together: what that takes stays in a cache."""
-CLIP_COST = 4.0
-"""What the squared error of a clipped value counts: it has one sign, so it adds up in the next product, where errors of
-rounding cancel. Measured without balance: with 1, `histogram` falls behind `min_max` by up to 0.4 dB; with 4 by
-0.1 at most."""
 
 
 class KeepsDtypes(nn.Module):
@@ -144,10 +139,8 @@ class MovingAverage(Observer):
 
 
 class Histogram(Observer):
-    """The range with the smallest squared quantization error over a histogram of all values seen (see CLIP_COST).
+    """The range with the smallest squared quantization error (`fxq.ranges`), over a histogram of all values seen.
 
-    And over what as many values again would bring: one beyond either extreme, on the average. That is nothing beside
-    millions of values; of a few hundred, the range that holds just those seen would cost up to 15 dB on others.
     4096 bins; when a batch leaves their range, the range doubles and bins merge in pairs, so counts stay exact. Zeros
     are left out: they are exact in every affine quantization.
     """
@@ -200,68 +193,12 @@ class Histogram(Observer):
         return centres, counts[used].astype(np.float64)
 
     def range(self) -> tuple[float, float]:
-        """The best ends, clipping what was seen or reaching beyond: each in turn over a geometric grid, twice, then
-        refined."""
+        """`best_range` of all that has been seen."""
         seen = torch.cat([self.counts, torch.stack([self.low, self.high, self.start, self.width])])
         if self._found is None or not torch.equal(self._found[0], seen):
-            self._found = seen, self._search()
+            values, counts = self._values()
+            self._found = seen, best_range(values, counts, min(self.low.item(), 0.0), max(self.high.item(), 0.0))
         return self._found[1]
-
-    def _search(self) -> tuple[float, float]:
-        low, high = min(self.low.item(), 0.0), max(self.high.item(), 0.0)
-        values, counts = self._values()
-        if not len(values):
-            return low, high
-        beyond = _excess(-values[::-1], counts[::-1]), _excess(values, counts)
-
-        def cost(ends: tuple[float, float]) -> float:
-            unseen = _unseen(low, ends[0], beyond[0]) + _unseen(high, ends[1], beyond[1])
-            return _squared_error(values, counts, *ends) + unseen
-
-        def best(candidates: list[tuple[float, float]]) -> tuple[float, float]:
-            return min(candidates, key=cost)
-
-        kept = (1.0, 1.0)
-        coarse = 2.0 ** (-np.arange(-8, 48) / 8)
-        for grid in (coarse, coarse, 2.0 ** np.linspace(-0.12, 0.12, 25)):
-            for end in (0, 1):
-                if not (low, high)[end]:
-                    continue
-                base = kept[end] if len(grid) == 25 else 1.0
-                most = 2.0 if beyond[end] else 1.0
-                options = [min(most, float(base * g)) for g in grid]
-                ranges = [(low * (o if end == 0 else kept[0]), high * (o if end == 1 else kept[1])) for o in options]
-                chosen = options[ranges.index(best(ranges))]
-                kept = (chosen, kept[1]) if end == 0 else (kept[0], chosen)
-        return low * kept[0], high * kept[1]
-
-
-def _excess(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float:
-    """By how much the largest ln(n) of n values exceed the least of them, in the mean; values: ascending."""
-    above = np.cumsum(counts[::-1])[::-1]
-    many = max(1.0, np.log(above[0]))
-    least = int(np.searchsorted(-above, -many, side="right")) - 1
-    return float(np.dot(counts[least:], values[least:] - values[least]) / many)
-
-
-def _unseen(seen: float, end: float, excess: float) -> float:
-    """The squared error expected where one value lies beyond the extreme that was `seen`, and is clipped at `end`.
-
-    How far beyond is taken to be exponentially distributed with the mean `excess`, as tails are (Pickands, 1975).
-    """
-    room = abs(end) - abs(seen)
-    if room <= 0:
-        return room**2 - 2 * room * excess + 2 * excess**2
-    return 2 * excess**2 * float(np.exp(-room / excess)) if excess else 0.0
-
-
-def _squared_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], low: float, high: float) -> float:
-    """The sum of counts * cost * (value - dequantize(quantize(value)))^2; cost: CLIP_COST where clipped, else 1."""
-    q = activation_qparams(low, high)
-    wanted = np.rint(values / q.scale) + q.zero_point
-    steps = np.minimum(np.maximum(wanted, ACT_QMIN), ACT_QMAX)
-    cost = np.where(wanted == steps, 1.0, CLIP_COST)
-    return float(np.dot(counts * cost, np.square(values - (steps - q.zero_point) * q.scale)))
 
 
 class Percentile(Histogram):
@@ -362,51 +299,6 @@ class Rows(nn.Module):
 
 HOLDER = "observers"
 """The submodule of a graph that holds its observers."""
-SAMPLE = "calibration_sample"
-"""The submodule of a graph with observers that holds its `Sample`."""
-
-
-class Sample(nn.Module):
-    """A few calls of the calibration data, drawn evenly with a fixed seed, in memory of their own.
-
-    At most `most`, and as many as `most_bytes` hold, but one at least. seen: how many calls were offered. All of it
-    travels in a state_dict.
-    """
-
-    most, most_bytes = 8, 16 * 2**20
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self.seen = 0
-
-    def offer(self, call: Call) -> None:
-        """Reservoir sampling: each call seen so far is as likely to be kept."""
-        size = sum(tensor.nbytes for _, tensor in call.tensors())
-        most = max(1, min(self.most, self.most_bytes // max(1, size)))
-        place = random.Random(self.seen).randrange(self.seen + 1)
-        self.seen += 1
-        if len(self.calls) < most:
-            self.calls.append(call.clone())
-        elif place < len(self.calls):
-            self.calls[place] = call.clone()
-
-    def get_extra_state(self) -> tuple[int, list[tuple[Any, ...]]]:
-        """Plain data."""
-        return self.seen, [(call.args, call.kwargs) for call in self.calls]
-
-    def set_extra_state(self, state: tuple[int, list[tuple[Any, ...]]]) -> None:
-        """The inverse of `get_extra_state`."""
-        self.seen, self.calls = state[0], [Call(*call).clone() for call in state[1]]
-
-    def extra_repr(self) -> str:
-        return f"{len(self.calls)} of {self.seen} calls"
-
-
-def sample_of(prepared: nn.Module) -> Sample | None:
-    """The sample of a graph with observers; None where there is nothing to observe, or it is trained."""
-    found = getattr(prepared, SAMPLE, None)
-    return found if isinstance(found, Sample) else None
 
 
 class WeightObserver(KeepsDtypes):

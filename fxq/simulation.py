@@ -22,11 +22,12 @@ from fxq.fake_quantize import FakeQuantize
 from fxq.graph import STATE, Value, bind, submodule
 from fxq.inputs import Call
 from fxq.memory import give_back
-from fxq.observers import Observer, Rows, Sample, WeightObserver, sample_of
+from fxq.observers import Observer, Rows, WeightObserver
 from fxq.pipeline import Context
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize
 from fxq.qtypes import QParams
 from fxq.recipe import Recipe
+from fxq.sampling import Sample, sample_of
 from fxq.spelling import CONV_TRANSPOSE, CONVS, LINEAR
 
 MOST_WORK = 20 * 10**9

@@ -15,10 +15,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import bypass, call, constant, get_attr, is_size, replace, set_constant, submodule
-from fxq.observers import SAMPLE, Observer, RoundedWeight, Rows, WeightObserver, sample_of
+from fxq.observers import Observer, RoundedWeight, Rows, WeightObserver
 from fxq.outputs import is_exit, output_qparams
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize, quantize_weight
+from fxq.sampling import SAMPLE, sample_of
 from fxq.stages import Stage
 
 

@@ -29,9 +29,10 @@ from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.graph import constant, erase_unused, exclusive_constants, get_attr, set_constant, submodule
-from fxq.observers import OBSERVERS, MinMax, Observer, WeightObserver, sample_of
+from fxq.observers import OBSERVERS, MinMax, Observer, WeightObserver
 from fxq.pipeline import Context, Numbers
 from fxq.qdq import dequantize, dequantize_weight, quantize, quantize_weight
+from fxq.sampling import sample_of
 from fxq.simulation import Simulation, calibrated_products, rows_of
 from fxq.spelling import LINEAR, RELU
 from fxq.stages import Stage

@@ -19,8 +19,9 @@ from torch.fx import GraphModule, Node
 
 from fxq.decisions import Reason
 from fxq.graph import erase_unused, submodule
-from fxq.observers import Sample, WeightObserver, sample_of
+from fxq.observers import WeightObserver
 from fxq.pipeline import Context, Numbers
+from fxq.sampling import Sample, sample_of
 from fxq.simulation import Simulation, calibrated_products
 from fxq.stages import Stage
 

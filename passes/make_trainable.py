@@ -28,9 +28,10 @@ from fxq.fake_quantize import (
     WeightFakeQuantize,
 )
 from fxq.graph import bypass, call, constant, get_attr, submodule
-from fxq.observers import SAMPLE, Observer, WeightObserver, sample_of
+from fxq.observers import Observer, WeightObserver
 from fxq.ops.dropout import DROPOUT, Dropout
 from fxq.pipeline import Context, Numbers
+from fxq.sampling import SAMPLE, sample_of
 from fxq.spelling import ATTENTION, BATCH_NORM
 from fxq.stages import Stage
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq.graph import call, module_of, place_of
-from fxq.observers import HOLDER, OBSERVERS, SAMPLE, Edge, Rows, Sample, WeightObserver
+from fxq.observers import HOLDER, OBSERVERS, Edge, Rows, WeightObserver
 from fxq.outputs import is_exit
 from fxq.pipeline import Context, Numbers, Place
 from fxq.qtypes import QuantSpec, RowSpec, SharedSpec, Spec, WeightSpec
+from fxq.sampling import SAMPLE, Sample
 from fxq.spelling import LINEAR
 from fxq.stages import Stage
 

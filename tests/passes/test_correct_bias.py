@@ -9,9 +9,10 @@ import fxq
 from fxq.comparison import sqnr
 from fxq.fake_quantize import FakeQuantize
 from fxq.inputs import Call
-from fxq.observers import Percentile, Sample
+from fxq.observers import Percentile
 from fxq.pipeline import run
 from fxq.recipe import Recipe
+from fxq.sampling import Sample
 from fxq.simulation import Simulation, calibrated_products, rows_of
 from passes import correct_bias
 from passes.fit_products import FitProducts
