@@ -19,6 +19,7 @@ from fxq import leaves as inside
 from fxq.checks import check_model, is_narrow
 from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
+from fxq.double import run
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
 from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
@@ -166,9 +167,8 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
             check_finite(call, f"calibration batch {count - 1}")
             if sample is not None:
                 sample.offer(call)
-            own = call.clone()
             try:
-                prepared.forward(*own.args, **own.kwargs)
+                run(prepared, call.clone(), double=ctx.recipe.reproducible)
             except FxqError as error:
                 raise type(error)(f"calibration batch {count - 1}: {error}") from None
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:

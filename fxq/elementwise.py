@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxq.double import Double, narrowed
 from fxq.graph import constant, is_float_tensor, is_tensor, submodule
 from fxq.spelling import float_bounds
 
@@ -153,7 +154,10 @@ class Span:
         return tuple(node for node in (*self.nodes[:-1], *makers) if inside.issuperset(node.users))
 
     def table(self, gm: GraphModule, values: Tensor) -> Tensor:
-        """The function of each of `values` (float32 [V]): [V], or [C, V] where it differs along `dim`."""
+        """The function of each of `values` (float32 [V]): [V], or [C, V] where it differs along `dim`.
+
+        Computed in float64 and rounded to float32 once, so that it is the same on every machine.
+        """
         shape = self.source.meta["value"].shape
         x = values
         if self.dim is not None:
@@ -165,13 +169,13 @@ class Span:
                 if operand not in env:
                     env[operand] = constant(gm, operand) if operand.op == "get_attr" else _run(gm, operand, env)
             env[node] = _run(gm, node, env)
-        y: Tensor = env[self.root].detach()
+        y: Tensor = narrowed(env[self.root].detach())
         return y if self.dim is None else y.movedim(self.dim, 0).flatten(1).contiguous()
 
 
 def _run(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-    with torch.no_grad():
+    with torch.no_grad(), Double():
         if node.op == "call_module":
             return submodule(gm, node)(*args, **kwargs)
         if node.op == "call_method":

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from fxq import pipeline, tracing
 from fxq.calls import Begin, Calls, PerCall, share_equal
 from fxq.decisions import Decision
+from fxq.double import narrowed, run
 from fxq.errors import FxqError, GuardError, InputError, TraceError
 from fxq.graph import SHARED, STATE, unchanged
 from fxq.inputs import Call
@@ -124,9 +125,9 @@ class Watch:
                 call = Call(args, kwargs)
                 self._learn(turn, call)
                 _offer(self.prepared, call)
-                return self.prepared(*args, **kwargs)
+                return self._run(self.prepared, call)
             with paused(self.prepared):
-                return self.prepared(*args, **kwargs)
+                return self._run(self.prepared, Call(args, kwargs))
         except (TraceError, GuardError, InputError, _NotWorthwhileError) as error:
             self.prepared = None
             self._release_all()
@@ -135,6 +136,10 @@ class Watch:
                 watch_inside(self.leaves, self.path, self.module)
                 self.leaves.note_float(self, error.what if isinstance(error, TraceError) else str(error))
             return self.module.forward(*args, **kwargs)
+
+    def _run(self, gm: GraphModule, call: Call) -> Any:
+        """What the leaf gets of its module: float32, in whichever precision that is computed."""
+        return narrowed(run(gm, call, double=self.leaves.ctx.recipe.reproducible))
 
     def _learn(self, turn: int, call: Call) -> None:
         """Let what learns from this turn alone see the call."""
@@ -146,9 +151,8 @@ class Watch:
             return
         if turn == len(self.apart):
             self.apart.append(_alias(self.fresh))
-        own = call.clone()
         _offer(self.apart[turn], call)
-        self.apart[turn](*own.args, **own.kwargs)
+        self._run(self.apart[turn], call.clone())
 
     def _numbers(self, besides: int = 0) -> set[int]:
         """The numbers of calls in the runs that have reached the module, where they are known."""

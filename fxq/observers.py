@@ -53,7 +53,7 @@ class Observer(KeepsDtypes):
         self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Learn from `x` (float32, any shape) and return it; raises `CalibrationError` on NaN or infinity."""
+        """Learn from `x` (float32 or float64) and return it; raises `CalibrationError` on NaN or infinity."""
         if self.learning and x.numel():
             self._observe(x.detach(), *self.extremes(x))
         return x
@@ -169,7 +169,7 @@ class Histogram(Observer):
         self._cover(low, high)
         step = self.width.item() / BINS
         for values in torch.split(x.reshape(-1), AT_ONCE):
-            index = values.to(torch.float64).sub_(self.start).div_(step).to(torch.int64).clamp_(0, BINS - 1)
+            index = values.to(torch.float64, copy=True).sub_(self.start).div_(step).to(torch.int64).clamp_(0, BINS - 1)
             self.counts += torch.bincount(index, minlength=BINS)
         self.counts[int(min(max(-self.start.item() / step, 0), BINS - 1))] -= zeros
 
@@ -249,7 +249,7 @@ class Edge(Histogram):
         first = not self.rows.numel()
         self.channel_low = lows if first else torch.minimum(self.channel_low, lows)
         self.channel_high = highs if first else torch.maximum(self.channel_high, highs)
-        drawn = _draw(rows, self.from_batch)
+        drawn = _draw(rows, self.from_batch).float()
         self.rows = _draw(drawn if first else torch.cat([self.rows, drawn]), self.most)
 
 

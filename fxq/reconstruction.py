@@ -34,7 +34,7 @@ DECAY = 0.9, 0.999
 def reconstructed(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
     """The integers of `w` on the grid of its scales, int8.
 
-    w: float32 [G, n, K]; scales: [G, n]; hessian: H, [G, K, K].
+    w: [G, n, K]; scales: [G, n]; hessian: H, [G, K, K]; all float32 or all float64.
     """
     steps = w / scales[:, :, None]
     floor = steps.floor()

@@ -2,7 +2,8 @@
 
 Node by node, so that a pass sees what a product gives in both before anything behind it has run, can change its
 constants, and hands on what it then gives: errors are seen where they arrive, those from above corrected already.
-A value goes after its last use. In float a weight is what it was, whatever integers stand for it.
+A value goes after its last use. In float a weight is what it was, whatever integers stand for it. Both run in float64
+where the recipe asks for the same model on every machine (`fxq.double`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxq.comparison import output_sqnr
+from fxq.double import Runner, narrowed, widened
 from fxq.fake_quantize import FakeQuantize
 from fxq.graph import STATE, Value, bind, submodule
 from fxq.inputs import Call
@@ -88,11 +90,13 @@ def _reproducible() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Run(Interpreter):
+class _Run(Runner):
     """One call of a graph, a step at a time; rounding: what its observers make of what they see."""
 
-    def __init__(self, gm: GraphModule, call: Call, rounding: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__(gm)
+    def __init__(
+        self, gm: GraphModule, call: Call, rounding: Callable[[nn.Module, Tensor], Tensor], double: bool
+    ) -> None:
+        super().__init__(gm, double)
         self.gm = gm
         self.rounding = rounding
         own = call.clone()
@@ -106,11 +110,8 @@ class _Run(Interpreter):
         for dead in self.user_to_last_uses.get(node, ()):
             self.env.pop(dead, None)
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.gm.get_submodule(target)
-        if isinstance(module, Observer | Rows | WeightObserver):
-            return self.rounding(module, args[0])
-        return super().call_module(target, args, kwargs)
+    def observe(self, module: nn.Module, x: Tensor) -> Tensor:
+        return self.rounding(module, x)
 
 
 class Simulation:
@@ -130,15 +131,18 @@ class Simulation:
         numbers = sum(math.prod(value.shape) for value in values if isinstance(value, Value))
         work = sum(decision.macs for decision in ctx.report.decisions) + 100 * numbers
         calls = calls[: max(2, MOST_WORK // max(1, work))]
-        self.exact = [_Run(gm, call, self._pass_on) for call in calls]
+        self.exact = self._runs(calls, self._pass_on)
         self.judged = [] if exact_only else calls[1::2] or calls
-        self.before = [_Run(gm, call, self._round) for call in self.judged]
-        self.rounded = [] if exact_only else [_Run(gm, call, self._round) for call in calls]
+        self.before = self._runs(self.judged, self._round)
+        self.rounded = [] if exact_only else self._runs(calls, self._round)
         self.gain = 0.0
         self.reached = math.inf
         self._known: list[tuple[Any, float]] = []
-        self._weights: dict[bool, tuple[nn.Module | None, Tensor]] = {}
+        self._weight_of: tuple[nn.Module | None, bool, Tensor] = None, False, torch.empty(0)
         self._qparams: dict[nn.Module, QParams] = {}
+
+    def _runs(self, calls: Sequence[Call], rounding: Callable[[nn.Module, Tensor], Tensor]) -> list[_Run]:
+        return [_Run(self.gm, call, rounding, self.ctx.recipe.reproducible) for call in calls]
 
     def stops(self, nodes: Set[Node], what: str) -> Iterator[Node]:
         """Run all; each of `nodes` is given out right after it has run. what: the work, for the progress bar.
@@ -187,26 +191,29 @@ class Simulation:
 
     def _pass_on(self, module: nn.Module, x: Tensor) -> Tensor:
         """What an observer gives in float."""
-        return self._weight(module, x, rounded=False) if isinstance(module, WeightObserver) else x
+        if isinstance(module, WeightObserver):
+            return self._weight(module, x, rounded=False)
+        return widened(x) if self.ctx.recipe.reproducible else x
 
     def _round(self, module: nn.Module, x: Tensor) -> Tensor:
         rounded: Tensor
         if isinstance(module, Rows):
-            rounded = fake_quantize_rows(x)
+            rounded = fake_quantize_rows(narrowed(x))
             return rounded
         if isinstance(module, WeightObserver):
             return self._weight(module, x, rounded=True)
         assert isinstance(module, Observer)
         q = self._qparams.get(module) or self._qparams.setdefault(module, module.qparams())
-        rounded = dequantize(quantize(x, q.scale, q.zero_point), q.scale, q.zero_point)
+        rounded = dequantize(quantize(narrowed(x), q.scale, q.zero_point), q.scale, q.zero_point)
         return rounded
 
     def _weight(self, observer: WeightObserver, w: Tensor, rounded: bool) -> Tensor:
-        """What a product multiplies by; all runs come to it one after the other."""
-        known, weight = self._weights.get(rounded, (None, w))
-        if known is not observer:
+        """What a product multiplies by; all runs come to it one after the other, the exact ones first."""
+        *known, weight = self._weight_of
+        if known != [observer, rounded]:
             weight = dequantize_weight(*integers_of(observer, w), w.dtype) if rounded else observer(w)
-            self._weights[rounded] = observer, weight
+            weight = widened(weight) if self.ctx.recipe.reproducible else weight
+            self._weight_of = observer, rounded, weight
         return weight
 
 

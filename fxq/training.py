@@ -52,6 +52,8 @@ def prepare_qat(
     recipe = Recipe.of(recipe)
     if recipe.scheme != "w8a8":
         raise RecipeError(f"fxq.prepare_qat trains for the recipe 'w8a8', not {recipe.scheme!r}")
+    if recipe.reproducible:
+        raise RecipeError("reproducible=True is for what calibration decides; training follows the machine it runs on")
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
     recipe = resolve(recipe, model, families)

@@ -95,9 +95,9 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
     """The edge as its observer alone would have it, and the best way found; exclusive: constants with one reader."""
     whole = [_weight(gm, reader) for reader in readers]
     weights = [(w[_some(len(w))], granularity) for w, granularity in whole]
-    together = torch.cat([w for w, _ in weights])
+    together = torch.cat([w for w, _ in weights]).double().t()
     seen, unseen = observer.rows[::2], observer.rows[1::2] if len(observer.rows) > 1 else observer.rows
-    products = seen @ together.t()
+    products = seen.double() @ together
 
     def attempt(
         factors: Tensor | None, low: float, high: float, x: Tensor = seen, expected: Tensor = products
@@ -108,7 +108,7 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
         q_w = []
         for w, granularity in weights:
             q_w.append(dequantize_weight(*integers_of(WeightObserver("", granularity, factors), w)))
-        return Choice(factors, low, high, sqnr(expected, q_x @ torch.cat(q_w).t()))
+        return Choice(factors, low, high, sqnr(expected, q_x.double() @ torch.cat(q_w).double().t()))
 
     low, high = observer.range()
     plain = attempt(None, low, high)
@@ -121,7 +121,7 @@ def _choose(gm: GraphModule, observer: Edge, readers: list[Node], exclusive: set
             factors = _lowered(observer, ceiling)
             choices.append(attempt(factors, *_scaled_range(observer, factors)))
     best = max(choices, key=_quality)
-    expected = unseen @ together.t()
+    expected = unseen.double() @ together
     plain, best = (attempt(choice.factors, choice.low, choice.high, unseen, expected) for choice in (plain, best))
     return plain, best if _quality(best) >= _quality(plain) + LEAST_GAIN else plain
 
@@ -154,24 +154,25 @@ def _scaled_range(observer: Edge, factors: Tensor) -> tuple[float, float]:
 
 
 def _peaks(observer: Edge) -> Tensor:
-    return torch.maximum(-observer.channel_low, observer.channel_high)
+    return torch.maximum(-observer.channel_low, observer.channel_high).double()
 
 
 def _lowered(observer: Edge, ceiling: float) -> Tensor:
     """Powers of two that bring each channel's peak below `ceiling` times the largest; 1 for a channel that is."""
     peaks = _peaks(observer)
-    wanted = peaks.max() * ceiling / peaks
-    return torch.exp2(torch.floor(torch.log2(wanted.clamp(max=1))).nan_to_num(0).clamp(-20, 0))
+    wanted = torch.where(peaks > 0, peaks.max() * ceiling / peaks, 1.0).clamp(max=1)
+    exponents = torch.frexp(wanted).exponent - 1  # floor(log2(wanted)), of powers of two as well
+    return torch.exp2(exponents.clamp(-20, 0).float())
 
 
 def _factors(observer: Edge, weights: list[Tensor], exponent: float) -> Tensor:
     """Powers of two, with a geometric mean near 1; 1 for a channel that is dead in x or in every weight."""
     x_peak = _peaks(observer)
-    w_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    w_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
     alive = (x_peak > 0) & (w_peak > 0)
     logs = (1 - exponent) * torch.log2(w_peak) - exponent * torch.log2(x_peak)
     logs = torch.where(alive, logs - logs[alive].mean(), torch.zeros_like(logs)) if bool(alive.any()) else logs * 0
-    return torch.exp2(torch.round(logs.nan_to_num(0)).clamp(-20, 20))
+    return torch.exp2(torch.round(logs.nan_to_num(0)).clamp(-20, 20).float())
 
 
 def _source(reader: Node) -> Node:

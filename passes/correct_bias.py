@@ -80,7 +80,7 @@ class _Correcting:
 
 
 def _expected(product: Node, simulation: Simulation) -> Tensor:
-    """(w - w^) E[x]: float32 [N]."""
+    """(w - w^) E[x]: [N]."""
     x, w = product.args[:2]
     assert isinstance(x, Node) and isinstance(w, Node)
     mean = torch.cat([rows_of(product, value) for value in simulation.values(x)[0]]).mean(0)
@@ -99,7 +99,7 @@ def _expected(product: Node, simulation: Simulation) -> Tensor:
 def _correct(gm: GraphModule, product: Node, shift: Tensor) -> None:
     x, w, b, *rest = product.args
     assert isinstance(w, Node) and isinstance(b, Node | None)
-    bias = shift if b is None else constant(gm, b).detach() + shift
+    bias = (shift if b is None else constant(gm, b).detach() + shift).float()
     source = w.args[0]
     assert isinstance(source, Node)
     owner, _, leaf = str(source.target).rpartition(".")

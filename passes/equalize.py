@@ -166,7 +166,7 @@ def _choose(gm: GraphModule, pair: Pair, values: list[Tensor]) -> tuple[Tensor |
     seen, unseen = (few[::2], few[1::2]) if len(few) > 1 else _cut(few[0])
     if not all(value.numel() for value in (*seen, *unseen)):
         return None, 0.0, 0.0
-    w, observer = constant(gm, _source(pair.second)).detach(), submodule(gm, pair.between)
+    w, observer = constant(gm, _source(pair.second)).detach().to(seen[0].dtype), submodule(gm, pair.between)
     observed = pair.second.args[1]
     assert isinstance(observed, Node) and isinstance(observer, Observer)
     weights = submodule(gm, observed)
@@ -176,11 +176,11 @@ def _choose(gm: GraphModule, pair: Pair, values: list[Tensor]) -> tuple[Tensor |
         factors, settled = option
         scaled = w if factors is None else w * _by_input(pair.second, w, factors)
         q, scales = settled.qparams(), weights.scales_of(scaled)
-        integers = dequantize_weight(quantize_weight(scaled, scales), scales)
+        integers = dequantize_weight(quantize_weight(scaled, scales), scales).to(w.dtype)
         exact, rounded = [], []
         for x in data:
             own = x if factors is None else x / _column(factors, pair.first)
-            own = dequantize(quantize(own, q.scale, q.zero_point), q.scale, q.zero_point)
+            own = dequantize(quantize(own.float(), q.scale, q.zero_point), q.scale, q.zero_point).to(w.dtype)
             exact.append(_run(pair.second, x, w).flatten())
             rounded.append(_run(pair.second, own, integers).flatten())
         return sqnr(torch.cat(exact), torch.cat(rounded))
@@ -232,12 +232,12 @@ def _apply(gm: GraphModule, pair: Pair, factors: Tensor, values: list[Tensor]) -
     assert isinstance(observer, Observer)
     gm.set_submodule(str(pair.between.target), _settled(observer, values, factors, pair))
     first, second = (constant(gm, _source(product)).detach() for product in (pair.first, pair.second))
-    _replace(gm, pair.first, first / factors.reshape(-1, *[1] * (first.dim() - 1)))
-    _replace(gm, pair.second, second * _by_input(pair.second, second, factors))
+    _replace(gm, pair.first, (first / factors.reshape(-1, *[1] * (first.dim() - 1))).float())
+    _replace(gm, pair.second, (second * _by_input(pair.second, second, factors)).float())
     x, w, b, *rest = pair.first.args
     if isinstance(b, Node):
         with gm.graph.inserting_before(pair.first):
-            path = set_constant(gm, f"{b.target}_equalized", constant(gm, b).detach() / factors)
+            path = set_constant(gm, f"{b.target}_equalized", (constant(gm, b).detach() / factors).float())
             pair.first.args = (x, w, get_attr(gm, path, pair.first), *rest)
         erase_unused(gm, b)
 

@@ -3,8 +3,9 @@
     F.linear(x, w[8:16]), F.linear(x, w * scale), x @ torch.cat([a, b])  -> linear(x, w_folded), ...
 
 A view of a constant stays in its memory. A transposition stays in the graph, since normalize_linears reads it. What is
-larger than the constants that it is made of is computed at each call, as the model has it. `TRAINABLE` folds views
-alone, through which gradients reach the parameters.
+larger than the constants that it is made of is computed at each call, as the model has it. What is computed here is
+computed in float64 and rounded, so that it is the same on every machine. `TRAINABLE` folds views alone, through which
+gradients reach the parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxq.graph import bypass, constant, get_attr, memory_of, set_constant
+from fxq.double import Double
+from fxq.graph import Value, bypass, constant, get_attr, memory_of, set_constant
 from fxq.pipeline import Context, Numbers
 from fxq.stages import Stage
 
@@ -34,7 +36,7 @@ class FoldConstants:
     name: str = "fold-constants"
     takes: Stage = Stage.FLOAT
     gives: Stage = Stage.FLOAT
-    numbers: Numbers = Numbers.SAME
+    numbers: Numbers = Numbers.ROUNDING
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of values that became constants."""
@@ -62,8 +64,18 @@ def _is_computable(node: Node, known: dict[Node, Any]) -> bool:
 def _compute(node: Node, known: dict[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
     function = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
-    with torch.no_grad():
-        return function(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+    with torch.no_grad(), Double():
+        value = function(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+    return _rounded(value, node.meta["value"])
+
+
+def _rounded(value: Any, described: Any) -> Any:
+    """`value`, its tensors in the dtypes that the graph has for them."""
+    if isinstance(described, Value):
+        return value.to(described.dtype)
+    if isinstance(described, tuple | list):
+        return type(value)(map(_rounded, value, described))
+    return value
 
 
 def _is_transposition(node: Node) -> bool:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.decisions import Reason
+from fxq.double import Runner, narrowed
 from fxq.fake_quantize import FakeQuantize
 from fxq.graph import bind, submodule, unchanged
 from fxq.observers import Observer, paused
@@ -47,7 +48,7 @@ class JudgeAttention:
             return 0
         own = ctx.examples.clone()
         with torch.no_grad(), unchanged(gm), paused(gm), ctx.bar("judging attention", len(found)) as bar:
-            judge = _Judge(gm, found, bar.update)
+            judge = _Judge(gm, found, ctx.recipe.reproducible, bar.update)
             judge.run(*bind(gm, own.args, own.kwargs))
         refused = [node for node in found if judge.sqnr[node] < LEAST_SQNR and _release(gm, node)]
         details = {
@@ -74,11 +75,11 @@ def _observers(gm: GraphModule, node: Node) -> tuple[Observer, ...] | None:
     return observers if len(observers) == 3 and all(m.seen for m in observers) else None
 
 
-class _Judge(Interpreter):
+class _Judge(Runner):
     """Runs a graph and each of `found` once more, in integers; done: called after each."""
 
-    def __init__(self, gm: GraphModule, found: Sequence[Node], done: Callable[[], object]) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: GraphModule, found: Sequence[Node], double: bool, done: Callable[[], object]) -> None:
+        super().__init__(gm, double)
         self.gm = gm
         self.done = done
         self.found = frozenset(found)
@@ -91,8 +92,8 @@ class _Judge(Interpreter):
             observers = _observers(self.gm, n)
             assert observers is not None
             s, z = zip(*((p.scale, p.zero_point) for p in (o.qparams() for o in observers)), strict=True)
-            integers = [quantize(x, *p) for x, *p in zip(args[:3], s, z, strict=True)]
-            mask, is_causal, scale, nan_if_masked = args[3:]
+            integers = [quantize(x, *p) for x, *p in zip(narrowed(args[:3]), s, z, strict=True)]
+            mask, is_causal, scale, nan_if_masked = narrowed(args[3:])
             operands = (*integers, mask, is_causal, scale, z[0], z[2], s[0] * s[1], s[2], nan_if_masked)
             y = qattention_float(*operands)
             self.sqnr[n] = sqnr(result.nan_to_num(), y.nan_to_num())

@@ -7,9 +7,9 @@ for; where the integers take longer in sum, all of them stay float, with both pr
 borders of others, so the rest is tried again until no island loses. Losses that together are within 1 % of what all
 islands take in float are borne: they are within the error of a measurement, and int8 weights are a quarter as large.
 
-A choice by time differs between machines: `Recipe(judge_costs=False)` leaves it out. Weight-only schemes are chosen for
-memory, and requant="fixed" for hardware; they are not judged. Nor is anything on the portable kernels, which are there
-to be exact.
+A choice by time differs between machines: `Recipe(judge_costs=False)` leaves it out, and so does `reproducible=True`.
+Weight-only schemes are chosen for memory, and requant="fixed" for hardware; they are not judged. Nor is anything on the
+portable kernels, which are there to be exact.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class JudgeCosts:
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         """Returns the number of operations that stay float for their time."""
-        if not ctx.recipe.judge_costs or ctx.recipe.requant == "fixed" or kernels.info().isa == "portable":
+        timed = ctx.recipe.judge_costs and not ctx.recipe.reproducible
+        if not timed or ctx.recipe.requant == "fixed" or kernels.info().isa == "portable":
             return 0
         start, costs, before = time.perf_counter(), Costs(), len(ctx.unprofitable)
         with ctx.bar("timing operations", None, "round") as bar:  # nobody knows how many

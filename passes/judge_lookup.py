@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxq.comparison import sqnr
 from fxq.decisions import Reason
+from fxq.double import Runner, narrowed
 from fxq.elementwise import Span, span_of
 from fxq.fake_quantize import FakeQuantize
 from fxq.graph import bind, erase_unused, submodule, unchanged
@@ -68,7 +69,7 @@ class JudgeLookup:
             return {}
         own = ctx.examples.clone()
         with torch.no_grad(), unchanged(gm), paused(gm), ctx.bar("judging tables of functions", len(spans)) as bar:
-            judge = _Judge(gm, spans, bar.update)
+            judge = _Judge(gm, spans, ctx.recipe.reproducible, bar.update)
             judge.run(*bind(gm, own.args, own.kwargs))
         refused: dict[str, str] = {}
         for span in spans:
@@ -97,14 +98,14 @@ def _find(gm: GraphModule) -> list[Span]:
     return found
 
 
-class _Judge(Interpreter):
+class _Judge(Runner):
     """Runs a graph, and each function once more by its table. sqnr: what that reaches, and what it could at best.
 
     done: called after each.
     """
 
-    def __init__(self, gm: GraphModule, spans: list[Span], done: Callable[[], object]) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: GraphModule, spans: list[Span], double: bool, done: Callable[[], object]) -> None:
+        super().__init__(gm, double)
         self.gm = gm
         self.done = done
         self.spans = {span.root: span for span in spans}
@@ -131,13 +132,15 @@ class _Judge(Interpreter):
             return math.inf, math.inf
         p = observer.qparams()
         table = span.table(self.gm, dequantize(torch.arange(256, dtype=torch.uint8), p.scale, p.zero_point))
-        q = quantize(x, p.scale, p.zero_point)
+        q = quantize(narrowed(x), p.scale, p.zero_point)
         y = lookup(q, table) if span.dim is None else lookup_channels(q, table, span.dim)
         rounded = exact
         after = [found for user in span.root.users if (found := _observer(self.gm, user)) is not None]
         if after:
             p = after[0].qparams()
-            y, rounded = (dequantize(quantize(v, p.scale, p.zero_point), p.scale, p.zero_point) for v in (y, exact))
+            y, rounded = (
+                dequantize(quantize(narrowed(v), p.scale, p.zero_point), p.scale, p.zero_point) for v in (y, exact)
+            )
         return sqnr(exact, y), sqnr(exact, rounded)
 
 

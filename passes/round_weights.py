@@ -138,7 +138,10 @@ def _grouped(product: Node, w: Tensor) -> Tensor:
 
 
 def _windows(product: Node, w: Tensor, simulation: Simulation) -> tuple[Tensor, Tensor]:
-    """What `product` multiplies by, [groups, rows, K], in float and in integers: the same rows of each call."""
+    """What `product` multiplies by, [groups, rows, K], in float and in integers: the same rows of each call.
+
+    Both in the precision that the float network runs in.
+    """
     x = product.args[0]
     assert isinstance(x, Node)
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +158,7 @@ def _windows(product: Node, w: Tensor, simulation: Simulation) -> tuple[Tensor, 
             rows = view[index].reshape(len(drawn), groups, -1)
             side.append(rows.transpose(0, 1))
     exact, rounded = (torch.cat(side, 1) for side in sides)
-    return exact, rounded
+    return exact, rounded.to(exact.dtype)
 
 
 def _view(product: Node, w: Tensor, x: Tensor) -> Tensor:
@@ -190,8 +193,8 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation, how: W
     fit = 3 * exact.shape[1] // 4
     if not 0 < fit < exact.shape[1]:
         return {node: Rounded(w, s, 0.0, 0.0) for node, w, s in zip(products, weights, scales, strict=True)}
-    grouped = [_grouped(node, w) for node, w in zip(products, weights, strict=True)]
-    own = [s.expand(w.shape[0] * w.shape[1]).reshape(w.shape[:2]) for s, w in zip(scales, grouped, strict=True)]
+    grouped = [_grouped(node, w).to(exact.dtype) for node, w in zip(products, weights, strict=True)]
+    own = [s.to(w.dtype).expand(w.shape[:2].numel()).reshape(w.shape[:2]) for s, w in zip(scales, grouped, strict=True)]
     method = compensated if how == "feedback" else reconstructed
     found = method(torch.cat(grouped, 1), torch.cat(own, 1), damped_hessian(rounded[:, :fit]))
     results = {}
@@ -216,7 +219,7 @@ def damped_hessian(x: Tensor) -> Tensor:
 def compensated(w: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
     """The integers of `w` on the grid of its scales, int8, by the feedback of errors.
 
-    w: float32 [G, n, K]; scales: [G, n]; hessian: [G, K, K].
+    w: [G, n, K]; scales: [G, n]; hessian: [G, K, K]; all float32 or all float64.
     """
     order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), 1)
     hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))

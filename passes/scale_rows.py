@@ -111,14 +111,15 @@ def _qualities(gm: GraphModule, edge: Edge | Fixed, readers: list[Node]) -> tupl
     scaled = rows if factors is None else rows * factors
     static = dequantize(quantize(scaled, *operands), *operands)
     dynamic = fake_quantize_rows(rows.contiguous())
-    errors, signal = [torch.zeros(()), torch.zeros(())], torch.zeros(())
+    exact, signal = rows.double(), torch.zeros(())
+    errors = [torch.zeros(()), torch.zeros(())]
     for reader in readers:
         w, observer = _weight(gm, reader)
-        expected = rows @ w.t()
+        expected = exact @ w.double().t()
         signal = signal + expected.square().sum(1)
         for i, (x, weight) in enumerate(((static, observer), (dynamic, _unscaled(observer)))):
-            integers = dequantize_weight(*integers_of(weight, w))
-            errors[i] = errors[i] + (x @ integers.t() - expected).square().sum(1)
+            integers = dequantize_weight(*integers_of(weight, w)).double()
+            errors[i] = errors[i] + (x.double() @ integers.t() - expected).square().sum(1)
     loud = signal > 0
     a, b = (float(10 * torch.log10(signal / error.clamp(min=1e-30))[loud].mean()) for error in errors)
     return a, b

@@ -1,4 +1,5 @@
-"""The same inputs and seed give the same model, byte for byte: in another process, with another number of threads."""
+"""The same inputs and seed give the same model, byte for byte: in another process, with another number of threads, and
+where it is asked for on another processor."""
 
 import os
 import subprocess
@@ -13,48 +14,76 @@ from fxq.simulation import Simulation, calibrated_products
 
 PROGRAM = """
 import hashlib, sys, torch, fxq
-from torch import nn
+
+torch.set_num_threads(int(sys.argv[1]))
+for model, data in torch.load(sys.argv[2], weights_only=False):
+    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=eval(sys.argv[3]), progress=False)
+    digest = hashlib.sha256(qmodel.code.encode())
+    for name, tensor in qmodel.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    print(digest.hexdigest(), qmodel.report.int8_share)
+"""
+
 
 def encoder():
     return nn.TransformerEncoderLayer(128, 4, 512, batch_first=True, norm_first=True, activation="gelu")
+
 
 def network():
     first = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.SiLU()
     last = nn.Conv2d(32, 32, 3, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 9)
     return nn.Sequential(*first, *last)
 
+
 def perceptron():
     return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 10))
 
-torch.set_num_threads(int(sys.argv[1]))
-for make, shape in (encoder, (8, 48, 128)), (network, (8, 3, 32, 32)), (perceptron, (512, 256)):
+
+MODELS = (encoder, (8, 48, 128)), (network, (8, 3, 32, 32)), (perceptron, (512, 256))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A file of the models with calibration data: what random numbers are depends on the processor."""
     torch.manual_seed(0)
-    model, data = make().eval(), [torch.randn(*shape) for _ in range(3)]
-    recipe = fxq.Recipe(judge_costs=False)
-    qmodel = fxq.quantize(model, data[0], calibration_data=data, recipe=recipe, progress=False)
-    digest = hashlib.sha256(qmodel.code.encode())
-    for name, tensor in qmodel.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    print(make.__name__, digest.hexdigest(), qmodel.report.int8_share)
-"""
+    path = tmp_path_factory.mktemp("made") / "models.pt"
+    torch.save([(make().eval(), [torch.randn(*shape) for _ in range(3)]) for make, shape in MODELS], path)
+    return str(path)
 
 
-def test_processes_and_threads():
-    """Hashes of strings, and with them the order of sets, differ as well."""
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, threads],
-            env={**os.environ, "PYTHONHASHSEED": threads},
-            capture_output=True,
+def outcomes(made, recipe, runs):
+    """What processes, all at once, make of the models; runs: the threads of each, and its environment beside ours."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(threads), made, recipe],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
-        for threads in ("1", "2")
+        for threads, environment in runs
     ]
-    first, second = (run.stdout.splitlines() for run in runs)
-    assert len(first) == 3
+    lines = [process.communicate()[0].splitlines() for process in started]
+    assert not any(process.returncode for process in started)
+    assert all(float(line.split()[-1]) > 0.9 for line in lines[0])
+    assert len(lines[0]) == len(MODELS)
+    return lines
+
+
+def test_processes_and_threads(made):
+    """Hashes of strings, and with them the order of sets, differ as well."""
+    runs = [(1, {"PYTHONHASHSEED": "1"}), (2, {"PYTHONHASHSEED": "2"})]
+    first, second = outcomes(made, "fxq.Recipe(judge_costs=False)", runs)
     assert first == second
-    assert all(float(line.split()[-1]) > 0.9 for line in first)
+
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+OLDEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+
+
+def test_processors(made):
+    """What torch and its libraries are told to take the processor for."""
+    first, *others = outcomes(made, "fxq.Recipe(reproducible=True)", [(1, {}), (2, AVX2), (1, OLDEST)])
+    assert others == [first, first]
 
 
 def test_what_decides_constants_runs_on_one_thread(staged):

@@ -14,7 +14,16 @@ LAYERS = [
     {"fxq.errors", "fxq.memory", "fxq.qtypes"},
     {"fxq.numerics"},
     {"fxq.kernels"},
-    {"fxq.decisions", "fxq.observers", "fxq.ranges", "fxq.sampling", "fxq.inputs", "fxq.graph", "fxq.tracing"},
+    {
+        "fxq.decisions",
+        "fxq.double",
+        "fxq.observers",
+        "fxq.ranges",
+        "fxq.sampling",
+        "fxq.inputs",
+        "fxq.graph",
+        "fxq.tracing",
+    },
     {
         "fxq.recipe",
         "fxq.qdq",

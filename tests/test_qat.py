@@ -362,6 +362,8 @@ class TestPrepare:
         model, x = classifier(), torch.randn(32, 8)
         with pytest.raises(fxq.RecipeError, match="learn_steps=True asks for training"):
             fxq.quantize(model, x, recipe=LEARNED)
+        with pytest.raises(fxq.RecipeError, match="reproducible=True is for what calibration decides"):
+            fxq.prepare_qat(model, x, recipe=fxq.Recipe(reproducible=True))
         with pytest.raises(fxq.InputError, match=r"fxq\.freeze_observers takes what fxq\.prepare_qat returns"):
             fxq.freeze_observers(model)
         with pytest.raises(fxq.InputError, match="after is -1"):

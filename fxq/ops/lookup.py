@@ -8,8 +8,8 @@ z_x, it is
 
     table[q] = quantize(f(dequantize(q, s_x, z_x)), s_y, z_y),  or  f(dequantize(q, s_x, z_x))
 
-computed once by f's own operations, so its results are those of dequantizing, f and quantizing, to the last bit, at a
-byte or two per clock cycle and number at worst. NumPy truth: `fxq.numerics.lookup`, `lookup_channels`.
+computed once by f's own operations in float64 and rounded to float32, so that it is the same wherever it is computed;
+at a byte or two per clock cycle and number at worst. NumPy truth: `fxq.numerics.lookup`, `lookup_channels`.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def test_small_losses_are_borne(model, prices):
 def test_the_switch_and_what_is_not_judged(model, prices):
     asked = prices(slow_integers)
     assert quantize(model, recipe=fxq.Recipe(judge_costs=False)).report.int8_share == 1
+    assert quantize(model, recipe=fxq.Recipe(reproducible=True)).report.int8_share == 1
     assert quantize(model, recipe=fxq.Recipe(requant="fixed")).report.int8_share == 1
     assert not asked
     weights = quantize(model, recipe="w8a32").report

@@ -197,7 +197,8 @@ def test_what_was_fitted_beside_a_method_that_goes_is_fitted_again(staged, monke
     model, x = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 16)), related() + 3
     found = []
     for methods, gains in (((round_weights.METHOD,), [0.5]), (BOTH, [-1.0, 0.5]), (BOTH, [0.5])):
-        monkeypatch.setattr(Simulation, "_gain", lambda self, outputs, left=iter(gains): next(left))
+        left = iter(gains)
+        monkeypatch.setattr(Simulation, "_gain", lambda self, outputs, left=left: next(left))
         gm, ctx = staged(copy.deepcopy(model), x, "fit-products", Recipe())
         assert FitProducts(methods).run(gm, ctx)
         found.append([module.integers for module in gm.modules() if isinstance(module, RoundedWeight)])
