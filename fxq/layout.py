@@ -37,3 +37,9 @@ def laid_like(y: Tensor, *operands: Tensor) -> Tensor:
     """y, channels-last where an operand of its shape is, else contiguous: what elementwise ops return."""
     last = any(is_channels_last(operand) and operand.shape == y.shape for operand in operands)
     return channels_last(y) if last else y.contiguous()
+
+
+def empty_pair(a: Tensor, b: Tensor) -> Tensor:
+    """A tensor without content, of the shape that `a` and `b` broadcast to and the dtype of `a`, laid like them."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return laid_like(a.new_empty(shape), a, b)

@@ -20,7 +20,7 @@ from fxq.clamps import clamp_of, clamped, fuse_clamp
 from fxq.decisions import Reason
 from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
-from fxq.layout import laid_like
+from fxq.layout import empty_pair, laid_like
 from fxq.numerics import f32
 from fxq.pattern import Any, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp, steps_from
@@ -36,15 +36,10 @@ def _qadd(
     return laid_like(y, a, b)
 
 
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
-    return shape
-
-
 qadd = kernels.define(
     "qadd(Tensor a, Tensor b, float m_a, int z_a, float m_b, int z_b, int zero_point, int low, int high) -> Tensor",
     _qadd,
-    lambda a, b, m_a, z_a, m_b, z_b, zero_point, low, high: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
+    lambda a, b, *rest: empty_pair(a, b),
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxq import kernels, numerics
-from fxq.layout import laid_like
+from fxq.layout import empty_pair, laid_like
 from fxq.qdq import expect_dtype
 
 
@@ -30,14 +30,9 @@ def _qadd_engine(
     return laid_like(torch.from_numpy(y), a, b)
 
 
-def _fake(a: Tensor, b: Tensor, *rest: object) -> Tensor:
-    shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-    return laid_like(a.new_empty(shape), a, b)
-
-
 qadd_engine = kernels.define(
     "qadd_engine(Tensor a, Tensor b, float s_a, int z_a, float s_b, int z_b, float s_y, int z_y, bool relu, "
     "str engine) -> Tensor",
     _qadd_engine,
-    _fake,
+    lambda a, b, *rest: empty_pair(a, b),
 )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxq import kernels, numerics
-from fxq.layout import laid_like
+from fxq.layout import empty_pair, laid_like
 from fxq.qdq import expect_dtype, expect_fixed, expect_fixed_channels
 
 
@@ -84,11 +84,6 @@ def _qmul_fixed(
     return laid_like(_tensor(numerics.qmul_fixed(*operands)), a, b)
 
 
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
-    return shape
-
-
 qlinear_fixed = kernels.define(
     "qlinear_fixed(Tensor x, Tensor weight, Tensor bias, Tensor multiplier, Tensor shift, int zero_point, int low, "
     'int high, str rounding="single", Tensor? zero_w=None) -> Tensor',
@@ -105,11 +100,11 @@ qadd_fixed = kernels.define(
     "qadd_fixed(Tensor a, Tensor b, int m_a, int z_a, int m_b, int z_b, int shift, int zero_point, int low, int high) "
     "-> Tensor",
     _qadd_fixed,
-    lambda a, b, *rest: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
+    lambda a, b, *rest: empty_pair(a, b),
 )
 qmul_fixed = kernels.define(
     "qmul_fixed(Tensor a, Tensor b, int z_a, int z_b, int multiplier, int shift, int zero_point, int low, int high, "
     'str rounding="single") -> Tensor',
     _qmul_fixed,
-    lambda a, b, *rest: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
+    lambda a, b, *rest: empty_pair(a, b),
 )

@@ -20,7 +20,7 @@ from fxq.decisions import Reason
 from fxq.elementwise import is_bounded
 from fxq.family import Claim, Family, Refusal
 from fxq.graph import is_float_tensor, is_tensor, replace
-from fxq.layout import laid_like
+from fxq.layout import empty_pair, laid_like
 from fxq.numerics import f32
 from fxq.pattern import Any, Miss, OneOf, Op
 from fxq.qdq import dequantize, expect_dtype, integer_bounds, quantize, round_clamp
@@ -35,15 +35,10 @@ def _qmul(a: Tensor, b: Tensor, m: float, z_a: int, z_b: int, zero_point: int, l
     return laid_like(round_clamp(steps, zero_point, low, high), a, b)
 
 
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(a, b)  # type: ignore[no-untyped-call]
-    return shape
-
-
 qmul = kernels.define(
     "qmul(Tensor a, Tensor b, float m, int z_a, int z_b, int zero_point, int low, int high) -> Tensor",
     _qmul,
-    lambda a, b, m, z_a, z_b, zero_point, low, high: laid_like(a.new_empty(_broadcast(a.shape, b.shape)), a, b),
+    lambda a, b, *rest: empty_pair(a, b),
 )
 
 _MUL = Op(
