@@ -7,8 +7,7 @@ static inline F residual(const Gemm& g, const uint8_t* q, int64_t count) {
 // What a tile applies to its results as they stand in their registers: the activations that are short enough.
 enum class Inside { kNothing, kGelu, kHardswish };
 static inline Inside inside_of(const Gemm& g) {
-  const bool scaled = g.output == Output::kActivationUint8 && (g.factor || g.addend);
-  if (scaled || (g.output != Output::kActivation && g.output != Output::kActivationUint8)) return Inside::kNothing;
+  if (g.output != Output::kActivation && g.output != Output::kActivationUint8) return Inside::kNothing;
   return g.activation == Activation::kGelu        ? Inside::kGelu
          : g.activation == Activation::kHardswish ? Inside::kHardswish
                                                   : Inside::kNothing;
@@ -38,21 +37,27 @@ static inline void copy(void* to, const void* from, int64_t bytes) {
   memcpy(y + bytes - 16, x + bytes - 16, 16);
 }
 
-// The float that each sum of a row stands for; `y` may be where the sums lie.
-template <bool kDynamic, bool kAddend>
-struct ScaleSums {
+// The float that each sum of a row stands for; the pointers stand at the row's first channel of those at hand.
+template <bool kDynamic>
+struct Scaling {
   const Gemm& g;
-  const int32_t* sums;
-  float* y;
   const float* multiplier;
-  const int32_t* column_sums;
-  const float* bias;
-  const float* addend;
-  int32_t zero_point;
-  float scale;
+  const float* addend = nullptr;  // or none, as of `bias`
+  const int32_t* column_sums = nullptr;
+  const float* bias = nullptr;
+  int32_t zero_point = 0;
+  float scale = 1;
 
-  inline void operator()(int64_t i, int64_t count) const {
-    I sum = load<I>(sums + i);
+  Scaling(const Gemm& g, int64_t row, int64_t channel, const float* multiplier) : g(g), multiplier(multiplier) {
+    if (g.addend) addend = g.addend + row * g.addend_stride + channel;
+    if constexpr (kDynamic) {
+      column_sums = g.bias + channel;
+      if (g.float_bias) bias = g.float_bias + channel;
+      zero_point = g.row_zero_point[row];
+      scale = g.row_scale[row];
+    }
+  }
+  inline F operator()(I sum, int64_t i, int64_t count) const {
     F factor = load_some<F>(multiplier + i, count);
     if constexpr (kDynamic) {
       sum += load_some<I>(column_sums + i, count) * zero_point;
@@ -60,26 +65,19 @@ struct ScaleSums {
     }
     F value = __builtin_convertvector(sum, F) * factor;
     if (kDynamic && bias) value += load_some<F>(bias + i, count);
-    if (kAddend) value += load_some<F>(addend + i, count);
+    if (addend) value += load_some<F>(addend + i, count);
     if (kDynamic) value = clip(value, g.clamp_low, g.clamp_high);
-    store_some(y + i, value, count);
+    return value;
   }
 };
 
-template <bool kDynamic, bool kAddend>
+// Those of a tile of sums; `y` may be where they lie.
+template <bool kDynamic>
 static void scale_sums(const Gemm& g, int64_t row, int64_t rows, int64_t channel, int64_t valid, const int32_t* sums,
                        int64_t width, float* y, int64_t y_stride) {
-  ScaleSums<kDynamic, kAddend> step{g, sums, y, g.multiplier + channel, nullptr, nullptr, nullptr, 0, 1};
-  if (kAddend) step.addend = g.addend + row * g.addend_stride + channel;
-  if (kDynamic) step.column_sums = g.bias + channel;
-  if (kDynamic && g.float_bias) step.bias = g.float_bias + channel;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (kDynamic) step.zero_point = g.row_zero_point[row + r];
-    if (kDynamic) step.scale = g.row_scale[row + r];
-    for_each_vector(valid, step);
-    step.sums += width;
-    step.y += y_stride;
-    if (kAddend) step.addend += g.addend_stride;
+  for (int64_t r = 0; r < rows; ++r, sums += width, y += y_stride) {
+    const Scaling<kDynamic> scaled(g, row + r, channel, g.multiplier + channel);
+    for_each_vector(valid, [&](int64_t i, int64_t count) { store_some(y + i, scaled(load<I>(sums + i), i, count), count); });
   }
 }
 
@@ -127,8 +125,7 @@ static void finish_sums(const Gemm& g, int64_t row, int64_t rows, int64_t channe
                                                             static_cast<uint8_t*>(g.y) + i, valid);
   const bool direct = g.output == Output::kFloat;
   float* const values = direct ? static_cast<float*>(g.y) + i : reinterpret_cast<float*>(sums);
-  (g.dynamic  ? g.addend ? scale_sums<true, true> : scale_sums<true, false>
-   : g.addend ? scale_sums<false, true>
-              : scale_sums<false, false>)(g, row, rows, channel, valid, sums, width, values, direct ? g.y_stride : width);
+  (g.dynamic ? scale_sums<true> : scale_sums<false>)(g, row, rows, channel, valid, sums, width, values,
+                                                     direct ? g.y_stride : width);
   if (!direct) finish_values(g, row, rows, channel, valid, values, width);
 }

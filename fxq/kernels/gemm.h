@@ -11,7 +11,8 @@ struct Place {
   int64_t step;  // bytes from one group of four k to the next
   const int32_t* bias;
   const float* multiplier;
-  const float* addend;
+  const float* factor;  // or null
+  int64_t row, channel;
   const uint8_t* residual;
   void* y;
   int64_t y_stride;
@@ -76,6 +77,12 @@ static void tile(const Gemm& g, const Place& at) {
   const int64_t step = at.step, ahead_step = at.ahead_step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
   const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
   uint32_t last[R];
+  if (kLeaves == Leaves::kFloat && g.addend) {  // comes from the second-level cache or beyond while the products run
+    UNROLL for (int r = 0; r < R; ++r) {
+      const float* const addend = g.addend + (at.row + r) * g.addend_stride + at.channel;
+      UNROLL for (int c = 0; c < C; ++c) __builtin_prefetch(addend + c * W);
+    }
+  }
   for (int64_t run = 0; run < g.run_count + rest; ++run) {
     int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
     if (run == g.run_count) {
@@ -109,17 +116,24 @@ static void tile(const Gemm& g, const Place& at) {
   const Rounding round(g.zero_point, g.low, g.high);
   UNROLL for (int r = 0; r < R; ++r) {
     F value[C];
-    UNROLL for (int c = 0; c < C; ++c)
-      value[c] = __builtin_convertvector(acc[r][c], F) * load<F>(at.multiplier + c * W);
     if constexpr (kLeaves == Leaves::kFloat) {
-      if (at.addend) {
-        UNROLL for (int c = 0; c < C; ++c) value[c] += load<F>(at.addend + r * g.addend_stride + c * W);
+      if (g.dynamic) {
+        const Scaling<true> scaled(g, at.row + r, at.channel, at.multiplier);
+        UNROLL for (int c = 0; c < C; ++c) value[c] = scaled(acc[r][c], c * W, W);
+      } else {
+        const Scaling<false> scaled(g, at.row + r, at.channel, at.multiplier);
+        UNROLL for (int c = 0; c < C; ++c) value[c] = scaled(acc[r][c], c * W, W);
       }
       apply(at.inside, value);
       UNROLL for (int c = 0; c < C; ++c) store(static_cast<float*>(at.y) + r * at.y_stride + c * W, value[c]);
     } else {
+      UNROLL for (int c = 0; c < C; ++c)
+        value[c] = __builtin_convertvector(acc[r][c], F) * load<F>(at.multiplier + c * W);
       if (at.inside != Inside::kNothing) {
         apply(at.inside, value);
+        if (at.factor) {
+          UNROLL for (int c = 0; c < C; ++c) value[c] *= load<F>(at.factor + c * W);
+        }
         UNROLL for (int c = 0; c < C; ++c) value[c] *= g.inverse;
       } else if (at.residual) {
         UNROLL for (int c = 0; c < C; ++c) value[c] += residual(g, at.residual + r * g.residual_stride + c * W, W);
@@ -177,7 +191,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const bool to_uint8 =
       g.output == Output::kUint8 || (g.output == Output::kActivationUint8 && inside != Inside::kNothing);
   const bool staged = ragged || !(to_uint8 || g.output == Output::kFloat || g.output == Output::kActivation);
-  const bool only_sums = g.output == Output::kFixed || g.dynamic || (ragged && (g.addend || g.residual));
+  const bool only_sums = g.output == Output::kFixed || (ragged && (g.addend || g.residual || g.factor || g.dynamic));
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
   alignas(64) int32_t stage[kRows * kWidth];
@@ -185,6 +199,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   at.inside = staged && !to_uint8 ? Inside::kNothing : inside;
   at.bias = g.bias + channel;
   if (!only_sums) at.multiplier = g.multiplier + channel;
+  if (g.factor) at.factor = g.factor + channel;
+  at.channel = channel;
   if (ragged || g.dynamic) {
     memset(bias, 0, sizeof bias);
     if (!g.dynamic) memcpy(bias, at.bias, valid * sizeof(int32_t));
@@ -225,7 +241,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
       at.y = to_uint8 ? static_cast<void*>(q) : static_cast<float*>(g.y) + i;
       at.y_stride = g.y_stride;
     }
-    if (g.addend) at.addend = g.addend + row * g.addend_stride + channel;
+    at.row = row;
     if (g.residual) at.residual = g.residual + row * g.residual_stride + channel;
     direct(g, at);
     if (!staged) {
