@@ -202,7 +202,8 @@ inline int64_t packed_size(int64_t n, int64_t k) { return ceil_div(n, 16) * 16 *
 
 // scratch.cpp: memory of this thread, aligned to 64 bytes, that holds until the same holder asks again. It stays with the
 // thread: what goes back to the system after each call comes again page by page, which can take half of a call's time.
-enum class Holder { kKernel, kPart, kOperator };  // a kernel; what one thread does of an operator; an operator
+// A kernel; what one thread does of an operator; the rows that it takes through several; an operator.
+enum class Holder { kKernel, kPart, kRows, kOperator };
 void* scratch(int64_t bytes, Holder holder = Holder::kKernel);
 
 // dispatch.cpp

@@ -1,6 +1,7 @@
 // A run of operations on the rows of a transformer as one torch operator: the program that fxq/ops/block.py writes.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,22 +14,42 @@ namespace {
 constexpr const char* kOp = "qblock";
 constexpr int64_t kMagic = 0x6b636f6c62717866;  // "fxqblock"
 constexpr int64_t kMostPerRow = 1 << 24;  // bytes of memory
-// What the values of the rows that go through all steps together may take: more come back from memory, fewer read the
-// weights more often.
-constexpr int64_t kSliceBytes = 2 << 20;
+// What the values of a slice may take: more come back from further away, fewer have threads wait for one another more
+// often.
+constexpr int64_t kSliceBytes = 8 << 20;
 constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu", "hardsigmoid", "hardswish",
                                   "layer_norm", "rms_norm"};
 
-enum class Step { kPart, kLinear, kLinearFloat, kLinearAct, kLinearActQuantize, kLinears, kAttention, kNorm,
+enum class Code { kPart, kLinear, kLinearFloat, kLinearAct, kLinearActQuantize, kLinears, kAttention, kNorm,
                   kNormQuantize, kNormAndQuantize, kFeedForward };
 enum class Tag { kNone, kInteger, kReal, kName, kValue, kConstant, kList };
 
+// Where the rows of a value lie: in a tensor of the whole batch, in the memory of a slice, or in that of a thread.
+enum class Home { kTensor, kSlice, kThread };
+
 // Rows of `width` values, or several such from `first` on among `parts`.
 struct Value {
-  const void* data = nullptr;
-  int64_t width = -1;  // -1: no rows
+  Home home = Home::kTensor;
+  const uint8_t* data = nullptr;  // kTensor
+  int64_t place = 0;        // the others: bytes of a row before those of this value
+  int64_t width = -1;       // -1: no rows
   bool is_float = false;
   int64_t first = -1, count = 0;
+  int64_t bytes() const { return width * (is_float ? int64_t(sizeof(float)) : 1); }
+};
+
+// The rows of a slice that a step works on, and where the values of this thread lie.
+struct Rows {
+  int64_t begin, count;
+  bool alone;  // on this thread; else all threads share the work of each step
+  uint8_t* own = nullptr;
+};
+
+// A step, read and checked: its work on some rows. An attention works on those of whole sequences.
+struct Step {
+  std::function<void(const Rows&)> run;
+  bool is_attention;
+  int64_t work;  // products for each row
 };
 
 // Words of a program, each argument after its tag; what is not there is refused, never read.
@@ -77,9 +98,11 @@ class Block {
         const std::vector<int64_t>& widths)
       : inputs_(inputs), constants_(constants), program_(program), words_(open(program)) {
     const int64_t steps = words_.word(), rows_of = words_.word();
-    per_row_ = words_.word();
-    const bool fits = steps >= 0 && steps <= program.numel() && per_row_ >= 0 && per_row_ <= kMostPerRow && per_row_ % 64 == 0;
-    if (inputs.empty() || rows_of < 1 || rows_of > int64_t(inputs.size()) || !fits)
+    slice_bytes_ = words_.word();
+    own_bytes_ = words_.word();
+    const auto fits = [](int64_t bytes) { return bytes >= 0 && bytes <= kMostPerRow && bytes % 64 == 0; };
+    const bool sound = steps >= 0 && steps <= program.numel() && fits(slice_bytes_) && fits(own_bytes_);
+    if (inputs.empty() || rows_of < 1 || rows_of > int64_t(inputs.size()) || !sound)
       fail(kOp, ": the program's head is damaged");
     const Shape shape = inputs[0].shape();
     if (shape.dim != 3) fail(kOp, ": the first input is ", shape, ", expected [B, T, K]");
@@ -87,29 +110,34 @@ class Block {
     tokens_ = shape.sizes[1];
     held_.reserve(rows_of);
     for (int64_t i = 0; i < rows_of; ++i) take(inputs[i]);
+    values_.resize(inputs.size());  // masks have no rows
     for (int64_t width : widths) {
       const int64_t sizes[3] = {batch_, tokens_, width < 0 ? -width : width};
       results_.push_back(Tensor::empty({sizes, 3}, width < 0 ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8()));
     }
     written_.resize(widths.size());
-    const int64_t most = std::max<int64_t>(1, kSliceBytes / std::max<int64_t>(1, per_row_ * tokens_));
-    const int64_t slices = std::max<int64_t>(1, ceil_div(batch_, most)), slice = ceil_div(batch_, slices);
-    arena_ = static_cast<uint8_t*>(scratch(slice * tokens_ * per_row_ + 64, Holder::kOperator));
-    values_.reserve(inputs.size() + steps);
-    const Words body = words_;
-    for (int64_t i = 0; i < slices; ++i) {
-      first_ = std::min(i * slice, batch_);
-      count_ = std::min(slice, batch_ - first_);
-      rows_ = count_ * tokens_;
-      words_ = body;
-      parts_.clear();
-      values_ = taken_;
-      for (Value& value : values_) value.data = static_cast<const uint8_t*>(value.data) + offset(value);
-      values_.resize(inputs.size());  // masks have no rows
-      for (int64_t j = 0; j < steps; ++j) step();
-    }
+    steps_.reserve(steps);
+    for (int64_t i = 0; i < steps; ++i) read();
     for (bool written : written_)
       if (!written) fail(kOp, ": the program leaves a result without its numbers");
+  }
+
+  void run() {
+    if (tokens_ == 0) return;
+    const int64_t most = std::max<int64_t>(1, kSliceBytes / std::max<int64_t>(1, (slice_bytes_ + own_bytes_) * tokens_));
+    const int64_t slices = std::max<int64_t>(1, ceil_div(batch_, most)), slice = ceil_div(batch_, slices);
+    capacity_ = slice * tokens_;
+    memory_ = static_cast<uint8_t*>(scratch(capacity_ * slice_bytes_ + 64, Holder::kOperator));
+    for (first_ = 0; first_ < batch_; first_ += slice) {
+      count_ = std::min(slice, batch_ - first_);
+      for (std::size_t i = 0, end; i < steps_.size(); i = end) {
+        for (end = i + 1; !steps_[i].is_attention && end < steps_.size() && !steps_[end].is_attention;) ++end;
+        if (steps_[i].is_attention)
+          steps_[i].run({0, count_ * tokens_, false});
+        else
+          row_by_row(i, end);
+      }
+    }
   }
   std::vector<Tensor> results() { return std::move(results_); }
 
@@ -129,13 +157,38 @@ class Block {
     value.is_float = input.dtype() == aoti_torch_dtype_float32();
     if (!value.is_float) expect_dtype(kOp, "an input", input, aoti_torch_dtype_uint8(), "uint8 or float32");
     value.width = shape.sizes[2];
-    value.data = held_.emplace_back(input).data<void>();
-    taken_.push_back(value);
+    value.data = held_.emplace_back(input).data<uint8_t>();
+    values_.push_back(value);
   }
-  // Bytes from the rows of the whole batch to those of this slice.
-  int64_t offset(const Value& value) const {
-    return first_ * tokens_ * value.width * (value.is_float ? int64_t(sizeof(float)) : 1);
+
+  // The steps [i, end), none of them an attention. Rows know nothing of one another there: each thread takes its share of
+  // them through all steps. So few that threads had little to share go through step by step, and the threads share the
+  // channels.
+  void row_by_row(std::size_t i, std::size_t end) {
+    const int64_t rows = count_ * tokens_, tiles = ceil_div(rows, kMaxRows);
+    int64_t work = 0, threads = torch::stable::get_num_threads();
+    for (std::size_t step = i; step < end; ++step) work += rows * steps_[step].work;
+    if (threads == 1 || work < 2 * kProductGrain) return through(i, end, {0, rows, true});
+    if (tiles < 4 * threads) return through(i, end, {0, rows, false});
+    torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t tiles_end) {
+      begin *= kMaxRows;
+      through(i, end, {begin, std::min(tiles_end * kMaxRows, rows) - begin, true});
+    });
   }
+  void through(std::size_t i, std::size_t end, Rows rows) const {
+    rows.own = static_cast<uint8_t*>(scratch(rows.count * own_bytes_ + 64, Holder::kRows));
+    for (; i < end; ++i) steps_[i].run(rows);
+  }
+
+  const uint8_t* at(const Value& value, const Rows& rows) const {
+    switch (value.home) {
+      case Home::kTensor: return value.data + (first_ * tokens_ + rows.begin) * value.bytes();
+      case Home::kSlice: return memory_ + capacity_ * value.place + rows.begin * value.bytes();
+      default: return rows.own + rows.count * value.place;
+    }
+  }
+  // Of what a step writes: a result of the block, or its memory.
+  uint8_t* to(const Value& value, const Rows& rows) const { return const_cast<uint8_t*>(at(value, rows)); }
 
   const Value& value() {
     const int64_t i = words_.of(Tag::kValue);
@@ -147,12 +200,6 @@ class Block {
     if (found.width < 0 || found.is_float != is_float)
       fail(kOp, ": a step reads what are no rows of ", is_float ? "float32" : "uint8");
     return found;
-  }
-  template <class T>
-  const T* rows(bool is_float, int64_t width) {
-    const Value found = rows(is_float);
-    if (found.width != width) fail(kOp, ": a step reads rows of ", found.width, " values, expected ", width);
-    return static_cast<const T*>(found.data);
   }
 
   const Tensor& constant() {
@@ -170,26 +217,26 @@ class Block {
   const float* row(int64_t k) { return words_.none() ? nullptr : constant<float>(aoti_torch_dtype_float32(), k); }
 
   // Where a step writes `width` values a row: a result of the block, or its memory.
-  void* write(int64_t width, bool is_float) {
-    const int64_t place = words_.word(), bytes = width * (is_float ? int64_t(sizeof(float)) : 1);
+  Value write(int64_t width, bool is_float) {
+    const int64_t place = words_.word();
     Value value;
     value.width = width;
     value.is_float = is_float;
-    void* data;
     if (place < 0) {
       const std::size_t i = std::size_t(-1 - place);
       const int32_t dtype = is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8();
       if (i >= results_.size() || results_[i].shape().sizes[2] != width || results_[i].dtype() != dtype)
         fail(kOp, ": a step writes what is no result of the block");
       written_[i] = true;
-      data = static_cast<uint8_t*>(results_[i].data<void>()) + offset(value);
+      value.data = results_[i].data<uint8_t>();
     } else {
-      if (place % 64 || place + bytes > per_row_) fail(kOp, ": a step writes beyond the block's memory");
-      data = arena_ + rows_ * place;
+      value.home = place < slice_bytes_ ? Home::kSlice : Home::kThread;
+      value.place = place < slice_bytes_ ? place : place - slice_bytes_;
+      if (place % 64 || value.place + value.bytes() > (place < slice_bytes_ ? slice_bytes_ : own_bytes_))
+        fail(kOp, ": a step writes beyond the block's memory");
     }
-    value.data = data;
     made_.push_back(value);
-    return data;
+    return value;
   }
   // The value of a step: the one that it has written, or all of them.
   void finish() {
@@ -221,14 +268,14 @@ class Block {
   }
   Gemm gemm(const Value& x) {
     const Tensor &weight = constant(), &bias = constant(), &multiplier = constant();
-    Gemm g = gemm(x.width, weight, bias, multiplier);
-    g.x = static_cast<const uint8_t*>(x.data);
-    return g;
+    return gemm(x.width, weight, bias, multiplier);
   }
-  void set_addend(Gemm& g) {
-    if (words_.none()) return;
-    g.addend = rows<float>(true, g.n);
+  std::optional<Value> addend(Gemm& g) {
+    if (words_.none()) return {};
+    const Value found = rows(true);
+    if (found.width != g.n) fail(kOp, ": a step adds rows of ", found.width, " values, expected ", g.n);
     g.addend_stride = g.n;
+    return found;
   }
   void set_rounding(Gemm& g, int64_t zero_point, int64_t low, int64_t high) {
     expect_range(kOp, zero_point, low, high);
@@ -236,23 +283,32 @@ class Block {
     g.low = int32_t(low);
     g.high = int32_t(high);
   }
+  // `g` with its rows.
+  Gemm placed(Gemm g, const Rows& rows, const Value& x, const Value& y, const std::optional<Value>& addend) const {
+    g.x = at(x, rows);
+    g.y = to(y, rows);
+    if (addend) g.addend = reinterpret_cast<const float*>(at(*addend, rows));
+    return g;
+  }
 
-  void step() {
-    const int64_t code = words_.word();
-    switch (Step(code)) {
-      case Step::kPart: return part();
-      case Step::kLinear:
-      case Step::kLinearFloat:
-      case Step::kLinearAct:
-      case Step::kLinearActQuantize: linear(Step(code)); break;
-      case Step::kLinears: linears(); break;
-      case Step::kAttention: attention(); break;
-      case Step::kNorm:
-      case Step::kNormQuantize:
-      case Step::kNormAndQuantize: norm(Step(code)); break;
-      case Step::kFeedForward: feed_forward(); break;
-      default: fail(kOp, ": the program has step ", code);
+  void read() {
+    const Code code = Code(words_.word());
+    Step step{nullptr, code == Code::kAttention, 0};
+    switch (code) {
+      case Code::kPart: return part();
+      case Code::kLinear:
+      case Code::kLinearFloat:
+      case Code::kLinearAct:
+      case Code::kLinearActQuantize: step.run = linear(code, step.work); break;
+      case Code::kLinears: step.run = linears(step.work); break;
+      case Code::kAttention: step.run = attention(); break;
+      case Code::kNorm:
+      case Code::kNormQuantize:
+      case Code::kNormAndQuantize: step.run = norm(code); break;
+      case Code::kFeedForward: step.run = feed_forward(step.work); break;
+      default: fail(kOp, ": the program has step ", int64_t(code));
     }
+    steps_.push_back(std::move(step));
     finish();
   }
 
@@ -263,22 +319,22 @@ class Block {
     values_.push_back(parts_[whole.first + i]);
   }
 
-  void linear(Step step) {
-    Gemm g = gemm(rows(false));
-    bool is_float = false;
-    if (step == Step::kLinear) {
+  std::function<void(const Rows&)> linear(Code code, int64_t& work) {
+    const Value x = rows(false);
+    Gemm g = gemm(x);
+    work = g.n * g.k;
+    std::optional<Value> added;
+    if (code == Code::kLinear) {
       const int64_t zero_point = words_.byte(), low = words_.byte(), high = words_.byte();
       set_rounding(g, zero_point, low, high);
-    } else if (step == Step::kLinearFloat) {
+    } else if (code == Code::kLinearFloat) {
       g.output = Output::kFloat;
-      set_addend(g);
-      is_float = true;
+      added = addend(g);
     } else {
       g.activation = activation_named(kOp, words_.name());
-      if (step == Step::kLinearAct) {
+      if (code == Code::kLinearAct) {
         g.output = Output::kActivation;
-        set_addend(g);
-        is_float = true;
+        added = addend(g);
       } else {
         g.output = Output::kActivationUint8;
         g.inverse = 1.0f / float(words_.real());
@@ -286,11 +342,15 @@ class Block {
         g.factor = row(g.n);
       }
     }
-    g.y = write(g.n, is_float);
-    run_gemm(g, rows_);
+    const Value y = write(g.n, code == Code::kLinearFloat || code == Code::kLinearAct);
+    return [=](const Rows& rows) {
+      const Gemm own = placed(g, rows, x, y, added);
+      if (rows.alone) return active().gemm(own, 0, rows.count, 0, panel_count(own.n));
+      run_gemm(own, rows.count);
+    };
   }
 
-  void linears() {
+  std::function<void(const Rows&)> linears(int64_t& work) {
     const Value x = rows(false);
     const int64_t count = words_.of(Tag::kList);
     if (count < 1 || count > 64) fail(kOp, ": ", count, " linears of one input");
@@ -304,19 +364,25 @@ class Block {
       if (words_.of(Tag::kList) != count) fail(kOp, ": lists of several lengths");
       for (int64_t i = 0; i < count; ++i) numbers.push_back(words_.byte());
     }
-    std::vector<Gemm> gemms;
+    std::vector<std::pair<Gemm, Value>> parts;
     for (int64_t i = 0; i < count; ++i) {
       Gemm g = gemm(x.width, *operands[i], *operands[count + i], *operands[2 * count + i]);
-      g.x = static_cast<const uint8_t*>(x.data);
       set_rounding(g, numbers[i], numbers[count + i], numbers[2 * count + i]);
-      g.y = write(g.n, false);
-      gemms.push_back(g);
+      work += g.n * g.k;
+      parts.emplace_back(g, write(g.n, false));
     }
-    run_gemms(gemms.data(), count, rows_);
+    return [=](const Rows& rows) {
+      std::vector<Gemm> own;
+      for (const auto& [g, y] : parts) own.push_back(placed(g, rows, x, y, {}));
+      if (!rows.alone) return run_gemms(own.data(), count, rows.count);
+      for (const Gemm& g : own) active().gemm(g, 0, rows.count, 0, panel_count(g.n));
+    };
   }
 
-  void attention() {
+  std::function<void(const Rows&)> attention() {
     const Value q = rows(false), k = rows(false), v = rows(false);
+    for (const Value* x : {&q, &k, &v})
+      if (x->home == Home::kThread) fail(kOp, ": an attention reads what is a thread's own");
     Attention a;
     const Tensor* mask = nullptr;
     if (!words_.none()) {
@@ -340,26 +406,32 @@ class Block {
         a.heads % a.kv_heads)
       fail(kOp, ": rows of ", q.width, ", ", k.width, " and ", v.width, " values do not hold ", a.heads, " heads");
     if (tokens_ > kMaxKeys) fail(kOp, ": ", tokens_, " keys, expected at most ", kMaxKeys);
-    const auto place = [&](const Value& x, int64_t depth, const uint8_t** data, int64_t* stride) {
-      *data = static_cast<const uint8_t*>(x.data);
+    const auto set_strides = [&](const Value& x, int64_t depth, int64_t* stride) {
       stride[0] = tokens_ * x.width;
       stride[1] = depth;
       stride[2] = x.width;
     };
-    place(q, a.depth, &a.q, a.q_stride);
-    place(k, a.depth, &a.k, a.k_stride);
-    place(v, a.width, &a.v, a.v_stride);
+    set_strides(q, a.depth, a.q_stride);
+    set_strides(k, a.depth, a.k_stride);
+    set_strides(v, a.width, a.v_stride);
     a.queries = a.keys = tokens_;
     a.multiplier = attention_multiplier(s_qk, scale, a.depth);
-    if (mask) {
-      set_mask(a, *mask, batch_, true);
-      a.mask = static_cast<const uint8_t*>(a.mask) + first_ * a.mask_stride[0] * (a.mask_is_float ? sizeof(float) : 1);
-    }
-    a.y = write(a.heads * a.width, false);
-    run_attention(a, count_);
+    if (mask) set_mask(a, *mask, batch_, true);
+    const Value y = write(a.heads * a.width, false);
+    if (y.home == Home::kThread) fail(kOp, ": an attention writes what is a thread's own");
+    return [=](const Rows& rows) {
+      Attention own = a;
+      own.q = at(q, rows);
+      own.k = at(k, rows);
+      own.v = at(v, rows);
+      if (a.mask)
+        own.mask = static_cast<const uint8_t*>(a.mask) + first_ * a.mask_stride[0] * (a.mask_is_float ? sizeof(float) : 1);
+      own.y = to(y, rows);
+      run_attention(own, count_);
+    };
   }
 
-  void norm(Step step) {
+  std::function<void(const Rows&)> norm(Code code) {
     const Value x = rows(true);
     Norm n{};
     n.k = x.width;
@@ -369,18 +441,25 @@ class Block {
     n.weight = row(n.k);
     n.bias = row(n.k);
     n.eps = float(words_.real());
-    if (step != Step::kNorm) {
+    if (code != Code::kNorm) {
       n.inverse = 1.0f / float(words_.real());
       n.zero_point = int32_t(words_.byte());
       n.factor = row(n.k);
     }
-    float* y = step == Step::kNormQuantize ? nullptr : static_cast<float*>(write(n.k, true));
-    uint8_t* q = step == Step::kNorm ? nullptr : static_cast<uint8_t*>(write(n.k, false));
-    if (n.k) run_norm(n, static_cast<const float*>(x.data), y, q, rows_);
+    std::optional<Value> y, q;
+    if (code != Code::kNormQuantize) y = write(n.k, true);
+    if (code != Code::kNorm) q = write(n.k, false);
+    return [=](const Rows& rows) {
+      const auto* const from = reinterpret_cast<const float*>(at(x, rows));
+      auto* const normalised = y ? reinterpret_cast<float*>(to(*y, rows)) : nullptr;
+      uint8_t* const quantized = q ? to(*q, rows) : nullptr;
+      if (n.k) (rows.alone ? active().norm : run_norm)(n, from, normalised, quantized, rows.count);
+    };
   }
 
-  void feed_forward() {
-    Gemm wide = gemm(rows(false));
+  std::function<void(const Rows&)> feed_forward(int64_t& work) {
+    const Value x = rows(false);
+    Gemm wide = gemm(x);
     wide.output = Output::kActivation;
     wide.activation = activation_named(kOp, words_.name());
     const Tensor &weight = constant(), &sums = constant(), &scale = constant();
@@ -388,26 +467,38 @@ class Block {
     narrow.output = Output::kFloat;
     narrow.dynamic = true;
     narrow.float_bias = row(narrow.n);
-    set_addend(narrow);
-    narrow.y = write(narrow.n, true);
-    run_feed_forward(wide, narrow, rows_);
+    work = wide.n * wide.k + narrow.n * narrow.k;
+    const std::optional<Value> added = addend(narrow);
+    const Value y = write(narrow.n, true);
+    return [=](const Rows& rows) {
+      Gemm own = wide;
+      own.x = at(x, rows);
+      const Gemm last = placed(narrow, rows, x, y, added);
+      if (rows.alone) return fxq::feed_forward(own, last, 0, rows.count);
+      run_feed_forward(own, last, rows.count);
+    };
   }
 
   const std::vector<Tensor>&inputs_, &constants_;
   const Contiguous program_;
   Words words_;
-  int64_t per_row_ = 0, batch_ = 0, tokens_ = 0;
-  int64_t first_ = 0, count_ = 0, rows_ = 0;  // of the batch, those that go through all steps now
-  uint8_t* arena_ = nullptr;
+  int64_t slice_bytes_ = 0, own_bytes_ = 0;  // for each row: the memory of a slice, and that of a thread
+  int64_t batch_ = 0, tokens_ = 0;
   std::vector<Contiguous> held_;
   std::vector<Tensor> results_;
   std::vector<bool> written_;
-  std::vector<Value> taken_, values_, parts_, made_;
+  std::vector<Value> values_, parts_, made_;
+  std::vector<Step> steps_;
+  // Of the slice at hand: its first sequence, how many there are, and the memory for `capacity_` rows.
+  int64_t first_ = 0, count_ = 0, capacity_ = 0;
+  uint8_t* memory_ = nullptr;
 };
 
 std::vector<Tensor> qblock(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
                            const Tensor& program, const std::vector<int64_t>& widths) {
-  return Block(inputs, constants, program, widths).results();
+  Block block(inputs, constants, program, widths);
+  block.run();
+  return block.results();
 }
 
 }  // namespace

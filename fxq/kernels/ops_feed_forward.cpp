@@ -34,8 +34,9 @@ struct Constants {
   }
 };
 
-// Rows [row, row_end) through both, a block of them at a time, on this thread.
-void feed(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end) {
+}  // namespace
+
+void feed_forward(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end) {
   const int64_t fit = kBlockBytes / (wide.n * int64_t(sizeof(float)) + 1), most = std::max<int64_t>(fit / kMaxRows, 4) * kMaxRows;
   const int64_t blocks = ceil_div(row_end - row, most), height = ceil_div(ceil_div(row_end - row, blocks), kMaxRows) * kMaxRows;
   auto* const between = static_cast<float*>(scratch(std::min(height, row_end - row) * wide.n * 4, Holder::kPart));
@@ -52,13 +53,11 @@ void feed(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end) {
   }
 }
 
-}  // namespace
-
 void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
   const int64_t work = rows * wide.n * (wide.k + narrow.n), threads = torch::stable::get_num_threads();
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(tiles, threads);
   if (rows == 0 || narrow.n == 0) return;
-  if (threads == 1 || work < 2 * kProductGrain) return feed(wide, narrow, 0, rows);
+  if (threads == 1 || work < 2 * kProductGrain) return feed_forward(wide, narrow, 0, rows);
   if (tiles < 4 * threads) {  // all threads share the channels of one, then those of the other
     auto* const between = static_cast<float*>(scratch(rows * wide.n * 4, Holder::kPart));
     wide.y = between;
@@ -67,7 +66,7 @@ void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
     return run_gemm(narrow, rows);
   }
   torch::stable::parallel_for(0, tiles, share, [&](int64_t begin, int64_t end) {
-    feed(wide, narrow, begin * kMaxRows, std::min(end * kMaxRows, rows));
+    feed_forward(wide, narrow, begin * kMaxRows, std::min(end * kMaxRows, rows));
   });
 }
 

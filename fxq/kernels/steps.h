@@ -18,5 +18,7 @@ void run_norm(const Norm& norm, const float* x, float* y, uint8_t* q, int64_t ro
 // ops_feed_forward.cpp: rows through `wide`, which gives float32, and `narrow`, which is dynamic; their y and x between
 // them are set here.
 void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows);
+// The same of rows [row, row_end), a few at a time, on this thread.
+void feed_forward(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row_end);
 
 }  // namespace fxq

@@ -4,13 +4,17 @@
     result  = those of the values that someone reads behind the block
 
 Every value of a step is uint8 or float32 [B, T, width]; so are the inputs, masks excepted. Bit for bit what the ops
-would give one by one, without a call, a tensor and memory of its own for each. A batch whose rows would take more
-memory than stays in the caches goes through all steps a few sequences at a time. `fxq.expansion.expand` takes a block
+would give one by one, without a call, a tensor and memory of its own for each. `fxq.expansion.expand` takes a block
 apart again. NumPy truth: that of the ops.
 
-The steps are one int64 tensor, the program. After its head (magic, steps, inputs that are rows, bytes of memory for a
-row) each step is the number of its op in `STEPS`, its arguments, each after its tag, and for each thing that it writes
-the offset in the memory of a row, or -1 - i for result i of the block.
+Rows know of one another in attentions only. What stands between two of them is a run: each thread takes its share of
+the rows through all of its steps, and waits for no other. What an attention or another run reads lies in the memory of
+a slice, a few sequences of a large batch; what a run alone reads lies in the memory of a thread.
+
+The steps are one int64 tensor, the program. After its head (magic, steps, inputs that are rows, bytes for a row in the
+memory of a slice and in that of a thread) each step is the number of its op in `STEPS`, its arguments, each after its
+tag, and for each thing that it writes where: bytes of a row before it, in the slice's memory and behind that in the
+thread's, or -1 - i for result i of the block.
 """
 
 from __future__ import annotations
@@ -97,8 +101,8 @@ def all_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
 
 def encode(steps: Sequence[Step], inputs: int, masks: int) -> Tensor:
     """The program of `steps`, which read `inputs` rows and after them `masks` masks."""
-    places, per_row = _places(steps, inputs + masks)
-    words = [_MAGIC, len(steps), inputs, per_row]
+    places, sizes = _places(steps, inputs + masks)
+    words = [_MAGIC, len(steps), inputs, *sizes]
     for i, step in enumerate(steps):
         words.append(STEPS.index(step.op))
         for argument in step.args:
@@ -126,35 +130,56 @@ def _words(argument: Any) -> list[int]:
     raise TypeError(f"a block has no argument {argument!r}")
 
 
-def _places(steps: Sequence[Step], first: int) -> tuple[list[list[int]], int]:
-    """Offsets in the memory of a row, for each step and thing written, and its size.
+def _places(steps: Sequence[Step], first: int) -> tuple[list[list[int]], tuple[int, int]]:
+    """Where each thing that a step writes lies in the memory of a row; how large those of a slice and a thread are.
 
-    What no later step reads makes room again. first: the number of the first step's value.
+    What no later step reads makes room again: in the memory of a thread for the next step, in that of a slice for the
+    next run, as other rows are elsewhere in this one. first: the number of the first step's value.
     """
-    whole = {first + i: first + i for i in range(len(steps))}  # the step that wrote what a value shows
-    last = dict.fromkeys(whole, 0)
+    runs = _runs(steps)
+    readers = _readers(steps, first)
+    homes: list[list[tuple[bool, int]]] = []  # whether in the slice's memory, and where there
+    held: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])  # begin, end, the last step reading
+    sizes = [0, 0]
     for i, step in enumerate(steps):
-        for value in _values(step.args):
-            if value in whole:
-                last[whole[value]] = i
-                if step.op == "part":
-                    whole[first + i] = whole[value]
-    places: list[list[int]] = []
-    held: list[tuple[int, int, int]] = []  # begin, end, the last step that reads it
-    size = 0
-    for i, step in enumerate(steps):
-        held = [entry for entry in held if entry[2] >= i]
-        places.append([])
-        for written in step.writes:
+        held = [h for h in held[0] if h[2] >= i], [h for h in held[1] if runs[h[2]] >= runs[i]]
+        homes.append([])
+        for part, written in enumerate(step.writes):
+            reading = readers.get((i, part), [])
+            shared = any(runs[reader] != runs[i] for reader in reading)
             begin, length = 0, -(-written.width * (4 if written.is_float else 1) // _LINE) * _LINE
-            for other, end, _ in sorted(held):
+            for other, end, _ in sorted(held[shared]):
                 if other < begin + length and begin < end:
                     begin = end
-            places[-1].append(begin)
+            homes[-1].append((shared, begin))
             if written.result is None:
-                held.append((begin, begin + length, max(last[first + i], i)))
-                size = max(size, begin + length)
-    return places, size
+                held[shared].append((begin, begin + length, max(reading, default=i)))
+                sizes[shared] = max(sizes[shared], begin + length)
+    own, slice_ = sizes
+    return [[begin if shared else slice_ + begin for shared, begin in written] for written in homes], (slice_, own)
+
+
+def _runs(steps: Sequence[Step]) -> list[int]:
+    """The number of the run that each step stands in; an attention is one by itself."""
+    numbers: list[int] = []
+    for i, step in enumerate(steps):
+        begins = i > 0 and "qattention" in (step.op, steps[i - 1].op)
+        numbers.append(numbers[-1] + begins if numbers else 0)
+    return numbers
+
+
+def _readers(steps: Sequence[Step], first: int) -> dict[tuple[int, int], list[int]]:
+    """For each step and thing that it writes, the steps that read it."""
+    shown = {first + i: (i, 0) for i, step in enumerate(steps)}  # what each value is, as step and thing
+    readers: dict[tuple[int, int], list[int]] = {}
+    for i, step in enumerate(steps):
+        if step.op == "part":
+            shown[first + i] = (shown[step.args[0].index][0], step.args[1])
+            continue
+        for value in _values(step.args):
+            if value in shown:
+                readers.setdefault(shown[value], []).append(i)
+    return readers
 
 
 def _values(argument: Any) -> list[int]:
@@ -208,7 +233,7 @@ class _Reader:
 def decode(program: Tensor) -> Program:
     """What `encode` wrote, without widths; raises ValueError where it is damaged."""
     reader = _Reader(program)
-    magic, count, inputs, _ = (reader.word() for _ in range(4))
+    magic, count, inputs, *_ = (reader.word() for _ in range(5))
     if magic != _MAGIC:
         raise ValueError(f"fxq: a block's program begins with {magic}, expected {_MAGIC}")
     steps: list[Step] = []

@@ -90,9 +90,22 @@ def test_same_bits_as_step_by_step(on_isa, batch, tokens, masked):
 def test_large_batches_go_through_in_slices(batch, tokens):
     """Masks, inputs and results are those of the whole batch."""
     args = call(*layer(240, 960), batch, tokens, width=240)
-    assert batch * tokens * args[2][3].item() > 2 << 20
+    assert batch * tokens * args[2][3:5].sum().item() > 2 << 20
     for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 40), (3, 17), (2, 70), (7, 64)])
+def test_threads_share_rows_or_channels(batch, tokens):
+    """Rows where there are enough; a few go through step by step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        args = call(*layer(240, 960), batch, tokens, width=240)
+        for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
+            assert torch.equal(got, wanted)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_operands_in_any_memory(on_isa):
@@ -114,9 +127,43 @@ def test_memory_is_used_again():
 
     def bytes_per_row(layers):
         steps = [Step("norm", (Value(i), "layer_norm", None, None, 1e-5), (Written(32, True),)) for i in range(layers)]
-        return block.encode(steps, 1, 0)[3].item()
+        return block.encode(steps, 1, 0)[3:5].sum().item()
 
     assert bytes_per_row(10) == bytes_per_row(2) == 2 * 32 * 4
+
+
+def places(steps, inputs):
+    """For each thing that a step writes: (its step, in the slice's memory, begin, end), or None for a result."""
+    read, words = block.decode(block.encode(steps, inputs, 0)), block.encode(steps, inputs, 0).tolist()
+    slice_bytes, at, found = words[3], 5, {}
+    for i, step in enumerate(read.steps):
+        at += 1 + sum(2 + 2 * len(a) if isinstance(a, list) else 2 for a in step.args)
+        for part, written in enumerate(steps[i].writes):
+            place = words[at + part]
+            shared = place < slice_bytes
+            begin = place if shared else place - slice_bytes
+            length = written.width * (4 if written.is_float else 1)
+            found[i, part] = None if place < 0 else (shared, begin, begin + length)
+        at += len(steps[i].writes)
+    assert at == len(words)
+    return found
+
+
+def test_memory_of_a_slice_is_kept_for_a_run_and_that_of_a_thread_for_a_step():
+    steps, _, _ = layer(masked=False)
+    found, runs, readers = places(steps, 2), block._runs(steps), block._readers(steps, 2)
+    assert runs == [0, 0, 0, 0, 1, *[2] * 11]
+    lives = {}
+    for (i, part), home in found.items():
+        last = max(readers.get((i, part), [i]))
+        if home:
+            assert home[0] == any(runs[reader] != runs[i] for reader in readers.get((i, part), []))
+            lives[i, part] = (*home, *((runs[i], runs[last]) if home[0] else (i, last)))
+    assert {shared for shared, *_ in lives.values()} == {False, True}
+    for one, (shared, begin, end, born, dies) in lives.items():
+        for other, (also, other_begin, other_end, other_born, other_dies) in lives.items():
+            apart = end <= other_begin or other_end <= begin or dies < other_born or other_dies < born
+            assert one == other or shared != also or apart, (one, other)
 
 
 def test_what_is_damaged_is_refused(on_isa):
