@@ -2,14 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
 namespace fxq {
 
-constexpr int64_t kScratch = 48 << 10;       // bytes on the stack for the rows between two layers
-constexpr int64_t kCachedWeights = 512 << 10;  // weights that stay in a second-level cache from block to block
+constexpr int64_t kMostRows = 96;
+constexpr int64_t kCachedRows = 256 << 10;     // bytes of rows between layers that stay in a second-level cache
+constexpr int64_t kCachedWeights = 512 << 10;  // weights that do, from block to block
 
 ChainLayer Chain::layer(int64_t i) const {
   ChainLayer layer;
@@ -50,20 +50,14 @@ Chain::Chain(const uint8_t* program, uint64_t size) : program_(program) {
 }
 
 int64_t Chain::block_rows() const {
-  const int64_t rows = kScratch / (2 * widest_) / kMaxRows * kMaxRows;
-  return weight_bytes_ > kCachedWeights ? 96 : std::clamp<int64_t>(rows, kMaxRows, 96);
+  if (weight_bytes_ > kCachedWeights) return kMostRows;
+  return std::clamp<int64_t>(kCachedRows / (2 * widest_) / kMaxRows * kMaxRows, kMaxRows, kMostRows);
 }
 
 void Chain::run(const void* x, int64_t rows, void* y, int64_t block, RunGemm gemm) const {
   block = std::min(block, rows);
-  alignas(64) uint8_t stack[kScratch];
-  std::unique_ptr<uint8_t[]> heap;
-  uint8_t* between[2] = {stack, stack + kScratch / 2};
-  if (2 * block * widest_ > kScratch) {
-    heap.reset(new uint8_t[2 * block * widest_]);
-    between[0] = heap.get();
-    between[1] = heap.get() + block * widest_;
-  }
+  uint8_t* const memory = static_cast<uint8_t*>(scratch(2 * block * widest_, Holder::kPart));
+  uint8_t* const between[2] = {memory, memory + block * widest_};
   for (int64_t row = 0; row < rows; row += block) {
     const int64_t count = std::min(block, rows - row);
     Gemm g;
