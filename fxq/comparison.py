@@ -68,8 +68,10 @@ class Spread:
 
 
 BINS = 64
+FLOAT_ROUNDING = 100.0
+"""dB. What is above rounds no integers: float32 alone, as a norm does; it has no place in a picture of noise."""
 EQUAL = 0.1
-"""dB. Of remedies as good as that, the first tried is taken; float is the last."""
+"""dB. Of remedies as good as that, the first is taken; float is the last."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A module that loses much by itself; SQNR in dB. before: of the model's output; tried: in the order of trying."""
+    """A module that loses much by itself; SQNR in dB. before: of the model's output; tried: float last."""
 
     module: str
     alone: float
@@ -99,9 +101,10 @@ class Suspect:
     def __str__(self) -> str:
         head = f"{self.module}: {self.alone:.1f} dB alone; "
         if not self.tried:
-            return f"{head}no remedy was tried, for lack of time"
+            return f"{head}no remedy was tried, for lack of time: give fxq.compare more `seconds`"
         if self.best is None:
-            return f"{head}none of {len(self.tried)} remedies lifts the output above {self.before:.1f} dB"
+            left = self.tried[-1].output
+            return f"{head}even in float it leaves the output at {left:.1f} dB, so that what is lost is lost elsewhere"
         return f"{head}the output goes from {self.before:.1f} to {self.best.output:.1f} dB with\n  {self.best.recipe}"
 
 
@@ -143,6 +146,7 @@ class Comparison:
     def plot(self, path: str | Path) -> Path:
         """Noise along the depth, and for the three worst layers their values in their range; needs matplotlib.
 
+        Layers are numbered from 0, as they come in `layers`; what only rounds floats has no noise of its own.
         path: of a picture, svg, png or pdf. Raises `InputError` where matplotlib is not installed.
         """
         try:
@@ -150,13 +154,15 @@ class Comparison:
             from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise InputError("a plot needs matplotlib: pip install 'fxq[plots]'") from error
+        numbers = {id(layer): i for i, layer in enumerate(self.layers)}
         spread = [layer for layer in self.worst(len(self.layers)) if layer.spread is not None][:3]
         figure = Figure(figsize=(9, 4 if not spread else 6.5), layout="constrained")
         grid = figure.add_gridspec(2 if spread else 1, max(1, len(spread)))
         depth = figure.add_subplot(grid[0, :])
-        finite = [(i, layer) for i, layer in enumerate(self.layers) if math.isfinite(layer.alone)]
-        depth.plot([i for i, _ in finite], [layer.alone for _, layer in finite], "o-", label="alone")
-        depth.plot([i for i, _ in finite], [layer.accumulated for _, layer in finite], "s-", label="accumulated")
+        rounded = [(i, layer.alone) for i, layer in enumerate(self.layers) if layer.alone < FLOAT_ROUNDING]
+        reached = [(i, layer.accumulated) for i, layer in enumerate(self.layers) if math.isfinite(layer.accumulated)]
+        for points, style, label in ((rounded, "o-", "alone"), (reached, "s-", "accumulated")):
+            depth.plot([i for i, _ in points], [noise for _, noise in points], style, label=label, markersize=4)
         depth.set(ylabel="SQNR, dB", xlabel="layer, in the order of the graph")
         depth.xaxis.set_major_locator(MaxNLocator(integer=True))
         depth.legend()
@@ -167,7 +173,9 @@ class Comparison:
             axes.bar([found.low + (i + 0.5) * width for i in range(BINS)], found.counts, width, log=True)
             for bound in found.range:
                 axes.axvline(bound, color="#a86a00", linestyle=":")
-            axes.set_title(f"{layer.module or layer.op}: {layer.alone:.1f} dB", fontsize=9)
+            axes.set(xlabel="float value; dotted: what uint8 holds", ylabel="" if column else "how many")
+            place = _shortened(layer.module or layer.op)
+            axes.set_title(f"layer {numbers[id(layer)]}: {layer.alone:.1f} dB alone\n{place}", fontsize=9)
         figure.savefig(Path(path))
         return Path(path)
 
@@ -183,6 +191,11 @@ class Comparison:
             "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
         ]
         return "\n".join([*lines, f"output: {self.output:.1f} dB", *map(str, self.suspects)])
+
+
+def _shortened(path: str) -> str:
+    """The end of a module's path that fits over a third of a picture."""
+    return path if len(path) <= 36 else f"...{path[-33:]}"
 
 
 class _Values(Interpreter):

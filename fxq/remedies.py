@@ -1,8 +1,8 @@
 """What would help the layers that lose most: each remedy is tried on the whole model, and the best can be pasted.
 
 The suspects are the modules of the layers that lose most by themselves. For each, the model is quantized anew with one
-rule more: another observer, weights with a scale per channel, rows that find their scales as they run, or float. What
-counts is the output's SQNR.
+rule more: float first, and where the output gains by that, since no other rule can do more for it, another observer,
+weights with a scale per channel, or rows that find their scales as they run. What counts is the output's SQNR.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from fxq.comparison import Comparison, Remedy, Suspect
+from fxq.comparison import EQUAL, Comparison, Remedy, Suspect
 from fxq.decisions import Report
 from fxq.observers import OBSERVERS
 from fxq.recipe import FLOAT, Recipe, Rule
@@ -32,7 +32,8 @@ def find_remedies(
     """The `COUNT` most suspect modules, with what was tried for each.
 
     report, recipe: of the model compared. attempt: quantizes with a recipe and returns the output's SQNR in dB.
-    seconds: after which no further one begins; the first remedies of all suspects come before the second ones.
+    seconds: after which no further one begins; the first remedies of all suspects come before the second ones. Float is
+    the last of those tried, so that of remedies as good the model keeps more in int8.
     """
     linears = {d.module for d in report.decisions if d.op == "linear"}
     losses: dict[str, float] = {}
@@ -40,26 +41,33 @@ def find_remedies(
         if any(d.module == layer.module and d.module and d.form == "int8" for d in report.decisions):
             losses.setdefault(layer.module, layer.alone)
     modules = list(losses)[:COUNT]
-    rules = {m: list(_rules(recipe.rule_for(m, "linear" if m in linears else ""), m in linears)) for m in modules}
     tried: dict[str, list[Remedy]] = {module: [] for module in modules}
-    longest = max(map(len, rules.values()), default=0)
-    turns = [(m, rules[m][i]) for i in range(longest) for m in modules if i < len(rules[m])]
     end = time.monotonic() + seconds
-    for module, rule in tqdm(turns, "trying remedies", disable=progress is False, delay=2, leave=False):
-        if time.monotonic() < end:
-            given = dict(recipe.modules)
-            own = given.pop(module, Rule())  # the last given wins
-            changed = replace(recipe, modules={**given, module: rule.over(own)})
-            tried[module].append(Remedy(changed.code, attempt(changed)))
+
+    def run(turns: list[tuple[str, Rule]]) -> None:
+        for module, rule in tqdm(turns, "trying remedies", disable=progress is False, delay=2, leave=False):
+            if time.monotonic() < end:
+                given = dict(recipe.modules)
+                own = given.pop(module, Rule())  # the last given wins
+                changed = replace(recipe, modules={**given, module: rule.over(own)})
+                tried[module].append(Remedy(changed.code, attempt(changed)))
+
+    run([(module, FLOAT) for module in modules])
+    floats = {module: remedies.pop() for module, remedies in tried.items() if remedies}
+    curable = [module for module, remedy in floats.items() if remedy.output > comparison.output + EQUAL]
+    rules = {m: list(_rules(recipe.rule_for(m, "linear" if m in linears else ""), m in linears)) for m in curable}
+    longest = max(map(len, rules.values()), default=0)
+    run([(m, rules[m][i]) for i in range(longest) for m in curable if i < len(rules[m])])
+    for module, remedy in floats.items():
+        tried[module].append(remedy)
     return [Suspect(module, losses[module], comparison.output, tuple(tried[module])) for module in modules]
 
 
 def _rules(now: Rule, linear: bool) -> Iterator[Rule]:
-    """What may help a module that is quantized by `now`, float last."""
+    """What may help a module that is quantized by `now`, but for float."""
     if now.scheme == "w8a8":
         yield from (Rule(observer=name) for name in OBSERVERS if name not in (now.observer, "moving_average"))
     if now.weight == "per_tensor":
         yield Rule(weight="per_channel")
     if linear and now.scheme == "w8a8":
         yield Rule(scheme="w8a8-dynamic")
-    yield FLOAT

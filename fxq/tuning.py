@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -372,7 +371,7 @@ class _Run:
             return
         try:
             plain = json.loads(file.read_text(encoding="utf-8"))
-            known, trials = plain["fingerprint"], [Trial(**entry) for entry in plain["trials"]]
+            known, trials = plain["fingerprint"], [_trial(**entry) for entry in plain["trials"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(f"{file} is not a file of trials ({error}); delete it or name another") from error
         if known != self.fingerprint:
@@ -383,12 +382,17 @@ class _Run:
         if self.file is None:
             return
         plain = {"fingerprint": self.fingerprint, "trials": [asdict(trial) for trial in self.trials.values()]}
+        part = self.file.with_name(f"{self.file.name}.part")  # whatever interrupts it, the file itself is whole
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as file:
-                json.dump(plain, file, indent=1)
-            Path(file.name).replace(self.file)
+            part.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+            part.replace(self.file)
         except OSError as error:
             raise FileError(f"cannot write the trials to {self.file}: {error}") from error
+
+
+def _trial(mix: dict[str, Scheme], metric: float, seconds: float) -> Trial:
+    """One out of a file. Raises TypeError and ValueError where it is none."""
+    return Trial(dict(mix), float(metric), float(seconds))
 
 
 def _moves(start: Mapping[str, Sensitivity], options: Mapping[str, list[Sensitivity]]) -> list[Sensitivity]:

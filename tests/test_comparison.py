@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.comparison import BINS, Remedy, Suspect
+from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Suspect
+from fxq.remedies import find_remedies
 
 
 @pytest.fixture
@@ -83,6 +84,22 @@ def test_the_picture(model, tmp_path):
     assert comparison.plot(tmp_path / "noise.svg").read_text().count("</svg>") == 1
 
 
+def test_the_picture_shows_noise_of_integers_and_names_its_layers(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: figures.append(self))
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.LayerNorm(16)).eval()
+    x = torch.randn(64, 16)
+    comparison = fxq.compare(model, fxq.quantize(model, x), x)
+    assert max(layer.alone for layer in comparison.layers) > FLOAT_ROUNDING, "the norm, which rounds floats"
+    comparison.plot(tmp_path / "noise.svg")
+    depth, *spreads = figures[0].axes
+    assert depth.get_ylim()[1] < FLOAT_ROUNDING
+    for axes in spreads:
+        number, place = axes.get_title().removeprefix("layer ").split(": ")[0], axes.get_title().splitlines()[1]
+        assert place in (comparison.layers[int(number)].module, comparison.layers[int(number)].op)
+
+
 def test_without_matplotlib(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     comparison = fxq.compare(model, fxq.quantize(model, torch.randn(8, 16)), torch.randn(8, 16))
@@ -122,6 +139,26 @@ def test_remedies_are_tried_and_can_be_pasted(spoiled):
     assert json.loads(json.dumps(found.to_dict()))["suspects"][0]["tried"][0]["recipe"].startswith("fxq.Recipe(")
 
 
+def test_where_float_does_not_help_nothing_else_is_tried(spoiled):
+    data = [torch.randn(64, 16)]
+    qmodel = fxq.quantize(spoiled, data[0], recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    comparison = fxq.compare(spoiled, qmodel, data[0])
+    tried = []
+
+    def attempt(recipe):
+        tried.append(recipe.modules)
+        (name,) = recipe.modules
+        return comparison.output + (5.0 if name == "2" else 0.05)
+
+    suspects = find_remedies(comparison, qmodel.report, RECIPE, attempt, 60.0, progress=False)
+    assert tried[:3] == [{suspect.module: fxq.FLOAT} for suspect in suspects]
+    assert len(tried) > 3 and all(list(modules) == ["2"] for modules in tried[3:])
+    for suspect in suspects:
+        assert "fxq.FLOAT" in suspect.tried[-1].recipe
+        assert (suspect.best is None) == (suspect.module != "2") == (len(suspect.tried) == 1)
+    assert sum("what is lost is lost elsewhere" in str(suspect) for suspect in suspects) == 2
+
+
 def test_remedies_end_in_time(spoiled):
     x = torch.randn(64, 16)
     qmodel = fxq.quantize(spoiled, x, on_low_sqnr="ignore", progress=False)
@@ -142,6 +179,6 @@ def test_of_equal_remedies_the_first_is_taken():
         return Suspect("a", 10.0, 20.0, tuple(Remedy(str(i), output) for i, output in enumerate(outputs)))
 
     assert suspect(20.05, 19.0).best is None
-    assert "none of 2 remedies lifts the output above 20.0 dB" in str(suspect(20.05, 19.0))
+    assert "even in float it leaves the output at 19.0 dB" in str(suspect(20.05, 19.0))
     assert suspect(25.0, 30.0, 30.05).best.recipe == "1"
     assert suspect().best is None

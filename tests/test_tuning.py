@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,25 @@ def test_an_interrupted_run_goes_on_from_its_file(model, fidelity, tmp_path):
     assert resumed.recipe == whole.recipe
 
 
+def test_an_interrupted_write_leaves_the_file_whole(model, fidelity, tmp_path, monkeypatch):
+    file = tmp_path / "trials.json"
+    write = Path.write_text
+
+    def half(self, text, **options):
+        if len(json.loads(text)["trials"]) < 3:
+            return write(self, text, **options)
+        write(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, fidelity, 5, file=file)
+    assert len(json.loads(file.read_text())["trials"]) == 2
+    assert tune(model, fidelity, 5, file=file).trials == tune(model, fidelity, 5).trials
+    assert [path.name for path in tmp_path.glob("*json*")] == ["trials.json"]
+
+
 def test_a_file_of_another_model(model, fidelity, tmp_path):
     tune(model, fidelity, 80, file=tmp_path / "trials.json")
     with torch.no_grad():
@@ -113,8 +133,12 @@ def test_a_file_of_another_model(model, fidelity, tmp_path):
         tune(model, fidelity, 80, file=tmp_path / "trials.json")
 
 
-def test_a_damaged_file(model, fidelity, tmp_path):
-    (tmp_path / "trials.json").write_text("{")
+NO_TRIAL = '{"fingerprint": "", "trials": [{"mix": {}, "metric": "high", "seconds": 1.0}]}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "", "trials": [3]}', NO_TRIAL])
+def test_a_damaged_file(model, fidelity, tmp_path, text):
+    (tmp_path / "trials.json").write_text(text)
     with pytest.raises(fxq.FileError, match=r"trials\.json is not a file of trials"):
         tune(model, fidelity, 80, file=tmp_path / "trials.json")
 
