@@ -88,7 +88,7 @@ class Recipe:
     judge_tables: whether embedding tables stay float where rounding them makes more noise in the output than all the
     rest. False keeps them int8, a quarter of the memory.
     reproducible: whether the same inputs give the same model on every machine, byte for byte: what decides is computed
-    in float64, which takes two to four times as long, and judge_costs has no say.
+    in float64, which takes up to three times as long, and judge_costs has no say.
     correct_bias: how the mean error of each output channel goes into the biases: "empirical", as the integer network
     shows it on calibration data; "analytic", what rounding the weights does to the mean input; None leaves them.
     learn_steps: whether `fxq.prepare_qat` makes the step sizes parameters (LSQ), instead of following the ranges.

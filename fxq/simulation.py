@@ -212,7 +212,6 @@ class Simulation:
         *known, weight = self._weight_of
         if known != [observer, rounded]:
             weight = dequantize_weight(*integers_of(observer, w), w.dtype) if rounded else observer(w)
-            weight = widened(weight) if self.ctx.recipe.reproducible else weight
             self._weight_of = observer, rounded, weight
         return weight
 

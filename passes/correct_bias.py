@@ -85,7 +85,7 @@ def _expected(product: Node, simulation: Simulation) -> Tensor:
     assert isinstance(x, Node) and isinstance(w, Node)
     mean = torch.cat([rows_of(product, value) for value in simulation.values(x)[0]]).mean(0)
     exact, rounded = (values[0] for values in simulation.values(w))
-    error = exact - rounded
+    error = (exact - rounded).to(mean.dtype)
     if product.target is LINEAR:
         return error @ mean
     stride, groups = product.args[3], product.args[6]

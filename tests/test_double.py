@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
+from fxq import double
 from fxq.double import Double, Runner, run
 from fxq.inputs import Call
 from fxq.observers import OBSERVERS, Edge
@@ -65,6 +66,28 @@ def forward_in_double(model, x):
     finally:
         torch.float32, torch.Tensor.float = names
         torch.set_default_dtype(torch.float32)
+
+
+CONVOLUTIONS = {
+    "of signals": ((2, 3, 40), (5, 3, 7), (2,), (3,), (1,)),
+    "of images": ((3, 4, 9, 12), (6, 4, 3, 2), (1, 2), (1, 0), (2, 1)),
+    "of volumes": ((1, 2, 5, 6, 7), (3, 2, 2, 3, 1), (1, 1, 2), (0, 1, 0), (1, 1, 1)),
+    "of no images": ((0, 4, 9, 9), (6, 4, 3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name, bias, monkeypatch):
+    shape, kernel, *settings = CONVOLUTIONS[name]
+    x, w, b = torch.randn(shape), torch.randn(kernel), torch.randn(kernel[0]) if bias else None
+    function = getattr(torch, f"conv{len(shape) - 2}d")
+    expected = function(x.double(), w.double(), None if b is None else b.double(), *settings, 1)
+    for at_once in (1, 500, double.AT_ONCE):
+        monkeypatch.setattr(double, "AT_ONCE", at_once)
+        with Double():
+            y = function(x, w, b, *settings, 1)
+        assert torch.allclose(y, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_code_that_asks_finds_float32():
