@@ -72,6 +72,10 @@ FLOAT_ROUNDING = 100.0
 """dB. What is above rounds no integers: float32 alone, as a norm does; it has no place in a picture of noise."""
 EQUAL = 0.1
 """dB. Of remedies as good as that, the first is taken; float is the last."""
+CANDIDATES = 64
+"""Of so many of the noisiest layers the effect on the output is looked for: each is one more run in float."""
+FOUND_BY = f"""suspects: of the {CANDIDATES} noisiest layers those without whose own noise, all else as it is, the
+output gains most (layers inside of leaves, whose effect is not known, come last)"""
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,16 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A module that loses much by itself; SQNR in dB. before: of the model's output; tried: float last."""
+    """A module whose own noise costs the output much; SQNR in dB.
+
+    alone: as of its noisiest layer; before: of the model's output; without: of the output without the module's own
+    noise, None inside of a leaf; tried: float last.
+    """
 
     module: str
     alone: float
     before: float
+    without: float | None
     tried: tuple[Remedy, ...]
 
     @property
@@ -100,11 +109,13 @@ class Suspect:
 
     def __str__(self) -> str:
         head = f"{self.module}: {self.alone:.1f} dB alone; "
+        if self.without is not None:
+            head += f"without its own noise the output would be at {self.without:.1f} dB; "
         if not self.tried:
             return f"{head}no remedy was tried, for lack of time: give fxq.compare more `seconds`"
         if self.best is None:
             left = self.tried[-1].output
-            return f"{head}even in float it leaves the output at {left:.1f} dB, so that what is lost is lost elsewhere"
+            return f"{head}none of {len(self.tried)} remedies helps, in float it leaves the output at {left:.1f} dB"
         return f"{head}the output goes from {self.before:.1f} to {self.best.output:.1f} dB with\n  {self.best.recipe}"
 
 
@@ -133,7 +144,7 @@ class Comparison:
     layers: list[Layer]
     output: float
     suspects: list[Suspect] = field(default_factory=list)
-    """Those that lose most, with what was tried for them: `fxq.compare(..., calibration_data=...)`."""
+    """Those that cost the output most, with what was tried for them: `fxq.compare(..., calibration_data=...)`."""
 
     def worst(self, count: int) -> list[Layer]:
         """The layers that lose most by themselves."""
@@ -190,7 +201,8 @@ class Comparison:
         lines = [
             "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
         ]
-        return "\n".join([*lines, f"output: {self.output:.1f} dB", *map(str, self.suspects)])
+        suspects = [FOUND_BY, *map(str, self.suspects)] if self.suspects else []
+        return "\n".join([*lines, f"output: {self.output:.1f} dB", *suspects])
 
 
 def _shortened(path: str) -> str:
@@ -198,17 +210,52 @@ def _shortened(path: str) -> str:
     return path if len(path) <= 36 else f"...{path[-33:]}"
 
 
-class _Values(Interpreter):
-    """Runs a graph and keeps the value of every node."""
+def _values(gm: GraphModule, call: Call) -> dict[Node, Any]:
+    """The value of every node."""
+    interpreter, own = Interpreter(gm, garbage_collect_values=False), call.clone()
+    with torch.no_grad(), unchanged(gm):
+        interpreter.run(*bind(gm, own.args, own.kwargs))
+    return interpreter.env
 
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
 
-    def all(self, call: Call) -> dict[Node, Any]:
-        own = call.clone()
-        with torch.no_grad(), unchanged(self.module):  # type: ignore[arg-type]
-            self.run(*bind(self.module, own.args, own.kwargs))  # type: ignore[arg-type]
-        return self.env
+@dataclass(frozen=True)
+class Runs:
+    """One call of a float graph and of the integer graph made of it.
+
+    expected: the float values, by node name. actual: those of the integer graph. qparams, factors: what its integers
+    stand for.
+    """
+
+    reference: GraphModule
+    quantized: GraphModule
+    expected: Mapping[str, Any]
+    actual: Mapping[Node, Any]
+    qparams: Mapping[Node, tuple[float, int]]
+    factors: Mapping[Node, Tensor | None]
+
+    @classmethod
+    def of(
+        cls,
+        reference: GraphModule,
+        quantized: GraphModule,
+        call: Call,
+        reached: Call | None = None,
+        equalized: Mapping[str, tuple[int, list[float]]] | None = None,
+    ) -> Runs:
+        """See `compare_graphs`."""
+        expected = {node.name: value for node, value in _values(reference, call).items()}
+        actual = _values(quantized, call if reached is None else reached)
+        qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
+        factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
+        return cls(reference, quantized, expected, actual, qparams, factors)
+
+    def real(self, node: Node, value: Any) -> Any:
+        """What `value`, which `node` of the integer graph gives, stands for."""
+        if isinstance(value, tuple | list):
+            return value[0]  # beside it the same in integers
+        factor = self.factors[node]
+        found = dequantize(value, *self.qparams[node]) if node in self.qparams else value
+        return found if factor is None else found / factor
 
 
 def compare_graphs(
@@ -224,36 +271,30 @@ def compare_graphs(
     has quantized, whose graph was another, by their module. reached: the call as it reaches the integer graph, where
     that is another. equalized: as in `Report`.
     """
-    by_module = _products_by_module(reference)
-    expected = {node.name: value for node, value in _Values(reference).all(call).items()}
-    actual = _Values(quantized).all(call if reached is None else reached)
-    qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
-    factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
+    return compare_runs(Runs.of(reference, quantized, call, reached, equalized))
 
-    def real(node: Node, value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return value[0]  # beside it the same in integers
-        factor = factors[node]
-        found = dequantize(value, *qparams[node]) if node in qparams else value
-        return found if factor is None else found / factor
 
+def compare_runs(runs: Runs) -> Comparison:
+    """See `compare_graphs`."""
+    expected, actual, qparams, factors = runs.expected, runs.actual, runs.qparams, runs.factors
+    by_module = _products_by_module(runs.reference)
     layers = []
-    for node in quantized.graph.nodes:
+    for node in runs.quantized.graph.nodes:
         source = node.meta.get("source", "")
         truth = expected.get(source if source in expected else _float_of(node, by_module))
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
         alone, accumulated = (
-            sqnr(truth, real(node, value)) for value in (_alone(node, expected, actual, qparams, factors), actual[node])
+            sqnr(truth, runs.real(node, value))
+            for value in (_alone(node, expected, actual, qparams, factors), actual[node])
         )
         place = module_of(node) or line_of(node)
         spread = None
         if node in qparams and isinstance(actual[node], Tensor) and actual[node].numel():
             spread = _spread(truth, actual[node], factors[node], *qparams[node])
         layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
-    outputs = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (reference, quantized))
-    first, second = outputs
-    result = dequantized(actual[second], output_qparams(quantized.graph))
+    first, second = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (runs.reference, runs.quantized))
+    result = dequantized(actual[second], output_qparams(runs.quantized.graph))
     return Comparison(layers, output_sqnr(expected[first.name], result))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -18,9 +19,10 @@ from fxq import pipeline, tracing
 from fxq.api import Examples, quantize
 from fxq.calls import PerCall
 from fxq.checks import check_model
-from fxq.comparison import Comparison, compare_graphs
+from fxq.comparison import Comparison, Runs, compare_runs
 from fxq.costs import Costs
 from fxq.decisions import Reason, Report
+from fxq.effects import effects_of
 from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
 from fxq.expansion import expand
@@ -64,9 +66,10 @@ def compare(
 
     The layers inside leaves come last, as their module is called first.
 
-    calibration_data, recipe: what `quantize` was given; with them, remedies for the three layers that lose most are
-    tried, each by quantizing the model anew, and the best stands in the result as a recipe to paste. seconds: after
-    which no further one is tried. Raises `InputError` where `qmodel` was not made of `model`, or by another recipe.
+    calibration_data, recipe: what `quantize` was given; with them, remedies are tried for the three layers without
+    whose own noise the output gains most, each by quantizing the model anew, and the best stands in the result as a
+    recipe to paste. seconds: after which no further one is tried. Raises `InputError` where `qmodel` was not made of
+    `model`, or by another recipe.
     """
     call = as_call(inputs, kwargs)
     if not isinstance(qmodel, QuantizedModule):
@@ -75,13 +78,14 @@ def compare(
     check_model(model, call, narrow="w8a16" in schemes)
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
 
-    def against(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Comparison:
+    def runs_of(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Runs:
         gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
         ctx = Context(Recipe(), (), exact.clone())
         pipeline.begin(gm, ctx)
-        return compare_graphs(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
+        return Runs.of(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
 
-    result = against(model, qmodel, call, call)
+    runs = runs_of(model, qmodel, call, call)
+    result = compare_runs(runs)
     inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
     if inner:
         plain = {path: _place(qmodel, path) for path in inner}
@@ -91,7 +95,8 @@ def compare(
         for path, (name, turn) in plain.items():
             if reached[path] and len(exact[name]) > turn:
                 module = evaluated.get_submodule(name)
-                result.layers.extend(against(module, inner[path], exact[name][turn], reached[path][0]).layers)
+                own = runs_of(module, inner[path], exact[name][turn], reached[path][0])
+                result.layers.extend(compare_runs(own).layers)
     if calibration_data is None:
         return result
     base, data = Recipe.of(recipe), list(calibration_data)
@@ -111,7 +116,8 @@ def compare(
         )
         return cast(float, again.report.sqnr)
 
-    return replace(result, suspects=find_remedies(result, qmodel.report, base, attempt, seconds, progress))
+    effects = functools.partial(effects_of, runs)
+    return replace(result, suspects=find_remedies(result, qmodel.report, base, effects, attempt, seconds, progress))
 
 
 def _place(qmodel: QuantizedModule, path: str) -> tuple[str, int]:

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Suspect
+from fxq import pipeline
+from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Runs, Suspect
+from fxq.effects import Effects
+from fxq.expansion import expand
+from fxq.inputs import as_call
+from fxq.pipeline import Context
 from fxq.remedies import find_remedies
+from fxq.stages import Stage
+from passes import PREPARE
 
 
 @pytest.fixture
@@ -125,8 +132,9 @@ def test_remedies_are_tried_and_can_be_pasted(spoiled):
     qmodel = fxq.quantize(spoiled, data[0], calibration_data=data, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
     found = fxq.compare(spoiled, qmodel, data[0], calibration_data=iter(data), recipe=RECIPE, progress=False)
     assert len(found.suspects) == 3
-    alone = [suspect.alone for suspect in found.suspects]
-    assert alone == sorted(alone)
+    without = [suspect.without for suspect in found.suspects]
+    assert without == sorted(without, reverse=True)
+    assert "without whose own noise" in str(found)
     first = found.suspects[0]
     assert first.before == found.output
     assert first.best.output == max(remedy.output for remedy in first.tried) > first.before + 1
@@ -150,13 +158,78 @@ def test_where_float_does_not_help_nothing_else_is_tried(spoiled):
         (name,) = recipe.modules
         return comparison.output + (5.0 if name == "2" else 0.05)
 
-    suspects = find_remedies(comparison, qmodel.report, RECIPE, attempt, 60.0, progress=False)
+    def effects(modules):
+        return dict.fromkeys(modules, comparison.output + 0.05)
+
+    suspects = find_remedies(comparison, qmodel.report, RECIPE, effects, attempt, 60.0, progress=False)
     assert tried[:3] == [{suspect.module: fxq.FLOAT} for suspect in suspects]
     assert len(tried) > 3 and all(list(modules) == ["2"] for modules in tried[3:])
     for suspect in suspects:
         assert "fxq.FLOAT" in suspect.tried[-1].recipe
         assert (suspect.best is None) == (suspect.module != "2") == (len(suspect.tried) == 1)
-    assert sum("what is lost is lost elsewhere" in str(suspect) for suspect in suspects) == 2
+    assert sum("none of 1 remedies helps" in str(suspect) for suspect in suspects) == 2
+
+
+def test_where_only_the_noise_costs_the_output_remedies_are_tried(spoiled):
+    """Float hands the rounding of a layer's result on to the layer that reads it; another observer may not."""
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(spoiled, x, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    comparison = fxq.compare(spoiled, qmodel, x)
+
+    def attempt(recipe):
+        ((name, rule),) = recipe.modules.items()
+        return comparison.output + (5.0 if name == "2" and rule.observer == "histogram" else 0.0)
+
+    def effects(modules):
+        return {module: comparison.output + (6.0 if module == "2" else 0.0) for module in modules}
+
+    suspects = find_remedies(comparison, qmodel.report, RECIPE, effects, attempt, 60.0, progress=False)
+    assert suspects[0].module == "2"
+    assert "histogram" in suspects[0].best.recipe
+    assert [len(suspect.tried) > 1 for suspect in suspects] == [True, False, False]
+
+
+def runs_of(model, qmodel, x):
+    """The runs that `fxq.compare` looks at."""
+    gm = fxq.trace(model, x)
+    ctx = Context(fxq.Recipe(), (), as_call(x, None))
+    pipeline.begin(gm, ctx)
+    steps = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
+    return Runs.of(pipeline.run(steps, gm, ctx), expand(qmodel), as_call(x, None), None, qmodel.report.equalized)
+
+
+def test_with_all_noise_the_run_is_the_quantized_one(spoiled):
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(spoiled, x, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    effects = Effects(runs_of(spoiled, qmodel, x))
+    assert effects.without("no such module") == pytest.approx(fxq.compare(spoiled, qmodel, x).output, abs=1e-3)
+
+
+def test_the_rounding_of_what_a_layer_reads_is_its_own():
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8)).eval()
+    x = torch.randn(64, 16)
+    qmodel = fxq.quantize(model, x)
+    assert fxq.compare(model, qmodel, x).output < 50
+    assert Effects(runs_of(model, qmodel, x)).without("1") > FLOAT_ROUNDING
+
+
+def test_the_noisiest_layer_is_no_suspect_where_the_output_does_not_need_it(model_of):
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(16, 16) for name in ("loud", "faint", "a", "b", "c")}
+    with torch.no_grad():
+        layers["loud"].weight[0] *= 100  # one range for all channels: most of them lose nearly everything
+
+    def forward(self, x):
+        faint = self.faint(torch.tanh(self.loud(x)))
+        return self.c(torch.relu(self.b(torch.relu(self.a(x))))) + 1e-3 * faint
+
+    model, x = model_of(forward, **layers), torch.randn(64, 16)
+    recipe = fxq.Recipe(observer="min_max", balance=False, weight="per_tensor", judge_costs=False)
+    qmodel = fxq.quantize(model, x, recipe=recipe, progress=False)
+    found = fxq.compare(model, qmodel, x, calibration_data=[x], recipe=recipe, seconds=0, progress=False)
+    assert found.worst(1)[0].module == "loud"
+    assert {suspect.module for suspect in found.suspects} == {"a", "b", "c"}
+    assert all(suspect.without > found.output for suspect in found.suspects)
 
 
 def test_remedies_end_in_time(spoiled):
@@ -176,9 +249,10 @@ def test_remedies_need_the_recipe(spoiled):
 
 def test_of_equal_remedies_the_first_is_taken():
     def suspect(*outputs):
-        return Suspect("a", 10.0, 20.0, tuple(Remedy(str(i), output) for i, output in enumerate(outputs)))
+        return Suspect("a", 10.0, 20.0, 26.0, tuple(Remedy(str(i), output) for i, output in enumerate(outputs)))
 
     assert suspect(20.05, 19.0).best is None
-    assert "even in float it leaves the output at 19.0 dB" in str(suspect(20.05, 19.0))
+    assert "in float it leaves the output at 19.0 dB" in str(suspect(20.05, 19.0))
+    assert "without its own noise the output would be at 26.0 dB" in str(suspect(25.0))
     assert suspect(25.0, 30.0, 30.05).best.recipe == "1"
     assert suspect().best is None

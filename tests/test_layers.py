@@ -66,6 +66,7 @@ LAYERS = [
         "fxq.dump",
         "fxq.drawing",
         "fxq.comparison",
+        "fxq.effects",
         "fxq.costs",
         "fxq.profiling",
         "fxq.encoding",

@@ -1,0 +1,110 @@
+"""What the noise of each layer does to the output: the quantized run once more, without it.
+
+    v(n) = f_n(v(operands of n)) + e(n)        f_n: in float;  e(n): the own noise of n, as it was in the quantized run
+
+With every e(n) these are the values of the quantized run. Without those of a module, and with all others held, the
+output shows what that module costs. A rounding that only prepares what an operation reads is that operation's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from fxq.comparison import Runs, output_sqnr
+from fxq.graph import module_of, unchanged
+from fxq.ops.norm import norm_quantize
+
+
+class Effects:
+    """The own noise of every operation of a quantized run, and runs without that of some."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.interpreter = Interpreter(runs.reference, garbage_collect_values=False)
+        self.float_nodes = {node.name: node for node in runs.reference.graph.nodes}
+        self.order = {node: i for i, node in enumerate(runs.reference.graph.nodes)}
+        self.operands: dict[Node, dict[str, Node]] = {}  # those that have a float value, by its name
+        self.real: dict[Node, Tensor] = {}
+        self.noise: dict[Node, Tensor] = {}
+        known: dict[Node, dict[str, Node]] = {}
+        for node in runs.quantized.graph.nodes:
+            operands = {name: each for x in node.all_input_nodes for name, each in known[x].items()}
+            source = node.meta.get("source", "")
+            truth = runs.expected.get(source)
+            value = None if node.op == "output" else runs.real(node, runs.actual[node])
+            if node.op == "output":
+                self.output = next(n for n in runs.reference.graph.nodes if n.op == "output")
+                self.returned = operands
+            elif (
+                isinstance(truth, Tensor)
+                and isinstance(value, Tensor)
+                and truth.is_floating_point()
+                and truth.shape == value.shape
+                and source not in operands
+                and node.target is not norm_quantize  # a norm is float, what it rounds is for those that read it
+            ):
+                self.operands[node], self.real[node] = operands, value
+                operands = {source: node}
+            known[node] = operands
+
+    def without(self, module: str) -> float:
+        """The output's SQNR in dB without the own noise of the operations of `module`."""
+        values: dict[Node, Tensor] = {}  # those that differ from the quantized run's
+        with torch.no_grad(), unchanged(self.runs.reference):
+            for node, operands in self.operands.items():
+                own = module_of(node) == module
+                if own or not values.keys().isdisjoint(operands.values()):
+                    value = self._float(node, operands, values)
+                    values[node] = value if own else value + self._noise(node)
+            result = self._between(self.output, self.returned, values)
+        return output_sqnr(self.runs.expected[self.output.name], result)
+
+    def _noise(self, node: Node) -> Tensor:
+        if node not in self.noise:
+            self.noise[node] = self.real[node] - self._float(node, self.operands[node], {})
+        return self.noise[node]
+
+    def _float(self, node: Node, operands: Mapping[str, Node], values: Mapping[Node, Tensor]) -> Tensor:
+        value: Tensor = self._between(self.float_nodes[node.meta["source"]], operands, values)
+        return value
+
+    def _between(self, target: Node, operands: Mapping[str, Node], values: Mapping[Node, Tensor]) -> Any:
+        """The value of a float node, computed from those of `operands`, and from exact ones where it reads others."""
+        env = self.interpreter.env = {
+            self.float_nodes[name]: values.get(x, self.real[x]).clone() for name, x in operands.items()
+        }
+        steps = _steps(target, operands.keys(), self.order)
+        for node in {x for step in steps for x in step.all_input_nodes} - env.keys() - set(steps):
+            exact = self.runs.expected[node.name]
+            env[node] = exact if node.op == "get_attr" else pytree.tree_map_only(Tensor, Tensor.clone, exact)
+        for step in steps:
+            env[step] = self.interpreter.run_node(step)
+        return env.get(target, self.runs.expected[target.name])
+
+
+def _steps(target: Node, given: Set[str], order: Mapping[Node, int]) -> list[Node]:
+    """The nodes, in graph order, that lead from those named `given` to `target`."""
+    above, stack = set(), [target]
+    while stack:
+        node = stack.pop()
+        if node not in above and node.name not in given and node.op not in ("placeholder", "get_attr"):
+            above.add(node)
+            stack.extend(node.all_input_nodes)
+    reached: set[Node] = set()
+    for node in sorted(above, key=order.__getitem__):
+        if any(x.name in given or x in reached for x in node.all_input_nodes):
+            reached.add(node)
+    return sorted(reached, key=order.__getitem__)
+
+
+def effects_of(runs: Runs, modules: Iterable[str]) -> dict[str, float]:
+    """For each of `modules` that the integer graph has operations of: the output's SQNR in dB without its own noise."""
+    effects = Effects(runs)
+    own = {module_of(node) for node in effects.operands}
+    return {module: effects.without(module) for module in modules if module in own}
