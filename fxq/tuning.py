@@ -1,7 +1,9 @@
 """The fastest mix of schemes that keeps the user's own metric.
 
 1. Each layer by itself: what it costs in the metric and gains in time under each scheme, all others float.
-2. Every layer takes its fastest scheme; moves to more accurate ones are ordered by metric regained per second lost.
+2. Every layer takes its fastest scheme: the one by itself, or one for all, if that is faster as a whole, as where
+   borders cost each layer more than it gains. Moves to more accurate ones are ordered by metric regained per second
+   lost.
 3. The fewest moves that keep the metric, by bisection; then each is taken back where the metric allows.
 
 Every mix is measured as a whole before it is believed. Times are predictions from `fxq.costs`, so a run gives the same
@@ -225,16 +227,19 @@ class _Run:
                         f"with all layers float the metric is {floating.metric:.6g}, below the limit {self.limit:.6g}: "
                         "fxq's graph may round otherwise than the model; give a larger tolerance"
                     )
-                for scheme in dict.fromkeys(scheme for able in candidates.values() for scheme in able):
-                    fastest = {layer: scheme if scheme in able else FLOAT for layer, able in candidates.items()}
-                    self.trial(fastest, bar)
+                alike = [
+                    {layer: scheme if scheme in able else FLOAT for layer, able in candidates.items()}
+                    for scheme in dict.fromkeys(scheme for able in candidates.values() for scheme in able)
+                ]
+                for mix in alike:
+                    self.trial(mix, bar)
                 bar.total = len(self.trials) + sum(map(len, candidates.values()))
                 for layer, able in candidates.items():
                     for scheme in able:
                         alone = self.trial({**all_float, layer: scheme}, bar)
                         loss, gain = floating.metric - alone.metric, floating.seconds - alone.seconds
                         self.sensitivities.append(Sensitivity(layer, scheme, loss, gain))
-                self._mix(list(candidates), bar)
+                self._mix(list(candidates), alike, bar)
             except _ExhaustedError:
                 complete = False
         found = self._found(complete)
@@ -242,12 +247,14 @@ class _Run:
             raise TuningError("the budget ended before the first trial that keeps the metric; give it more seconds")
         return found
 
-    def _mix(self, layers: list[str], bar: Any) -> None:
-        """Steps 2 and 3 of the module's docstring."""
+    def _mix(self, layers: list[str], alike: list[dict[str, Scheme]], bar: Any) -> None:
+        """Steps 2 and 3 of the module's docstring. alike: the mixes with one scheme for all layers that can have it."""
         options: dict[str, list[Sensitivity]] = {layer: [Sensitivity(layer, FLOAT, 0.0, 0.0)] for layer in layers}
         for s in self.sensitivities:
             options[s.module].append(s)
-        start = {layer: max(options[layer], key=lambda s: s.gain) for layer in layers}
+        each = {layer: max(options[layer], key=lambda s: s.gain).scheme for layer in layers}
+        fastest = min([each, *alike], key=lambda mix: self.trial(mix, bar).seconds)
+        start = {layer: next(s for s in options[layer] if s.scheme == fastest[layer]) for layer in layers}
         moves = _moves(start, options)
 
         def after(count: int) -> dict[str, Scheme]:
@@ -263,7 +270,7 @@ class _Run:
                 low = middle + 1
         mix = after(high)
         for layer in [s.module for s in moves[:high]]:
-            for s in sorted(options[layer], key=lambda s: -s.gain):
+            for s in [start[layer], *sorted(options[layer], key=lambda s: -s.gain)]:
                 if s.scheme == mix[layer]:
                     break
                 if self.trial({**mix, layer: s.scheme}, bar).metric >= self.limit:

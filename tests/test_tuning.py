@@ -77,6 +77,20 @@ def test_a_mix_in_between_and_its_table(model, fidelity):
     assert torch.equal(again(X), found.model(X))
 
 
+def test_layers_that_gain_together_what_none_gains_alone(model, monkeypatch):
+    """Borders cost more than a layer gains: by itself each is slower than float, all of them are the fastest mix."""
+
+    def integers(gm):
+        return sum(d.form == "int8" and bool(d.macs) for d in gm.report.decisions) if hasattr(gm, "report") else 0
+
+    seconds = {0: 10.0, 1: 12.0, 2: 7.0, 3: 5.0}
+    monkeypatch.setattr("fxq.tuning._Run._predict", lambda self, gm: seconds[integers(gm)])
+    found = tune(model, lambda candidate: float(integers(candidate) < 3), 0.5)
+    assert all(s.gain < 0 for s in found.sensitivities)
+    assert found.complete
+    assert found.seconds == 7.0
+
+
 def test_the_front_holds_what_no_other_beats(model, fidelity):
     found = tune(model, fidelity, 80)
     front = found.pareto()
