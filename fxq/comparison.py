@@ -104,7 +104,7 @@ class Suspect:
     def best(self) -> Remedy | None:
         """The remedy that helps most; None where none helps."""
         most = max((remedy.output for remedy in self.tried), default=self.before)
-        found = (remedy for remedy in self.tried if remedy.output > most - EQUAL)
+        found = (remedy for remedy in self.tried if remedy.output >= most - EQUAL)  # of infinite ones as well
         return next(found) if most > self.before + EQUAL else None
 
     def __str__(self) -> str:

@@ -255,4 +255,5 @@ def test_of_equal_remedies_the_first_is_taken():
     assert "in float it leaves the output at 19.0 dB" in str(suspect(20.05, 19.0))
     assert "without its own noise the output would be at 26.0 dB" in str(suspect(25.0))
     assert suspect(25.0, 30.0, 30.05).best.recipe == "1"
+    assert suspect(25.0, float("inf")).best.recipe == "1"
     assert suspect().best is None
