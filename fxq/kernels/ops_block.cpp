@@ -7,22 +7,18 @@
 #include <vector>
 
 #include "steps.h"
+#include "words.h"
 
 namespace fxq::block {
 namespace {
 
-constexpr const char* kOp = "qblock";
 constexpr int64_t kMagic = 0x6b636f6c62717866;  // "fxqblock"
 constexpr int64_t kMostPerRow = 1 << 24;  // bytes of memory
 // What the values of a slice may take: more come back from further away, fewer have threads wait for one another more
 // often.
 constexpr int64_t kSliceBytes = 8 << 20;
-constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu", "hardsigmoid", "hardswish",
-                                  "layer_norm", "rms_norm"};
-
 enum class Code { kPart, kLinear, kLinearFloat, kLinearAct, kLinearActQuantize, kLinears, kAttention, kNorm,
                   kNormQuantize, kNormAndQuantize, kFeedForward };
-enum class Tag { kNone, kInteger, kReal, kName, kValue, kConstant, kList };
 
 // Where the rows of a value lie: in a tensor of the whole batch, in the memory of a slice, or in that of a thread.
 enum class Home { kTensor, kSlice, kThread };
@@ -50,46 +46,6 @@ struct Step {
   std::function<void(const Rows&)> run;
   bool is_attention;
   int64_t work;  // products for each row
-};
-
-// Words of a program, each argument after its tag; what is not there is refused, never read.
-class Words {
- public:
-  Words(const int64_t* words, int64_t count) : at_(words), end_(words + count) {}
-  int64_t word() {
-    if (at_ == end_) fail(kOp, ": the program is cut off");
-    return *at_++;
-  }
-  int64_t of(Tag tag) {
-    const int64_t found = word();
-    if (found != int64_t(tag)) fail(kOp, ": the program has an argument of kind ", found, ", expected ", int64_t(tag));
-    return word();
-  }
-  bool none() {
-    if (at_ == end_ || *at_ != int64_t(Tag::kNone)) return false;
-    at_ += 2;
-    if (at_ > end_) fail(kOp, ": the program is cut off");
-    return true;
-  }
-  double real() {
-    const int64_t bits = of(Tag::kReal);
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  std::string name() {
-    const int64_t i = of(Tag::kName);
-    if (i < 0 || i >= int64_t(std::size(kNames))) fail(kOp, ": the program has name ", i);
-    return kNames[i];
-  }
-  int64_t byte() {
-    const int64_t value = of(Tag::kInteger);
-    if (value < 0 || value > 255) fail(kOp, ": ", value, " in the program, expected 0..255");
-    return value;
-  }
-
- private:
-  const int64_t *at_, *end_;
 };
 
 class Block {

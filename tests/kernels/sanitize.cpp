@@ -101,8 +101,10 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
   const auto multiplier = draw<float>(n, 1, 100, 1e-4);
   const auto addend = draw<float>(rows * n, -1000, 1000, 0.01);
   const auto residual = draw<uint8_t>(rows * n, 0, 255);
+  const auto factor = draw<float>(n, 1, 100, 0.01);
   for (const Output output : {Output::kUint8, Output::kFloat, Output::kActivation, Output::kActivationUint8}) {
-    for (int activation = 0; activation < (output == Output::kActivation ? 8 : 2); ++activation) {
+    const bool to_uint8 = output == Output::kActivationUint8;  // gelu in the registers and tanh's behind them, twice
+    for (int activation = 0; activation < (output == Output::kActivation ? 8 : to_uint8 ? 4 : 2); ++activation) {
       Gemm g;
       g.x = x.data();
       g.x_stride = g.k = k;
@@ -111,7 +113,8 @@ static void check_gemm(int64_t rows, int64_t n, int64_t k) {
       g.bias = bias.data();
       g.multiplier = multiplier.data();
       g.output = output;
-      g.activation = Activation(activation);
+      g.activation = Activation(to_uint8 ? activation % 2 : activation);
+      if (to_uint8 && activation >= 2) g.factor = factor.data();
       g.zero_point = g.low = 7;
       g.addend = output == Output::kFloat || output == Output::kActivation ? addend.data() : nullptr;
       g.addend_stride = activation % 2 ? 0 : n;

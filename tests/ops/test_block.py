@@ -69,6 +69,29 @@ def layer(width=24, wide=40, masked=True):
     return steps, constants, [wide, -width, -width]
 
 
+def two_layers(width=24):
+    """Two attentions; the wider second reads what is written in the run in which the first's result is read last."""
+    constants = []
+
+    def held(*tensors):
+        constants.extend(tensors)
+        return [Constant(i) for i in range(len(constants) - len(tensors), len(constants))]
+
+    v = [Value(2 + i) for i in range(14)]
+    steps = []
+    for x, wide in ((Value(0), width), (v[5], 4 * width)):
+        u8, parts = Written(wide, False), list(zip(*(held(*linear(wide, width)) for _ in range(3)), strict=True))
+        first = len(steps)
+        steps += [
+            Step("qlinears", (x, *map(list, parts), [120, 130, 140], [0, 0, 0], [255, 255, 255]), (u8, u8, u8)),
+            *(Step("part", (v[first], i)) for i in range(3)),
+            Step("qattention", (*v[first + 1 : first + 4], None, False, None, 120, 140, 4e-4, 0.9, 127, 127, 4), (u8,)),
+            Step("qlinear", (v[first + 4], *held(*linear(width, wide)), 120, 0, 255), (Written(width, False),)),
+        ]
+    shown = Step("qlinear", (v[11], *held(*linear(width, width)), 120, 0, 255), (Written(width, False, 0),))
+    return [*steps, shown], constants, [width]
+
+
 def call(steps, constants, widths, batch, tokens, masked=True, width=24):
     x = torch.randint(0, 256, (batch, tokens, width), dtype=torch.uint8)
     mask = [torch.rand(batch, 1, 1, tokens) > 0.3] if masked else []
@@ -86,11 +109,11 @@ def test_same_bits_as_step_by_step(on_isa, batch, tokens, masked):
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(14, 80), (3, 400)])
+@pytest.mark.parametrize(("batch", "tokens"), [(56, 80), (3, 1600)])
 def test_large_batches_go_through_in_slices(batch, tokens):
     """Masks, inputs and results are those of the whole batch."""
     args = call(*layer(240, 960), batch, tokens, width=240)
-    assert batch * tokens * args[2][3:5].sum().item() > 2 << 20
+    assert batch * tokens * args[2][3:5].sum().item() > 2 * (8 << 20), "three slices"
     for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
         assert torch.equal(got, wanted)
 
@@ -101,9 +124,12 @@ def test_threads_share_rows_or_channels(batch, tokens):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        args = call(*layer(240, 960), batch, tokens, width=240)
-        for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
-            assert torch.equal(got, wanted)
+        for args in (
+            call(*layer(240, 960), batch, tokens, width=240),
+            call(*two_layers(240), batch, tokens, masked=False, width=240),
+        ):
+            for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
+                assert torch.equal(got, wanted)
     finally:
         torch.set_num_threads(before)
 
@@ -149,10 +175,14 @@ def places(steps, inputs):
     return found
 
 
-def test_memory_of_a_slice_is_kept_for_a_run_and_that_of_a_thread_for_a_step():
-    steps, _, _ = layer(masked=False)
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [(lambda: layer(masked=False), [0, 0, 0, 0, 1, *[2] * 11]), (two_layers, [*[0] * 4, 1, *[2] * 5, 3, 4, 4])],
+)
+def test_memory_of_a_slice_is_kept_for_a_run_and_that_of_a_thread_for_a_step(make, numbers):
+    steps, _, _ = make()
     found, runs, readers = places(steps, 2), block._runs(steps), block._readers(steps, 2)
-    assert runs == [0, 0, 0, 0, 1, *[2] * 11]
+    assert runs == numbers
     lives = {}
     for (i, part), home in found.items():
         last = max(readers.get((i, part), [i]))
@@ -183,6 +213,23 @@ def test_what_is_damaged_is_refused(on_isa):
     for length in range(0, len(program), 7):
         with pytest.raises((RuntimeError, ValueError)):
             on_isa(qblock, inputs, constants, program[:length].clone(), widths)
+
+
+@pytest.mark.parametrize(("step", "part", "told"), [("qlinears", 1, "reads"), ("qattention", 0, "writes")])
+def test_an_attention_keeps_to_what_all_threads_see(step, part, told):
+    """Its rows come from other threads and go to others; the portable op knows no places."""
+    inputs, constants, program, widths = call(*layer(), 2, 4)
+    words, at = program.tolist(), 5
+    for read in block.decode(program).steps:
+        at += 1 + sum(2 + 2 * len(a) if isinstance(a, list) else 2 for a in read.args)
+        if read.op == step:
+            break
+        at += {"part": 0, "qlinears": 3, "norm_and_quantize": 2}.get(read.op, 1)
+    assert 0 <= words[at + part] < words[3]
+    words[at + part] = words[3]
+    if kernels.info().isa != "portable":
+        with pytest.raises(RuntimeError, match=f"an attention {told} what is a thread's own"):
+            qblock(inputs, constants, torch.tensor(words), widths)
 
 
 def test_operands_that_do_not_fit_are_refused(on_isa):
