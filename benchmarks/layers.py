@@ -3,7 +3,9 @@
     python -m benchmarks.layers [--json FILE] | [--grid [M ...]]
 
 x: uint8 [M, K]; w: int8 [N, K], a scale per row; every contestant packs its weight ahead of time. Before it is timed,
-its output is held against exact arithmetic: one that is off by more than a single step takes no part.
+its output is held against exact arithmetic: one that is off by more than a single step takes no part. Operators are
+called by `_op`, the function of C++ that torch's wrapper in Python, `OpOverload.__call__`, calls: so do the models that
+fxq returns (fxq/direct.py), and `F.linear` has no such wrapper either.
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ class Layer:
 
 def fxq_call(layer: Layer) -> Callable[[], Tensor]:
     """The op that lowered models call."""
-    packed = layer.packed()
-    return lambda: qlinear(layer.x, *packed, 0, 0, 255)
+    x, (weight, bias, multiplier), op = layer.x, layer.packed(), qlinear._op
+    return lambda: op(x, weight, bias, multiplier, 0, 0, 255)
 
 
 def engine_call(engine: str, layer: Layer) -> Callable[[], Tensor]:
@@ -93,7 +95,7 @@ def engine_call(engine: str, layer: Layer) -> Callable[[], Tensor]:
     w = torch._make_per_channel_quantized_tensor(layer.w, layer.s_w.double(), no_zero_points, 0)
     x = torch._make_per_tensor_quantized_tensor(layer.x, layer.s_x, layer.z_x)
     packed = torch.ops.quantized.linear_prepack(w, layer.bias)
-    op = torch.ops.quantized.linear_relu.default
+    op = torch.ops.quantized.linear_relu.default._op
     return lambda: op(x, packed, layer.s_y, 0)
 
 
@@ -101,7 +103,7 @@ def pointwise_call(layer: Layer) -> Callable[[], Tensor]:
     """`torch.ops.onednn.qlinear_pointwise`, which inductor's int8 models call; plain uint8 tensors."""
     packed = torch.ops.onednn.qlinear_prepack(layer.w, list(layer.x.shape))
     zeros = torch.zeros(len(layer.s_w), dtype=torch.int64)
-    op = torch.ops.onednn.qlinear_pointwise.default
+    op = torch.ops.onednn.qlinear_pointwise.default._op
     before = (layer.x, layer.s_x, layer.z_x, packed, layer.s_w, zeros, layer.bias, layer.s_y, 0)
     return lambda: op(*before, torch.uint8, "relu", [], "")
 
