@@ -109,7 +109,7 @@ from fxq.numerics.linear import (
 )
 from fxq.numerics.lookup import lookup, lookup_channels
 from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
-from fxq.numerics.packing import PANEL, pack, packed_size, panel_widths, unpack
+from fxq.numerics.packing import PANEL, in_lines, pack, packed_size, panel_widths, unpack
 from fxq.numerics.pooling import (
     max_of_windows,
     pool_sizes,
@@ -175,6 +175,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "in_lanes",
+    "in_lines",
     "layer_norm",
     "linear_weight_only",
     "lookup",

@@ -17,7 +17,6 @@ reading it. Its bytes, little endian, each section at a multiple of 64:
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 
@@ -81,15 +80,16 @@ class Chain:
 def encode(chain: Chain) -> Tensor:
     """The program of `chain`: uint8 [N, bytes], N the features of its result."""
     size = _HEADER.size + _LAYER.size * len(chain.layers)
-    table, sections = [], []
+    table: list[bytes] = []
+    sections: list[numerics.I8] = []
     for layer in chain.layers:
         offsets = []
         for tensor, dtype in ((layer.weight, torch.int8), (layer.bias, torch.int32), (layer.multiplier, torch.float32)):
             assert tensor.dtype == dtype, (tensor.dtype, dtype)
-            content = tensor.detach().contiguous().numpy().tobytes()
+            content = tensor.detach().contiguous().view(torch.int8).numpy()
             offsets.append(size)
-            sections.append(content.ljust(_aligned(len(content)), b"\0"))
-            size += len(sections[-1])
+            sections += (content, np.zeros(-len(content) % _ALIGNMENT, np.int8))
+            size += sum(map(len, sections[-2:]))
         table.append(
             _LAYER.pack(*offsets, layer.in_features, layer.out_features, layer.zero_point, layer.low, layer.high)
         )
@@ -97,9 +97,9 @@ def encode(chain: Chain) -> Tensor:
     front = chain.quantize is not None
     header = _HEADER.pack(_MAGIC, _VERSION, len(chain.layers), size, front, chain.to_float, scale, zero_point)
     rows = chain.layers[-1].out_features
-    content = b"".join((header, *table, *sections))
-    padded = bytearray(content.ljust(math.ceil(size / rows) * rows, b"\0"))
-    return torch.frombuffer(padded, dtype=torch.uint8).view(rows, -1)
+    begin = np.frombuffer(b"".join((header, *table)), np.int8)
+    program = numerics.in_lines([begin, *sections, np.zeros(-size % rows, np.int8)])
+    return torch.from_numpy(program).view(torch.uint8).view(rows, -1)
 
 
 def decode(program: Tensor) -> Chain:
@@ -147,10 +147,6 @@ def reference(chain: Chain, x: numerics.Array) -> numerics.Array:
             return numerics.qlinear_float(*operands)
         q = numerics.qlinear(*operands, layer.zero_point, layer.low, layer.high)
     return q
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bytes(flat: Tensor) -> bytes:

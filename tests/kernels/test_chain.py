@@ -130,7 +130,7 @@ def test_decode_is_the_inverse_of_encode():
 def test_sections_are_aligned_and_the_shape_names_the_features():
     program = encode(make((33, 17, 7)))
     assert program.shape[0] == 7
-    assert all(layer.weight.storage_offset() % 64 == 0 for layer in decode(program).layers)
+    assert all(layer.weight.data_ptr() % 64 == 0 for layer in decode(program).layers)  # no vector lies in two lines
 
 
 def test_opcheck():
