@@ -10,9 +10,10 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.graph import Value, bypass, constant, get_attr, set_constant
+from fxq.graph import Value, bypass, constant, drop_unread, get_attr, set_constant
 from fxq.ops import block, images
 from fxq.ops.activation import qlinear_act
 from fxq.ops.block import Constant, qblock
@@ -33,7 +34,7 @@ from fxq.spelling import GETITEM
 
 @dataclass(frozen=True)
 class Link:
-    """An operation that a call of several has swallowed: its node's name and meta."""
+    """What a call of several operations has swallowed: of one of them its node's name, of a constant its path; meta."""
 
     name: str
     origin: Any
@@ -44,8 +45,8 @@ class Link:
     @classmethod
     def of(cls, node: Node) -> Link:
         """The link that `node` becomes."""
-        meta = node.meta
-        return cls(node.name, meta.get("origin"), meta.get("source"), meta["value"], meta.get("qparams"))
+        name, meta = str(node.target) if node.op == "get_attr" else node.name, node.meta
+        return cls(name, meta.get("origin"), meta.get("source"), meta["value"], meta.get("qparams"))
 
     def meta(self) -> dict[str, Any]:
         """A node's meta again."""
@@ -94,11 +95,12 @@ def summary(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
 
 def _lines(gm: GraphModule, node: Node) -> list[tuple[str, str, str]]:
     """What a block runs: one line for each operation, with the widths of what it reads and gives."""
-    inputs, _, program, _ = node.args
+    inputs, program, *_ = node.args
     assert isinstance(inputs, list | tuple) and isinstance(program, Node)
     values: list[Any] = [x.meta["value"] for x in inputs if isinstance(x, Node)]
-    lines, links = [], iter(node.meta["inside"])
-    for step in block.decode(constant(gm, program)).steps:
+    read = block.decode(constant(gm, program))
+    lines, links = [], itertools.islice(node.meta["inside"], len(read.constants), None)
+    for step in read.steps:
         link = next(links)
         values.append(link.value)
         if step.op == "part":
@@ -146,6 +148,7 @@ def expand_blocks(gm: GraphModule) -> GraphModule:
         _operations(expanded, node)
     for node in expanded.graph.find_nodes(op="call_function", target=qblock):
         _steps(expanded, node)
+    drop_unread(expanded)
     return expanded
 
 
@@ -199,9 +202,12 @@ def _operations(gm: GraphModule, node: Node) -> None:
 
 def _steps(gm: GraphModule, node: Node) -> None:
     """The operations that a `qblock` runs."""
-    inputs, constants, program, _ = node.args
-    assert isinstance(inputs, list | tuple) and isinstance(constants, list | tuple) and isinstance(program, Node)
+    inputs, program, memory, _ = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(program, Node) and isinstance(memory, Node)
     read = block.decode(constant(gm, program))
+    links = iter(node.meta["inside"])
+    with gm.graph.inserting_before(node):
+        constants = [_constant(gm, next(links), place.of(constant(gm, memory))) for place in read.constants]
     values: list[Any] = list(inputs)
 
     def argument(value: Any) -> Any:
@@ -212,7 +218,6 @@ def _steps(gm: GraphModule, node: Node) -> None:
         return constants[value.index] if isinstance(value, Constant) else value
 
     made: list[Node] = []
-    links = iter(node.meta["inside"])
     with gm.graph.inserting_before(node):
         for step in read.steps:
             link = next(links)
@@ -226,6 +231,15 @@ def _steps(gm: GraphModule, node: Node) -> None:
         whole = made[i]
         parts = (user for user in whole.users if user.target is GETITEM and user.args[1] == part)
         bypass(gm, result, next(parts) if read.steps[i].op in _SEVERAL else whole)
+
+
+def _constant(gm: GraphModule, link: Link, tensor: Tensor) -> Node:
+    """The constant at its path again, where it still stands if others read it as well."""
+    known = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    path = link.name if link.name in known else set_constant(gm, link.name, tensor)
+    node = gm.graph.create_node("get_attr", path)
+    node.meta = link.meta()
+    return node
 
 
 _SEVERAL = frozenset({"qlinears", "norm_and_quantize"})

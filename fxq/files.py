@@ -17,7 +17,7 @@ from fxq.encoding import decode, encode
 from fxq.errors import FileError
 from fxq.quantized import QuantizedModule
 
-FORMAT, VERSION = "fxq", 3
+FORMAT, VERSION = "fxq", 4
 
 
 def save(qmodel: nn.Module, path: str | Path) -> None:

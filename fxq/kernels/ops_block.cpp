@@ -41,6 +41,45 @@ struct Rows {
   uint8_t* own = nullptr;
 };
 
+// A constant: `count` elements from `data` on.
+struct Constant {
+  enum Dtype { kInt8, kInt32, kFloat };  // as `_DTYPES` in fxq/ops/block.py
+  const void* data;
+  int64_t dtype, count;
+  template <class T>
+  const T* of(Dtype expected, int64_t elements) const {
+    if (dtype != expected || count != elements)
+      fail(kOp, ": a constant of dtype ", dtype, " has ", count, " elements, expected ", elements, " of dtype ",
+           int64_t(expected));
+    return static_cast<const T*>(data);
+  }
+};
+
+// The memory of all constants, and of each in three words of the program the bytes before it, its dtype and elements.
+class Constants {
+ public:
+  Constants(const Tensor& memory, Words& words)
+      : memory_(memory.data<uint8_t>()), bytes_(memory.numel()), count_(words.word()), places_(words.triples(count_)) {
+    expect_dtype(kOp, "constants", memory, aoti_torch_dtype_uint8(), "uint8");
+    if (!memory.is_contiguous() || uintptr_t(memory_) % alignof(float))
+      fail(kOp, ": constants", memory.shape(), " are not contiguous, or begin between two numbers");
+  }
+  Constant operator[](int64_t i) const {
+    if (i < 0 || i >= count_) fail(kOp, ": the program reads constant ", i, " of ", count_);
+    const int64_t begin = places_[3 * i], dtype = places_[3 * i + 1], count = places_[3 * i + 2];
+    const int64_t element = dtype == Constant::kInt8 ? 1 : 4;
+    const bool is_line = begin >= 0 && begin <= bytes_ && begin % 64 == 0;
+    if (dtype < Constant::kInt8 || dtype > Constant::kFloat || !is_line || count < 0 || count > (bytes_ - begin) / element)
+      fail(kOp, ": constants of ", bytes_, " bytes hold none of dtype ", dtype, " with ", count, " elements at ", begin);
+    return {memory_ + begin, dtype, count};
+  }
+
+ private:
+  const uint8_t* const memory_;
+  const int64_t bytes_, count_;
+  const int64_t* const places_;
+};
+
 // A step, read and checked: its work on some rows. An attention works on those of whole sequences.
 struct Step {
   std::function<void(const Rows&)> run;
@@ -50,9 +89,9 @@ struct Step {
 
 class Block {
  public:
-  Block(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Tensor& program,
+  Block(const std::vector<Tensor>& inputs, const Tensor& program, const Tensor& constants,
         const std::vector<int64_t>& widths)
-      : inputs_(inputs), constants_(constants), program_(program), words_(open(program)) {
+      : inputs_(inputs), program_(program), words_(open(program)), constants_(constants, words_) {
     const int64_t steps = words_.word(), rows_of = words_.word();
     slice_bytes_ = words_.word();
     own_bytes_ = words_.word();
@@ -158,19 +197,8 @@ class Block {
     return found;
   }
 
-  const Tensor& constant() {
-    const int64_t i = words_.of(Tag::kConstant);
-    if (i < 0 || i >= int64_t(constants_.size())) fail(kOp, ": the program reads constant ", i, " of ", constants_.size());
-    return constants_[i];
-  }
-  template <class T>
-  const T* constant(int32_t dtype, int64_t size) {
-    const Tensor& found = constant();
-    if (found.dtype() != dtype || found.numel() != size || !found.is_contiguous())
-      fail(kOp, ": a constant is ", found.shape(), ", or not contiguous, or of another dtype; expected ", size, " elements");
-    return found.data<T>();
-  }
-  const float* row(int64_t k) { return words_.none() ? nullptr : constant<float>(aoti_torch_dtype_float32(), k); }
+  Constant constant() { return constants_[words_.of(Tag::kConstant)]; }
+  const float* row(int64_t k) { return words_.none() ? nullptr : constant().of<float>(Constant::kFloat, k); }
 
   // Where a step writes `width` values a row: a result of the block, or its memory.
   Value write(int64_t width, bool is_float) {
@@ -208,23 +236,18 @@ class Block {
     made_.clear();
   }
 
-  Gemm gemm(int64_t k, const Tensor& weight, const Tensor& bias, const Tensor& multiplier) {
+  Gemm gemm(int64_t k, const Constant& weight, const Constant& bias, const Constant& multiplier) {
     Gemm g;
     g.k = g.x_stride = k;
-    g.n = g.y_stride = bias.numel();
-    const bool contiguous = weight.is_contiguous() && bias.is_contiguous() && multiplier.is_contiguous();
-    if (weight.dtype() != aoti_torch_dtype_int8() || weight.numel() != packed_size(g.n, k) || multiplier.numel() != g.n ||
-        bias.dtype() != aoti_torch_dtype_int32() || multiplier.dtype() != aoti_torch_dtype_float32() || !contiguous)
-      fail(kOp, ": weight", weight.shape(), ", bias", bias.shape(), " and multiplier", multiplier.shape(),
-           " of a step are not what rows of ", k, " values take");
-    g.weight = weight.data<int8_t>();
-    g.bias = bias.data<int32_t>();
-    g.multiplier = multiplier.data<float>();
+    g.n = g.y_stride = bias.count;
+    g.weight = weight.of<int8_t>(Constant::kInt8, packed_size(g.n, k));
+    g.bias = bias.of<int32_t>(Constant::kInt32, g.n);
+    g.multiplier = multiplier.of<float>(Constant::kFloat, g.n);
     return g;
   }
-  Gemm gemm(const Value& x) {
-    const Tensor &weight = constant(), &bias = constant(), &multiplier = constant();
-    return gemm(x.width, weight, bias, multiplier);
+  Gemm gemm(int64_t k) {
+    const Constant weight = constant(), bias = constant(), multiplier = constant();
+    return gemm(k, weight, bias, multiplier);
   }
   std::optional<Value> addend(Gemm& g) {
     if (words_.none()) return {};
@@ -277,7 +300,7 @@ class Block {
 
   std::function<void(const Rows&)> linear(Code code, int64_t& work) {
     const Value x = rows(false);
-    Gemm g = gemm(x);
+    Gemm g = gemm(x.width);
     work = g.n * g.k;
     std::optional<Value> added;
     if (code == Code::kLinear) {
@@ -310,11 +333,11 @@ class Block {
     const Value x = rows(false);
     const int64_t count = words_.of(Tag::kList);
     if (count < 1 || count > 64) fail(kOp, ": ", count, " linears of one input");
-    std::vector<const Tensor*> operands;
+    std::vector<Constant> operands;
     std::vector<int64_t> numbers;
     for (int64_t list = 0; list < 3; ++list) {
       if (list && words_.of(Tag::kList) != count) fail(kOp, ": lists of several lengths");
-      for (int64_t i = 0; i < count; ++i) operands.push_back(&constant());
+      for (int64_t i = 0; i < count; ++i) operands.push_back(constant());
     }
     for (int64_t list = 0; list < 3; ++list) {
       if (words_.of(Tag::kList) != count) fail(kOp, ": lists of several lengths");
@@ -322,7 +345,7 @@ class Block {
     }
     std::vector<std::pair<Gemm, Value>> parts;
     for (int64_t i = 0; i < count; ++i) {
-      Gemm g = gemm(x.width, *operands[i], *operands[count + i], *operands[2 * count + i]);
+      Gemm g = gemm(x.width, operands[i], operands[count + i], operands[2 * count + i]);
       set_rounding(g, numbers[i], numbers[count + i], numbers[2 * count + i]);
       work += g.n * g.k;
       parts.emplace_back(g, write(g.n, false));
@@ -415,11 +438,10 @@ class Block {
 
   std::function<void(const Rows&)> feed_forward(int64_t& work) {
     const Value x = rows(false);
-    Gemm wide = gemm(x);
+    Gemm wide = gemm(x.width);
     wide.output = Output::kActivation;
     wide.activation = activation_named(kOp, words_.name());
-    const Tensor &weight = constant(), &sums = constant(), &scale = constant();
-    Gemm narrow = gemm(wide.n, weight, sums, scale);
+    Gemm narrow = gemm(wide.n);
     narrow.output = Output::kFloat;
     narrow.dynamic = true;
     narrow.float_bias = row(narrow.n);
@@ -435,9 +457,10 @@ class Block {
     };
   }
 
-  const std::vector<Tensor>&inputs_, &constants_;
+  const std::vector<Tensor>& inputs_;
   const Contiguous program_;
   Words words_;
+  const Constants constants_;
   int64_t slice_bytes_ = 0, own_bytes_ = 0;  // for each row: the memory of a slice, and that of a thread
   int64_t batch_ = 0, tokens_ = 0;
   std::vector<Contiguous> held_;
@@ -450,9 +473,9 @@ class Block {
   uint8_t* memory_ = nullptr;
 };
 
-std::vector<Tensor> qblock(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
-                           const Tensor& program, const std::vector<int64_t>& widths) {
-  Block block(inputs, constants, program, widths);
+std::vector<Tensor> qblock(const std::vector<Tensor>& inputs, const Tensor& program, const Tensor& constants,
+                           const std::vector<int64_t>& widths) {
+  Block block(inputs, program, constants, widths);
   block.run();
   return block.results();
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <iterator>
 #include <string>
+#include <utility>
 
 #include "checks.h"
 
@@ -18,6 +19,11 @@ enum class Tag { kNone, kInteger, kReal, kName, kValue, kConstant, kList };
 class Words {
  public:
   Words(const int64_t* words, int64_t count) : at_(words), end_(words + count) {}
+  // The next 3 * `count` words.
+  const int64_t* triples(int64_t count) {
+    if (count < 0 || count > (end_ - at_) / 3) fail(kOp, ": the program is cut off");
+    return std::exchange(at_, at_ + 3 * count);
+  }
   int64_t word() {
     if (at_ == end_) fail(kOp, ": the program is cut off");
     return *at_++;

@@ -11,16 +11,19 @@ Rows know of one another in attentions only. What stands between two of them is 
 the rows through all of its steps, and waits for no other. What an attention or another run reads lies in the memory of
 a slice, a few sequences of a large batch; what a run alone reads lies in the memory of a thread.
 
-The steps are one int64 tensor, the program. After its head (magic, steps, inputs that are rows, bytes for a row in the
-memory of a slice and in that of a thread) each step is the number of its op in `STEPS`, its arguments, each after its
-tag, and for each thing that it writes where: bytes of a row before it, in the slice's memory and behind that in the
-thread's, or -1 - i for result i of the block.
+The constants are one uint8 tensor, in which each begins at a multiple of 64; several blocks may read one.
+
+The steps are one int64 tensor, the program. It begins with its magic, the number of constants, and of each of them
+where it lies: bytes before it, dtype, elements. After steps, inputs that are rows, and bytes for a row in the memory of
+a slice and in that of a thread, each step is the number of its op in `STEPS`, its arguments, each after its tag, and
+for each thing that it writes where: bytes of a row before it, in the slice's memory and behind that in the thread's, or
+-1 - i for result i of the block.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +50,7 @@ STEPS = (
 _NAMES = ("gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "relu", "hardsigmoid", "hardswish", "layer_norm", "rms_norm")
 _MAGIC = int.from_bytes(b"fxqblock", "little")
 _NONE, _INTEGER, _REAL, _NAME, _VALUE, _CONSTANT, _LIST = range(7)
+_DTYPES = (torch.int8, torch.int32, torch.float32)
 _LINE = 64
 
 
@@ -62,6 +66,29 @@ class Constant:
     """An argument: the constant number `index` of the block."""
 
     index: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a constant lies among the others: bytes before it, its dtype and elements."""
+
+    begin: int
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def end(self) -> int:
+        """Bytes before what follows it."""
+        return self.begin + self.count * self.dtype.itemsize
+
+    def of(self, constants: Tensor) -> Tensor:
+        """The constant, a view of `constants`; raises ValueError where it does not lie in them."""
+        is_bytes = constants.dtype == torch.uint8 and constants.dim() == 1
+        if not is_bytes or self.count < 0 or self.begin < 0 or self.begin % _LINE or self.end > constants.numel():
+            raise ValueError(
+                f"fxq: a block's constants are {constants.dtype}{list(constants.shape)}, and none lies at {self}"
+            )
+        return constants[self.begin : self.end].view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -99,10 +126,34 @@ def all_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     return (*given, *(argument.default_value for argument in arguments[len(args) :]))
 
 
-def encode(steps: Sequence[Step], inputs: int, masks: int) -> Tensor:
-    """The program of `steps`, which read `inputs` rows and after them `masks` masks."""
+def gather(tensors: Iterable[Tensor]) -> tuple[Tensor, list[Place]]:
+    """The constants of blocks: one uint8 tensor, and where each of `tensors` lies in it, each once.
+
+    They are views of it from then on. Each gives up its own memory as it is copied, so that there is no second copy of
+    all of them.
+    """
+    known: dict[int, tuple[Tensor, Place]] = {}
+    places, end = [], 0
+    for tensor in tensors:
+        assert tensor.dim() == 1, tensor.shape
+        begin = -(-end // _LINE) * _LINE
+        _, place = known.setdefault(id(tensor), (tensor, Place(begin, tensor.dtype, tensor.numel())))
+        places.append(place)
+        end = max(end, place.end)
+    constants, end = torch.empty(end, dtype=torch.uint8), 0
+    for tensor, place in known.values():
+        constants[end : place.begin] = 0
+        own, end = place.of(constants), place.end
+        tensor.data = own.copy_(tensor.detach())
+    return constants, places
+
+
+def encode(steps: Sequence[Step], inputs: int, masks: int, constants: Sequence[Place]) -> Tensor:
+    """The program of `steps`, which read `inputs` rows, after them `masks` masks, and constants that lie there."""
     places, sizes = _places(steps, inputs + masks)
-    words = [_MAGIC, len(steps), inputs, *sizes]
+    words = [_MAGIC, len(constants)]
+    words += [word for place in constants for word in (place.begin, _DTYPES.index(place.dtype), place.count)]
+    words += [len(steps), inputs, *sizes]
     for i, step in enumerate(steps):
         words.append(STEPS.index(step.op))
         for argument in step.args:
@@ -194,6 +245,7 @@ class Program:
 
     steps: tuple[Step, ...]
     inputs: int
+    constants: tuple[Place, ...]
     results: tuple[tuple[int, int], ...]
 
 
@@ -209,6 +261,12 @@ class _Reader:
         found = self.words[self.at - 1]
         assert isinstance(found, int)
         return found
+
+    def place(self) -> Place:
+        begin, dtype, count = (self.word() for _ in range(3))
+        if not 0 <= dtype < len(_DTYPES):
+            raise ValueError(f"fxq: a block's program has a constant of dtype {dtype}")
+        return Place(begin, _DTYPES[dtype], count)
 
     def argument(self, type_: str) -> Any:
         tag, word = self.word(), self.word()
@@ -233,9 +291,11 @@ class _Reader:
 def decode(program: Tensor) -> Program:
     """What `encode` wrote, without widths; raises ValueError where it is damaged."""
     reader = _Reader(program)
-    magic, count, inputs, *_ = (reader.word() for _ in range(5))
+    magic = reader.word()
     if magic != _MAGIC:
         raise ValueError(f"fxq: a block's program begins with {magic}, expected {_MAGIC}")
+    places = tuple(reader.place() for _ in range(reader.word()))
+    count, inputs, _, _ = (reader.word() for _ in range(4))
     steps: list[Step] = []
     results: dict[int, tuple[int, int]] = {}
     for i in range(count):
@@ -255,13 +315,14 @@ def decode(program: Tensor) -> Program:
         steps.append(Step(STEPS[code], args))
     if sorted(results) != list(range(len(results))):
         raise ValueError(f"fxq: a block's program writes the results {sorted(results)}")
-    return Program(tuple(steps), inputs, tuple(results[i] for i in range(len(results))))
+    return Program(tuple(steps), inputs, places, tuple(results[i] for i in range(len(results))))
 
 
-def _qblock(inputs: list[Tensor], constants: list[Tensor], program: Tensor, widths: list[int]) -> list[Tensor]:
+def _qblock(inputs: list[Tensor], program: Tensor, constants: Tensor, widths: list[int]) -> list[Tensor]:
     """Step by step, through the portable ops."""
     read = decode(program)
     values: list[Any] = list(inputs)
+    tensors = [place.of(constants) for place in read.constants]
     if any(x.dim() != 3 or x.shape[:2] != inputs[0].shape[:2] for x in inputs[: read.inputs]):
         raise ValueError(f"fxq::qblock: inputs {[list(x.shape) for x in inputs]}, expected [B, T, K], B and T alike")
 
@@ -270,7 +331,7 @@ def _qblock(inputs: list[Tensor], constants: list[Tensor], program: Tensor, widt
             return [of(item) for item in argument]
         if not isinstance(argument, Value | Constant):
             return argument
-        held = values if isinstance(argument, Value) else constants
+        held = values if isinstance(argument, Value) else tensors
         if not 0 <= argument.index < len(held):
             raise ValueError(f"fxq::qblock: the program reads {argument} of {len(held)}")
         return held[argument.index]
@@ -294,8 +355,8 @@ def _empty(inputs: list[Tensor], widths: list[int]) -> list[Tensor]:
 
 
 qblock = kernels.define(
-    "qblock(Tensor[] inputs, Tensor[] constants, Tensor program, int[] widths) -> Tensor[]",
+    "qblock(Tensor[] inputs, Tensor program, Tensor constants, int[] widths) -> Tensor[]",
     _qblock,
-    lambda inputs, constants, program, widths: _empty(inputs, widths),
+    lambda inputs, program, constants, widths: _empty(inputs, widths),
 )
 """widths: of the results, that of a float32 one negative."""

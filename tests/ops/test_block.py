@@ -9,6 +9,14 @@ from fxq import kernels, numerics
 from fxq.ops import block
 from fxq.ops.block import Constant, Step, Value, Written, qblock
 
+CONSTANTS = 2
+"""Words of a program before its constants."""
+
+
+def sizes(program):
+    """The word of a program that tells the bytes of a slice's memory; that of a thread's and the steps follow."""
+    return CONSTANTS + 3 * int(program[CONSTANTS - 1]) + 2
+
 
 def packed(n, k):
     return torch.from_numpy(numerics.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8).numpy()))
@@ -95,7 +103,8 @@ def two_layers(width=24):
 def call(steps, constants, widths, batch, tokens, masked=True, width=24):
     x = torch.randint(0, 256, (batch, tokens, width), dtype=torch.uint8)
     mask = [torch.rand(batch, 1, 1, tokens) > 0.3] if masked else []
-    return [x, torch.randn(batch, tokens, width), *mask], constants, block.encode(steps, 2, len(mask)), widths
+    held, places = block.gather(constants)
+    return [x, torch.randn(batch, tokens, width), *mask], block.encode(steps, 2, len(mask), places), held, widths
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,7 @@ def test_same_bits_as_step_by_step(on_isa, batch, tokens, masked):
 def test_large_batches_go_through_in_slices(batch, tokens):
     """Masks, inputs and results are those of the whole batch."""
     args = call(*layer(240, 960), batch, tokens, width=240)
-    assert batch * tokens * args[2][3:5].sum().item() > 2 * (8 << 20), "three slices"
+    assert batch * tokens * args[1][sizes(args[1]) :][:2].sum().item() > 2 * (8 << 20), "three slices"
     for got, wanted in zip(qblock(*args), kernels.portable("qblock")(*args), strict=True):
         assert torch.equal(got, wanted)
 
@@ -142,10 +151,26 @@ def test_operands_in_any_memory(on_isa):
 
 
 def test_programs_are_read_as_they_were_written():
-    steps, _, _ = layer()
-    read = block.decode(block.encode(steps, 2, 1))
+    steps, constants, _ = layer()
+    _, places = block.gather(constants)
+    read = block.decode(block.encode(steps, 2, 1, places))
     assert [(step.op, step.args) for step in read.steps] == [(step.op, step.args) for step in steps]
-    assert (read.inputs, read.results) == (2, ((14, 0), (6, 0), (15, 0)))
+    assert (read.inputs, read.constants, read.results) == (2, tuple(places), ((14, 0), (6, 0), (15, 0)))
+
+
+def test_constants_become_views_of_one_tensor():
+    """Each at a cache line, one of two names once, zeros between them."""
+    tensors = [torch.arange(5, dtype=torch.int32), torch.rand(17), torch.ones(64, dtype=torch.int8), torch.rand(1)]
+    wanted = [tensor.clone() for tensor in tensors]
+    held, places = block.gather([*tensors, tensors[1]])
+    assert [place.begin for place in places] == [0, 64, 192, 256, 64]
+    assert held.data_ptr() % 64 == 0 and held.numel() == 260
+    for tensor, value, place in zip(tensors, wanted, places[:-1], strict=True):
+        assert torch.equal(tensor, value) and torch.equal(place.of(held), value)
+        assert tensor.data_ptr() == held.data_ptr() + place.begin
+    assert not held[20:64].any() and not held[64 + 4 * 17 : 192].any()
+    nothing, none = block.gather([])
+    assert (nothing.numel(), none) == (0, [])
 
 
 def test_memory_is_used_again():
@@ -153,15 +178,17 @@ def test_memory_is_used_again():
 
     def bytes_per_row(layers):
         steps = [Step("norm", (Value(i), "layer_norm", None, None, 1e-5), (Written(32, True),)) for i in range(layers)]
-        return block.encode(steps, 1, 0)[3:5].sum().item()
+        program = block.encode(steps, 1, 0, [])
+        return program[sizes(program) :][:2].sum().item()
 
     assert bytes_per_row(10) == bytes_per_row(2) == 2 * 32 * 4
 
 
 def places(steps, inputs):
     """For each thing that a step writes: (its step, in the slice's memory, begin, end), or None for a result."""
-    read, words = block.decode(block.encode(steps, inputs, 0)), block.encode(steps, inputs, 0).tolist()
-    slice_bytes, at, found = words[3], 5, {}
+    program = block.encode(steps, inputs, 0, [])
+    read, words, at, found = block.decode(program), program.tolist(), sizes(program) + 2, {}
+    slice_bytes = words[at - 2]
     for i, step in enumerate(read.steps):
         at += 1 + sum(2 + 2 * len(a) if isinstance(a, list) else 2 for a in step.args)
         for part, written in enumerate(steps[i].writes):
@@ -198,50 +225,78 @@ def test_memory_of_a_slice_is_kept_for_a_run_and_that_of_a_thread_for_a_step(mak
 
 def test_what_is_damaged_is_refused(on_isa):
     """Any word of the program changed: an error, or other numbers, and never memory that is not the block's."""
-    inputs, constants, program, widths = call(*layer(), 1, 4)
+    inputs, program, constants, widths = call(*layer(), 1, 4)
     for i in range(len(program)):
-        for value in (-9, 1 << 40):
+        for value in (-9, 1 << 40, (1 << 63) - 1):
             broken = program.clone()
             broken[i] = value
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # NumPy's, about numbers out of range
-                    on_isa(qblock, inputs, constants, broken, widths)
+                    on_isa(qblock, inputs, broken, constants, widths)
             except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
                 continue
             assert i >= 2, "the head"
     for length in range(0, len(program), 7):
         with pytest.raises((RuntimeError, ValueError)):
-            on_isa(qblock, inputs, constants, program[:length].clone(), widths)
+            on_isa(qblock, inputs, program[:length].clone(), constants, widths)
 
 
 @pytest.mark.parametrize(("step", "part", "told"), [("qlinears", 1, "reads"), ("qattention", 0, "writes")])
 def test_an_attention_keeps_to_what_all_threads_see(step, part, told):
     """Its rows come from other threads and go to others; the portable op knows no places."""
-    inputs, constants, program, widths = call(*layer(), 2, 4)
-    words, at = program.tolist(), 5
+    inputs, program, constants, widths = call(*layer(), 2, 4)
+    words, at = program.tolist(), sizes(program) + 2
+    slice_bytes = words[at - 2]
     for read in block.decode(program).steps:
         at += 1 + sum(2 + 2 * len(a) if isinstance(a, list) else 2 for a in read.args)
         if read.op == step:
             break
         at += {"part": 0, "qlinears": 3, "norm_and_quantize": 2}.get(read.op, 1)
-    assert 0 <= words[at + part] < words[3]
-    words[at + part] = words[3]
+    assert 0 <= words[at + part] < slice_bytes
+    words[at + part] = slice_bytes
     if kernels.info().isa != "portable":
         with pytest.raises(RuntimeError, match=f"an attention {told} what is a thread's own"):
-            qblock(inputs, constants, torch.tensor(words), widths)
+            qblock(inputs, torch.tensor(words), constants, widths)
 
 
 def test_operands_that_do_not_fit_are_refused(on_isa):
-    inputs, constants, program, widths = call(*layer(), 2, 4)
+    inputs, program, constants, widths = call(*layer(), 2, 4)
     for wrong in ([inputs[0][:, :3], *inputs[1:]], [x[0] for x in inputs], [inputs[1], *inputs[1:]], []):
         with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)):
-            on_isa(qblock, wrong, constants, program, widths)
-    for some in (constants[:-1], constants[::-1]):
-        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)):
-            on_isa(qblock, inputs, some, program, widths)
+            on_isa(qblock, wrong, program, constants, widths)
     with pytest.raises((RuntimeError, ValueError)):
-        on_isa(qblock, inputs, constants, program, [-40, *widths[1:]])
+        on_isa(qblock, inputs, program, constants, [-40, *widths[1:]])
+
+
+@pytest.mark.parametrize("way", ["cut off", "of another dtype", "not contiguous", "between two numbers"])
+def test_constants_that_cannot_be_read_are_refused(on_isa, way):
+    inputs, program, constants, widths = call(*layer(), 2, 4)
+    shifted = torch.cat([constants[:1], constants])[1:]
+    damaged = {
+        "cut off": constants[:-1],
+        "of another dtype": constants.view(torch.int8),
+        "not contiguous": torch.stack([constants, constants], -1)[..., 0],
+        "between two numbers": shifted,
+    }
+    with pytest.raises((RuntimeError, ValueError)):
+        on_isa(qblock, inputs, program, damaged[way], widths)
+
+
+def test_places_are_held_to_their_constants(on_isa):
+    """One element more, fewer, of another dtype, from between two lines, before or behind all: never read."""
+    inputs, program, constants, widths = call(*layer(), 1, 4)
+    for at in range(CONSTANTS, sizes(program) - 2, 3):
+        begin, dtype, count = program[at : at + 3].tolist()
+        for place in (
+            *((begin, dtype, other) for other in (count + 1, count - 1, -1, 1 << 62)),
+            *((begin, other, count) for other in (*({0, 1, 2} - {dtype}), -1, 3)),
+            *((other, dtype, count) for other in (begin + 4, -64, len(constants) // 64 * 64 + 64, 1 << 62)),
+        ):
+            broken = program.clone()
+            broken[at : at + 3] = torch.tensor(place)
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                on_isa(qblock, inputs, broken, constants, widths)
 
 
 def test_opcheck():

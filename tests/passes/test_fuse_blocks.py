@@ -9,8 +9,9 @@ from torch import nn
 
 import fxq
 from fxq.expansion import expand
-from fxq.graph import module_of
+from fxq.graph import SHARED, module_of
 from fxq.ops.block import qblock
+from fxq.quantized import weight_bytes
 from passes import CONVERT, PREPARE, fuse_blocks
 
 WITHOUT = (PREPARE, tuple(step for step in CONVERT if step is not fuse_blocks.PASS))
@@ -103,6 +104,12 @@ def test_layers_are_one_call(before, rows, tmp_path):
         [(n.name, str(n.target)) for n in expand(m).graph.nodes if n.op != "get_attr"] for m in (qmodel, apart)
     )
     assert sorted(seen) == sorted(known)
+    held, wanted = (dict(expand(m).state_dict()) for m in (qmodel, apart))
+    assert held.keys() == wanted.keys() and all(torch.equal(held[path], wanted[path]) for path in held)
+    inside = qmodel.get_buffer("layers.constants").untyped_storage()
+    assert sum(tensor.untyped_storage().data_ptr() == inside.data_ptr() for tensor in held.values()) >= 40
+    assert inside.nbytes() < sum(tensor.nbytes + 64 for tensor in held.values()), "views, and no second copy"
+    assert {p for p in qmodel.state_dict() if p.startswith("layers")} == {"layers.constants", "layers.program"}
     rows = [[(r.module, r.op, r.alone) for r in fxq.compare(model, m, args).layers] for m in (qmodel, apart)]
     assert rows[0] == rows[1]
     assert qmodel.code.count("# layers_0_") == qmodel.code.count("# layers_1_") >= 6
@@ -145,6 +152,114 @@ def test_rows_of_another_batch_are_no_part():
 
     qmodel = made(Positions().eval())
     assert not blocks(qmodel)
+
+
+class Twice(Model):
+    """Both parts are blocks, with one layer for both."""
+
+    def forward(self, x, mask):
+        x = self.layers[0](x, mask[:, None, None])
+        return self.layers[0](x * torch.sin(x).sum(-1, keepdim=True), mask[:, None, None])
+
+
+class Same(Model):
+    """One layer twice in a block."""
+
+    def forward(self, x, mask):
+        for _ in range(2):
+            x = self.layers[0](x, mask[:, None, None])
+        return self.head(x[:, 0]), x
+
+
+class ReadElsewhere(Model):
+    """What multiplies the rows of a norm in a block multiplies others outside."""
+
+    def forward(self, x, mask):
+        y, x = super().forward(x, mask)
+        return y, x * torch.sin(x).sum(-1, keepdim=True) * self.layers[0].second.weight
+
+
+class Inner(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x) if x.sum() > 0 else x
+
+
+class ReadInALeaf(Model):
+    """A norm of a block is called in code that nobody looks into, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner(self.layers[0].second)
+
+    def forward(self, x, mask):
+        y, x = super().forward(x, mask)
+        return y, self.inner(x * torch.sin(x).sum(-1, keepdim=True))
+
+
+class Written(Model):
+    """A norm's weight is another one in each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(32))
+        self.register_buffer("alias", self.factor.view(32))
+
+    def forward(self, x, mask):
+        self.factor.mul_(1.5)
+        layer = self.layers[0]
+        x = F.layer_norm(x + layer.attend(x, mask[:, None, None]), (32,), self.alias)
+        return self.layers[1](x, mask[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "outside"),
+    [
+        (Twice, 2, set()),
+        (Same, 1, set()),
+        (ReadElsewhere, 2, {"fxq.norm_and_quantize"}),
+        (ReadInALeaf, 2, {"fxq.norm_and_quantize"}),
+        (Written, 2, {"fxq.norm_and_quantize"}),
+    ],
+)
+def test_constants_are_stored_once(kind, count, outside, tmp_path):
+    torch.manual_seed(0)
+    model = kind().eval()
+    torch.manual_seed(1)
+    qmodel = made(copy.deepcopy(model), on_low_sqnr="ignore", leaves=("inner",) if kind is ReadInALeaf else ())
+    torch.manual_seed(1)
+    apart = made(model, on_low_sqnr="ignore", leaves=("inner",) if kind is ReadInALeaf else (), passes=WITHOUT)
+    assert len(blocks(qmodel)) == count
+    assert outside <= {str(node.target).removesuffix(".default") for node in qmodel.graph.nodes}
+    assert len({node.args[2].target for node in blocks(qmodel)}) == 1, "one tensor for all"
+    held = qmodel.get_buffer(str(blocks(qmodel)[0].args[2].target))
+    programs = sum(qmodel.get_buffer(str(node.args[1].target)).nbytes for node in blocks(qmodel))
+    constants = len(expand(apart).state_dict())
+    assert weight_bytes(qmodel) - programs <= weight_bytes(apart) + 64 * constants
+    assert all(
+        t is held or t.untyped_storage().data_ptr() != held.data_ptr()
+        for t in qmodel.state_dict(keep_vars=True).values()
+    )
+    grown = []
+    for m in (qmodel, apart):
+        fxq.save(m, tmp_path / "m.fxq")
+        grown.append(weight_bytes(fxq.load(tmp_path / "m.fxq", trust=True)) - weight_bytes(m))
+    assert grown[0] == grown[1]
+    for shape in ((3, 6), (2, 17)):
+        args = inputs(*shape)
+        for found, wanted in zip(qmodel(*args), apart(*args), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_one_of_several_graphs_on_the_same_weights_has_no_blocks():
+    apart = made(Model().eval(), passes=WITHOUT)
+    apart.meta[SHARED] = True
+    assert fuse_blocks.PASS.run(apart, None) == 0
+    apart.meta[SHARED] = False
+    assert fuse_blocks.PASS.run(apart, None) == 1
 
 
 def test_few_steps_stay(model_of):
