@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.fx.graph import PythonCode, _format_target
+from torch.fx.graph import PythonCode
 from torch.nn.modules import module as hooks
 
 from fxq.decisions import Report
-from fxq.direct import shorten
+from fxq.direct import Source
 from fxq.encoding import decode, encode
 from fxq.expansion import summary
 from fxq.gradients import refuse_gradients
@@ -27,7 +27,7 @@ class QuantizedModule(GraphModule):
     """A GraphModule made by fxq; `report` says what became of every operation."""
 
     report: Report
-    source_lines: ClassVar[list[str]]
+    line_names: ClassVar[list[str]]
     _run: Callable[..., Any]
 
     @classmethod
@@ -68,53 +68,18 @@ class QuantizedModule(GraphModule):
         return "\n".join(lines)
 
     def recompile(self) -> PythonCode:
-        """As fx does it, but with a shorter way to operations and constants: of a small model, half the time.
+        """As fx does it, but what runs has a shorter way to operations and constants: of a small model, half the time.
 
-        `code` shows `self.fc1.weight_packed`; what runs is `self._modules["fc1"]._buffers["weight_packed"]`, the same
-        object without the search that `nn.Module.__getattr__` makes for each part of a path; each module on the way and
-        each of its tables is looked up once. How operations are called stands in `fxq.direct`.
+        How they are reached and called stands in `fxq.direct`; `code` shows them as fx does.
         """
         code = super().recompile()
-        source = code.src
-        names: dict[str, str] = {}
-        for node in self.graph.nodes:
-            if node.op in ("get_attr", "call_module"):
-                path = _format_target("self", str(node.target))
-                line, direct_path = f"    {node.name} = ", self._direct(str(node.target), names)
-                source = source.replace(f"{line}{path}", f"{line}{direct_path}", 1)
-        type(self).source_lines = source.splitlines()
-        scope = dict(code.globals)
-        exec(compile(source, f"<fxq {id(self)}>", "exec"), scope)
-        type(self).forward = scope["forward"]
-        source, functions = shorten(source, self.graph)
-        scope |= functions
-        exec(compile(source, f"<fxq {id(self)}, direct>", "exec"), scope)
-        type(self)._run = scope["forward"]
+        plain, direct = (Source(self, direct=direct) for direct in (False, True))
+        type(self).forward, type(self).line_names = plain.compile(f"<fxq {id(self)}>"), plain.names
+        type(self)._run = direct.compile(f"<fxq {id(self)}, direct>")
         # torch.compile counts compilations per code object and stops at eight: each model has its own.
         call = FunctionType(_call.__code__.replace(), globals(), "__call__")
         type(self).__call__ = call  # type: ignore[method-assign]
         return code
-
-    def _direct(self, path: str, names: dict[str, str]) -> str:
-        """names: what the modules and their tables that have been looked up so far are called, by path."""
-
-        def named(place: str, text: str) -> str:
-            if place in names:
-                return names[place]
-            names[place] = f"_fxq_held_{len(names)}"
-            return f"({names[place]} := {text})"
-
-        *parts, name = path.split(".")
-        owner, place = "self", ""
-        for part in parts:
-            modules = named(f"{place}.._modules", f"{owner}._modules")
-            place = f"{place}.{part}"
-            owner = named(place, f"{modules}[{part!r}]")
-        module = self.get_submodule(".".join(parts))
-        for table in ("_buffers", "_parameters", "_modules"):
-            if name in getattr(module, table):
-                return f"{named(f'{place}..{table}', f'{owner}.{table}')}[{name!r}]"
-        return f"getattr({owner}, {name!r})"
 
     def __reduce__(self) -> Any:
         return QuantizedModule._restored, (encode(self), self.report.to_dict(), dict(self.named_modules_called()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,6 @@ from fxq.errors import InputError
 from fxq.graph import Value, place_of
 
 _NARROW = (torch.bfloat16, torch.float16)
-_VARIABLE = re.compile(r"\s*(\w+) =")
 
 
 def wrong_dtype(
@@ -83,17 +81,16 @@ def _inputs(
                 held[node] = name, node.target(structure, *node.args[1:])
     for node, (name, value) in held.items():
         expected = node.meta.get("value")
-        if isinstance(value, Tensor) and isinstance(expected, Value):
-            yield name, value.dtype, expected.dtype
+        if isinstance(value, Tensor | int) and isinstance(expected, Value):
+            yield name, torch.as_tensor(value).dtype, expected.dtype
 
 
 def _failed(gm: GraphModule, traceback: TracebackType | None) -> Node | None:
     """The node of `gm` at whose line the call failed, told from the frame of its generated code."""
-    lines: list[str] = getattr(type(gm), "source_lines", [])
+    names: list[str] = getattr(type(gm), "line_names", [])
     nodes = {node.name: node for node in gm.graph.nodes}
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename.startswith(f"<fxq {id(gm)}"):
-            match = _VARIABLE.match(lines[traceback.tb_lineno - 1])
-            return nodes.get(match[1]) if match else None
+            return nodes.get(names[traceback.tb_lineno - 1])
         traceback = traceback.tb_next
     return None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq.direct import shorten
+from fxq.direct import Source
 from fxq.errors import InputError
 from fxq.graph import Value
 
@@ -16,11 +16,11 @@ X = torch.randn(4, 6)
 Y = torch.randn(4, 6)
 
 
-def lines(qmodel):
+def lines(gm):
     """name: expression of what runs."""
-    source, _ = shorten("\n".join(type(qmodel).source_lines), qmodel.graph)
-    found = (line.split(";")[0].strip().partition(" = ") for line in source.splitlines())
-    return {name: expression for name, _, expression in found if expression}
+    source = Source(gm, direct=True)
+    pairs = zip(source.names, source.lines, strict=True)
+    return {name: line.split(";")[0].partition(" = ")[2] for name, line in pairs if " = " in line}
 
 
 def of(model, *inputs, **options):
@@ -87,7 +87,9 @@ def test_constants_stay(model_of):
     graph.output(result)
     for node in (weight, result):
         node.meta["value"] = Value(torch.float32, (4, 6))
-    assert "relu = weight.relu();" in shorten(graph.python_code("self").src, graph)[0]
+    root = nn.Module()
+    root.weight = nn.Parameter(X)
+    assert lines(torch.fx.GraphModule(root, graph))["relu"] == "weight.relu()"
 
 
 def test_memory_that_a_result_is_written_to_stays():
@@ -98,7 +100,7 @@ def test_memory_that_a_result_is_written_to_stays():
     graph.output((result, y))
     for node in graph.nodes:
         node.meta["value"] = Value(torch.float32, (4, 6))
-    assert "relu_(" not in shorten(graph.python_code("self").src, graph)[0]
+    assert "relu_(" not in lines(torch.fx.GraphModule(nn.Module(), graph))["relu"]
 
 
 def test_the_sizes_of_another_call(model_of):
@@ -125,6 +127,64 @@ def test_gradients_are_refused_still(model_of):
     y = qmodel(X.clone().requires_grad_())
     with pytest.raises(InputError, match="has no gradients"):
         y.sum().backward()
+
+
+def test_the_dtype_of_another_call(model_of):
+    """A constant without dimensions widens what has none either."""
+    qmodel = of(model_of(lambda self, x: (x + 1) * self.scale - self.scale, scale=nn.Parameter(torch.tensor(1.5))), X)
+    one = torch.tensor(1.0, dtype=torch.float16)
+    assert qmodel(one).dtype == torch.float32
+    assert lines(qmodel)["sub"] == "mul_1.sub_(scale)"
+
+
+def test_a_whole_number_where_the_examples_had_a_tensor(model_of):
+    qmodel = of(model_of(lambda self, x, y: torch.exp(torch.add(y, 1)) + x), X, Y[0, 0])
+    with pytest.raises(InputError, match=r"\(%exp\): input 'y' has dtype torch\.int64"):
+        qmodel(X, 3)
+
+
+def test_names_of_the_users_that_look_like_ours():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fxq_1 = nn.Linear(6, 6)
+            self._fxq_at_0 = nn.Parameter(torch.ones(6))
+
+        def forward(self, _fxq_0, _fxq_at_1, _fxq_):
+            return torch.softmax(self._fxq_1(_fxq_0), -1) + _fxq_0.cumsum(0) * _fxq_at_1 + _fxq_ * self._fxq_at_0
+
+    of(Named().eval(), X, Y, X)
+
+
+def test_a_parameter_whose_node_has_the_name_of_another():
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("input"), graph.placeholder("input_1")  # `input` is Python's, and its node `input_1`
+    graph.output((x, y))
+    forward = Source(torch.fx.GraphModule(nn.Module(), graph), direct=True).compile("here")
+    assert forward(None, 1, 2) == (1, 2)
+
+
+def test_arguments_are_what_they_are(model_of):
+    texts = "    x = y", "a;  x = None", "\n    sub = x", "'\"\\"
+
+    def forward(self, x, y):
+        return {text: [(x - y).clamp(-float("inf"), 0.5)[..., None, ::2], (x,), None] for text in texts}
+
+    qmodel = fxq.quantize(model_of(forward), (X, Y), recipe=fxq.Recipe("float"), progress=False)
+    assert list(qmodel(X, Y)) == list(texts)
+    for value, (same,), nothing in qmodel(X, Y).values():
+        assert torch.equal(value, (X - Y).clamp(max=0.5)[:, None, ::2]) and same is X and nothing is None
+
+
+def test_constants_that_python_text_does_not_give_back():
+    graph = torch.fx.Graph()
+    kinds = float("nan"), 1 - 2j, torch.float16, torch.device("cpu"), ..., torch.Size([2]), X.numpy().dtype
+    graph.placeholder("x", default_value=torch.float32)
+    graph.output([*kinds, slice(None, -1), {"a": (1,)}, ()])
+    forward = Source(torch.fx.GraphModule(nn.Module(), graph), direct=True).compile("here")
+    *same, part, table, empty = forward(None)
+    assert all(x is y for x, y in zip(same, kinds, strict=True) if not isinstance(y, torch.Size))
+    assert (part, table, empty) == (slice(None, -1), {"a": (1,)}, ())
 
 
 def test_under_vmap(model_of):
