@@ -86,14 +86,14 @@ def _tensor(node: Node, known: dict[Node, Any]) -> Shape | None:
         if len(args) > heads_at and args[heads_at]:
             return (*x[:-1], node.meta["value"].shape[-1])
         return (*x[:-1], v[-1])
-    if node.target is torch.transpose:
+    if node.target is torch.transpose and x:
         a, b = args[1:]
         order = list(x)
         order[a], order[b] = order[b], order[a]  # type: ignore[index]
         return tuple(order)
     if node.target is torch.reshape:
         return _reshaped(x, [_size(n, known) for n in args[1]])  # type: ignore[union-attr]
-    if node.target is torch.flatten:
+    if node.target is torch.flatten and x:
         first, last = (dim % len(x) for dim in (*args[1:], -1)[:2])  # type: ignore[operator]
         joined = _reshaped(x[first : last + 1], [-1]) if len(args) > 1 else None
         return None if joined is None else (*x[:first], *joined, *x[last + 1 :])

@@ -96,7 +96,7 @@ def _adaptive(rank: int, means: bool) -> Rule:
 
 def _mean(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None) -> Rewrite | None:
     shape, dims = _shape(input), dim if axis is None else axis
-    if shape is None or dtype is not None or dims in (None, (), []):
+    if not shape or dtype is not None or dims in (None, (), []):
         return None
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     if not all(isinstance(d, int) for d in dims):

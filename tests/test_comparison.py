@@ -1,6 +1,7 @@
 """What `fxq.compare` says of a layer: its noise, what is clipped, how much of the range is used; and its picture."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import fxq
 from fxq import pipeline
-from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Runs, Suspect
+from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Runs, Suspect, output_sqnr
 from fxq.effects import Effects
 from fxq.expansion import expand
 from fxq.inputs import as_call
@@ -257,3 +258,9 @@ def test_of_equal_remedies_the_first_is_taken():
     assert suspect(25.0, 30.0, 30.05).best.recipe == "1"
     assert suspect(25.0, float("inf")).best.recipe == "1"
     assert suspect().best is None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_output_of_nan_is_the_worst(order):
+    x, wrong = torch.ones(2), torch.tensor([1.0, math.nan])
+    assert math.isnan(output_sqnr([x, x][::order], [x + 0.1, wrong][::order]))

@@ -825,3 +825,20 @@ def test_case_100_global_settings(check):
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision(precision)
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x.sum().mean(0, keepdim=True) + x,
+        lambda self, x: x.sum().transpose(0, -1) * self.linear(x),
+        lambda self, x: self.linear(x) + x.sum().flatten(0),
+        lambda self, x: self.linear(x) + x.amax().flatten(),
+    ],
+    ids=["mean", "transpose", "flatten from", "flatten"],
+)
+def test_moves_of_what_has_no_dimensions(forward, model_of):
+    x = torch.randn(4, 6)
+    model = model_of(forward, linear=torch.nn.Linear(6, 6))
+    qmodel = fxq.quantize(model, x, recipe=fxq.Recipe(modules={"linear": fxq.FLOAT}), progress=False)
+    assert torch.allclose(qmodel(x), model(x), atol=0.2)
