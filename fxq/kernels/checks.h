@@ -63,6 +63,7 @@ constexpr int64_t kProductGrain = 200'000;  // multiply-adds that are worth a th
 
 // threads.cpp: all rows of a product, shared among threads by panels of channels or by tiles of rows.
 void run_gemm(const Gemm& g, int64_t rows);
+void run_gemm(const Gemm& g, int64_t rows, int64_t index, int64_t count);  // on this thread, of `count` the one `index`
 void run_gemms(const Gemm* parts, int64_t count, int64_t rows);  // of one x, as one piece of work
 void run_float_gemm(const FloatGemm& g, int64_t rows);
 

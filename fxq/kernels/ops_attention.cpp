@@ -72,27 +72,33 @@ void set_mask(Attention& a, const Tensor& mask, int64_t batch, bool has_heads) {
 }
 
 // Shares heads, and blocks of the queries of a head where there are fewer heads than threads could use.
+AttentionPieces::AttentionPieces(const Attention& attention, int64_t batch, int64_t threads) : a(attention) {
+  const int64_t heads = batch * a.heads, most = ceil_div(a.queries, 4 * kMaxRows);
+  blocks = threads == 1 ? 1 : std::max<int64_t>(1, std::min(most, ceil_div(4 * threads, heads)));
+  height = ceil_div(ceil_div(a.queries, blocks), kMaxRows) * kMaxRows;
+  count = heads * blocks;
+}
+
+void AttentionPieces::run(int64_t begin, int64_t end) const {
+  const Kernels& kernels = active();
+  const int64_t sharing = a.heads / a.kv_heads;
+  const AttentionMemory memory(a);
+  int64_t packed = -1;  // whose keys and values the memory holds
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t head = i / blocks, row = i % blocks * height;
+    if (row >= a.queries) continue;
+    kernels.attention(a, head, row, std::min(row + height, a.queries), memory.parts(), head / sharing == packed);
+    packed = head / sharing;
+  }
+}
+
 void run_attention(const Attention& a, int64_t batch) {
   const int64_t heads = batch * a.heads, work = a.queries * a.keys * (a.depth + a.width);
   if (heads == 0 || a.queries == 0 || a.width == 0) return;
   const int64_t threads = heads * work < 2 * kProductGrain ? 1 : torch::stable::get_num_threads();
-  const int64_t most = ceil_div(a.queries, 4 * kMaxRows);
-  const int64_t blocks = threads == 1 ? 1 : std::max<int64_t>(1, std::min(most, ceil_div(4 * threads, heads)));
-  const int64_t height = ceil_div(ceil_div(a.queries, blocks), kMaxRows) * kMaxRows;
-  const Kernels& kernels = active();
-  const int64_t sharing = a.heads / a.kv_heads;
-  parallel(heads * blocks, threads == 1 ? heads * blocks : std::max<int64_t>(1, heads * blocks / (4 * threads)),
-           [&](int64_t begin, int64_t end) {
-             const AttentionMemory memory(a);
-             int64_t packed = -1;  // whose keys and values the memory holds
-             for (int64_t i = begin; i < end; ++i) {
-               const int64_t head = i / blocks, row = i % blocks * height;
-               if (row >= a.queries) continue;
-               const int64_t row_end = std::min(row + height, a.queries);
-               kernels.attention(a, head, row, row_end, memory.parts(), head / sharing == packed);
-               packed = head / sharing;
-             }
-           });
+  const AttentionPieces pieces(a, batch, threads);
+  parallel(pieces.count, threads == 1 ? pieces.count : std::max<int64_t>(1, pieces.count / (4 * threads)),
+           [&](int64_t begin, int64_t end) { pieces.run(begin, end); });
 }
 
 namespace {

@@ -1,9 +1,11 @@
 // A run of operations on the rows of a transformer as one torch operator: the program that fxq/ops/block.py writes.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "steps.h"
@@ -17,6 +19,7 @@ constexpr int64_t kMostPerRow = 1 << 24;  // bytes of memory
 // What the values of a slice may take: more come back from further away, fewer have threads wait for one another more
 // often.
 constexpr int64_t kSliceBytes = 8 << 20;
+constexpr int64_t kLooks = 10'000;  // at what another thread does, before the processor is offered to others
 enum class Code { kPart, kLinear, kLinearFloat, kLinearAct, kLinearActQuantize, kLinears, kAttention, kNorm,
                   kNormQuantize, kNormAndQuantize, kFeedForward };
 
@@ -34,11 +37,19 @@ struct Value {
   int64_t bytes() const { return width * (is_float ? int64_t(sizeof(float)) : 1); }
 };
 
-// The rows of a slice that a step works on, and where the values of this thread lie.
+// The rows of a slice that a step works on, and where the values of the thread, or threads, that work on them lie.
 struct Rows {
   int64_t begin, count;
-  bool alone;  // on this thread; else all threads share the work of each step
   uint8_t* own = nullptr;
+  float* between = nullptr;  // of the two products of a feed-forward, where threads share each
+};
+
+// What of a step's work on its rows a thread does: all of it, or of one phase the share `index` of `count`.
+struct Share {
+  int64_t phase, index = 0, count = 1;
+  bool is_all() const { return count == 1; }
+  int64_t begin(int64_t pieces) const { return pieces * index / count; }
+  int64_t end(int64_t pieces) const { return pieces * (index + 1) / count; }
 };
 
 // A constant: `count` elements from `data` on.
@@ -69,7 +80,8 @@ class Constants {
     const int64_t begin = places_[3 * i], dtype = places_[3 * i + 1], count = places_[3 * i + 2];
     const int64_t element = dtype == Constant::kInt8 ? 1 : 4;
     const bool is_line = begin >= 0 && begin <= bytes_ && begin % 64 == 0;
-    if (dtype < Constant::kInt8 || dtype > Constant::kFloat || !is_line || count < 0 || count > (bytes_ - begin) / element)
+    const bool is_known = dtype >= Constant::kInt8 && dtype <= Constant::kFloat;
+    if (!is_known || !is_line || count < 0 || count > (bytes_ - begin) / element)
       fail(kOp, ": constants of ", bytes_, " bytes hold none of dtype ", dtype, " with ", count, " elements at ", begin);
     return {memory_ + begin, dtype, count};
   }
@@ -82,9 +94,16 @@ class Constants {
 
 // A step, read and checked: its work on some rows. An attention works on those of whole sequences.
 struct Step {
-  std::function<void(const Rows&)> run;
+  std::function<void(const Rows&, const Share&)> run;
   bool is_attention;
-  int64_t work;  // products for each row
+  int64_t work = 0;     // products for each row
+  int64_t phases = 1;   // each begins when all threads are done with the one before
+  int64_t between = 0;  // values for each row between its phases
+};
+
+// A phase of a step that threads share: how many shares are taken, how many done.
+struct alignas(64) Turn {
+  std::atomic<int64_t> taken{0}, done{0};
 };
 
 class Block {
@@ -125,10 +144,11 @@ class Block {
     memory_ = static_cast<uint8_t*>(scratch(capacity_ * slice_bytes_ + 64, Holder::kOperator));
     for (first_ = 0; first_ < batch_; first_ += slice) {
       count_ = std::min(slice, batch_ - first_);
+      if (together()) continue;
       for (std::size_t i = 0, end; i < steps_.size(); i = end) {
         for (end = i + 1; !steps_[i].is_attention && end < steps_.size() && !steps_[end].is_attention;) ++end;
         if (steps_[i].is_attention)
-          steps_[i].run({0, count_ * tokens_, false});
+          steps_[i].run({0, count_ * tokens_}, {0});
         else
           row_by_row(i, end);
       }
@@ -157,22 +177,55 @@ class Block {
   }
 
   // The steps [i, end), none of them an attention. Rows know nothing of one another there: each thread takes its share of
-  // them through all steps. So few that threads had little to share go through step by step, and the threads share the
-  // channels.
+  // them through all steps.
   void row_by_row(std::size_t i, std::size_t end) {
     const int64_t rows = count_ * tokens_, tiles = ceil_div(rows, kMaxRows);
-    int64_t work = 0, threads = torch::stable::get_num_threads();
+    int64_t work = 0;
     for (std::size_t step = i; step < end; ++step) work += rows * steps_[step].work;
-    if (threads == 1 || work < 2 * kProductGrain) return through(i, end, {0, rows, true});
-    if (tiles < 4 * threads) return through(i, end, {0, rows, false});
+    const int64_t threads = work < 2 * kProductGrain ? 1 : torch::stable::get_num_threads();
+    if (threads == 1) return through(i, end, {0, rows});
     torch::stable::parallel_for(0, tiles, ceil_div(tiles, threads), [&](int64_t begin, int64_t tiles_end) {
       begin *= kMaxRows;
-      through(i, end, {begin, std::min(tiles_end * kMaxRows, rows) - begin, true});
+      through(i, end, {begin, std::min(tiles_end * kMaxRows, rows) - begin});
     });
   }
   void through(std::size_t i, std::size_t end, Rows rows) const {
     rows.own = static_cast<uint8_t*>(scratch(rows.count * own_bytes_ + 64, Holder::kRows));
-    for (; i < end; ++i) steps_[i].run(rows);
+    for (; i < end; ++i) steps_[i].run(rows, {0});
+  }
+  // Rows so few that threads have little to share go through step by step, attentions among them, and the threads share
+  // the work of each. Returns whether they are so few. One call of all threads for all steps: to begin and end one for
+  // each takes as long as many a step. Whoever is there takes the next share of a phase, and goes on when all shares are
+  // done: nobody waits for a thread that has not begun, as where the caller is itself one of several threads.
+  bool together() const {
+    Rows rows{0, count_ * tokens_};
+    int64_t work = 0, phases = 0, between = 0;
+    for (const Step& step : steps_) {
+      work += rows.count * step.work;
+      phases += step.phases;
+      between = std::max(between, step.between);
+    }
+    // A phase begins and ends within the time of half a grain.
+    const int64_t pay = 2 * work / std::max<int64_t>(1, phases * kProductGrain);
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), pay);
+    if (threads < 2 || ceil_div(rows.count, kMaxRows) >= 4 * threads) return false;
+    const int64_t own = rows.count * own_bytes_;
+    rows.own = static_cast<uint8_t*>(scratch(own + rows.count * between * int64_t(sizeof(float)) + 64, Holder::kRows));
+    rows.between = reinterpret_cast<float*>(rows.own + own);
+    std::vector<Turn> turns(phases);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      Turn* turn = turns.data();
+      for (const Step& step : steps_)
+        for (int64_t phase = 0; phase < step.phases; ++phase, ++turn) {
+          for (int64_t share; (share = turn->taken.fetch_add(1, std::memory_order_relaxed)) < threads;) {
+            step.run(rows, {phase, share, threads});
+            turn->done.fetch_add(1, std::memory_order_release);
+          }
+          for (int64_t looks = 0; turn->done.load(std::memory_order_acquire) < threads; ++looks)
+            if (looks > kLooks) std::this_thread::yield();
+        }
+    });
+    return true;
   }
 
   const uint8_t* at(const Value& value, const Rows& rows) const {
@@ -272,19 +325,20 @@ class Block {
 
   void read() {
     const Code code = Code(words_.word());
-    Step step{nullptr, code == Code::kAttention, 0};
+    Step step;
+    step.is_attention = code == Code::kAttention;
     switch (code) {
       case Code::kPart: return part();
       case Code::kLinear:
       case Code::kLinearFloat:
       case Code::kLinearAct:
-      case Code::kLinearActQuantize: step.run = linear(code, step.work); break;
-      case Code::kLinears: step.run = linears(step.work); break;
-      case Code::kAttention: step.run = attention(); break;
+      case Code::kLinearActQuantize: linear(code, step); break;
+      case Code::kLinears: linears(step); break;
+      case Code::kAttention: attention(step); break;
       case Code::kNorm:
       case Code::kNormQuantize:
-      case Code::kNormAndQuantize: step.run = norm(code); break;
-      case Code::kFeedForward: step.run = feed_forward(step.work); break;
+      case Code::kNormAndQuantize: norm(code, step); break;
+      case Code::kFeedForward: feed_forward(step); break;
       default: fail(kOp, ": the program has step ", int64_t(code));
     }
     steps_.push_back(std::move(step));
@@ -298,10 +352,10 @@ class Block {
     values_.push_back(parts_[whole.first + i]);
   }
 
-  std::function<void(const Rows&)> linear(Code code, int64_t& work) {
+  void linear(Code code, Step& step) {
     const Value x = rows(false);
     Gemm g = gemm(x.width);
-    work = g.n * g.k;
+    step.work = g.n * g.k;
     std::optional<Value> added;
     if (code == Code::kLinear) {
       const int64_t zero_point = words_.byte(), low = words_.byte(), high = words_.byte();
@@ -322,14 +376,12 @@ class Block {
       }
     }
     const Value y = write(g.n, code == Code::kLinearFloat || code == Code::kLinearAct);
-    return [=](const Rows& rows) {
-      const Gemm own = placed(g, rows, x, y, added);
-      if (rows.alone) return active().gemm(own, 0, rows.count, 0, panel_count(own.n));
-      run_gemm(own, rows.count);
+    step.run = [=](const Rows& rows, const Share& share) {
+      run_gemm(placed(g, rows, x, y, added), rows.count, share.index, share.count);
     };
   }
 
-  std::function<void(const Rows&)> linears(int64_t& work) {
+  void linears(Step& step) {
     const Value x = rows(false);
     const int64_t count = words_.of(Tag::kList);
     if (count < 1 || count > 64) fail(kOp, ": ", count, " linears of one input");
@@ -344,21 +396,31 @@ class Block {
       for (int64_t i = 0; i < count; ++i) numbers.push_back(words_.byte());
     }
     std::vector<std::pair<Gemm, Value>> parts;
+    int64_t panels = 0;
     for (int64_t i = 0; i < count; ++i) {
       Gemm g = gemm(x.width, operands[i], operands[count + i], operands[2 * count + i]);
       set_rounding(g, numbers[i], numbers[count + i], numbers[2 * count + i]);
-      work += g.n * g.k;
+      step.work += g.n * g.k;
+      panels += panel_count(g.n);
       parts.emplace_back(g, write(g.n, false));
     }
-    return [=](const Rows& rows) {
-      std::vector<Gemm> own;
-      for (const auto& [g, y] : parts) own.push_back(placed(g, rows, x, y, {}));
-      if (!rows.alone) return run_gemms(own.data(), count, rows.count);
-      for (const Gemm& g : own) active().gemm(g, 0, rows.count, 0, panel_count(g.n));
+    step.run = [this, x, panels, parts = std::move(parts)](const Rows& rows, const Share& share) {
+      const bool few = panels < 4 * share.count;  // too few to share those of all parts evenly
+      int64_t begin = share.begin(panels), end = share.end(panels);
+      for (const auto& [g, y] : parts) {
+        const Gemm own = placed(g, rows, x, y, {});
+        const int64_t panels = panel_count(g.n);
+        if (few)
+          run_gemm(own, rows.count, share.index, share.count);
+        else if (begin < panels && end > 0)
+          active().gemm(own, 0, rows.count, std::max<int64_t>(begin, 0), std::min(end, panels));
+        begin -= panels;
+        end -= panels;
+      }
     };
   }
 
-  std::function<void(const Rows&)> attention() {
+  void attention(Step& step) {
     const Value q = rows(false), k = rows(false), v = rows(false);
     for (const Value* x : {&q, &k, &v})
       if (x->home == Home::kThread) fail(kOp, ": an attention reads what is a thread's own");
@@ -398,7 +460,7 @@ class Block {
     if (mask) set_mask(a, *mask, batch_, true);
     const Value y = write(a.heads * a.width, false);
     if (y.home == Home::kThread) fail(kOp, ": an attention writes what is a thread's own");
-    return [=](const Rows& rows) {
+    step.run = [=](const Rows& rows, const Share& share) {
       Attention own = a;
       own.q = at(q, rows);
       own.k = at(k, rows);
@@ -406,11 +468,13 @@ class Block {
       if (a.mask)
         own.mask = static_cast<const uint8_t*>(a.mask) + first_ * a.mask_stride[0] * (a.mask_is_float ? sizeof(float) : 1);
       own.y = to(y, rows);
-      run_attention(own, count_);
+      if (share.is_all()) return run_attention(own, count_);
+      const AttentionPieces pieces(own, count_, share.count);
+      pieces.run(share.begin(pieces.count), share.end(pieces.count));
     };
   }
 
-  std::function<void(const Rows&)> norm(Code code) {
+  void norm(Code code, Step& step) {
     const Value x = rows(true);
     Norm n{};
     n.k = x.width;
@@ -428,15 +492,16 @@ class Block {
     std::optional<Value> y, q;
     if (code != Code::kNormQuantize) y = write(n.k, true);
     if (code != Code::kNorm) q = write(n.k, false);
-    return [=](const Rows& rows) {
-      const auto* const from = reinterpret_cast<const float*>(at(x, rows));
-      auto* const normalised = y ? reinterpret_cast<float*>(to(*y, rows)) : nullptr;
-      uint8_t* const quantized = q ? to(*q, rows) : nullptr;
-      if (n.k) (rows.alone ? active().norm : run_norm)(n, from, normalised, quantized, rows.count);
+    step.run = [=](const Rows& rows, const Share& share) {
+      const int64_t begin = share.begin(rows.count), first = begin * n.k;
+      const auto* const from = reinterpret_cast<const float*>(at(x, rows)) + first;
+      auto* const normalised = y ? reinterpret_cast<float*>(to(*y, rows)) + first : nullptr;
+      uint8_t* const quantized = q ? to(*q, rows) + first : nullptr;
+      if (n.k) active().norm(n, from, normalised, quantized, share.end(rows.count) - begin);
     };
   }
 
-  std::function<void(const Rows&)> feed_forward(int64_t& work) {
+  void feed_forward(Step& step) {
     const Value x = rows(false);
     Gemm wide = gemm(x.width);
     wide.output = Output::kActivation;
@@ -445,15 +510,18 @@ class Block {
     narrow.output = Output::kFloat;
     narrow.dynamic = true;
     narrow.float_bias = row(narrow.n);
-    work = wide.n * wide.k + narrow.n * narrow.k;
+    step.work = wide.n * wide.k + narrow.n * narrow.k;
+    step.phases = 2;
+    step.between = wide.n;
     const std::optional<Value> added = addend(narrow);
     const Value y = write(narrow.n, true);
-    return [=](const Rows& rows) {
-      Gemm own = wide;
-      own.x = at(x, rows);
-      const Gemm last = placed(narrow, rows, x, y, added);
-      if (rows.alone) return fxq::feed_forward(own, last, 0, rows.count);
-      run_feed_forward(own, last, rows.count);
+    step.run = [=](const Rows& rows, const Share& share) {
+      Gemm first = wide, second = placed(narrow, rows, x, y, added);
+      first.x = at(x, rows);
+      first.y = rows.between;
+      second.float_x = rows.between;
+      if (share.is_all()) return fxq::feed_forward(first, second, 0, rows.count);
+      run_gemm(share.phase == 0 ? first : second, rows.count, share.index, share.count);
     };
   }
 

@@ -53,7 +53,8 @@ void feed_forward(const Gemm& wide, const Gemm& narrow, int64_t row, int64_t row
   }
 }
 
-void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
+// All rows, shared among threads.
+static void run_feed_forward(Gemm wide, Gemm narrow, int64_t rows) {
   const int64_t work = rows * wide.n * (wide.k + narrow.n), threads = torch::stable::get_num_threads();
   const int64_t tiles = ceil_div(rows, kMaxRows), share = ceil_div(tiles, threads);
   if (rows == 0 || narrow.n == 0) return;

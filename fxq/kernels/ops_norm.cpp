@@ -8,7 +8,8 @@
 
 namespace fxq {
 
-void run_norm(const Norm& norm, const float* x, float* y, uint8_t* q, int64_t rows) {
+// Rows of float32 to y and q, of which either may be null.
+static void run_norm(const Norm& norm, const float* x, float* y, uint8_t* q, int64_t rows) {
   const int64_t k = norm.k;
   parallel(rows, std::max<int64_t>(1, kElementGrain / 4 / k), [&](int64_t begin, int64_t end) {
     active().norm(norm, x + begin * k, y ? y + begin * k : y, q ? q + begin * k : q, end - begin);

@@ -127,11 +127,12 @@ def test_large_batches_go_through_in_slices(batch, tokens):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 40), (3, 17), (2, 70), (7, 64)])
-def test_threads_share_rows_or_channels(batch, tokens):
-    """Rows where there are enough; a few go through step by step."""
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 40), (2, 16), (3, 17), (2, 70), (7, 64)])
+def test_threads_share_rows_or_channels(batch, tokens, threads):
+    """Rows where there are enough; a few go through step by step. Also with more threads than there are processors."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     try:
         for args in (
             call(*layer(240, 960), batch, tokens, width=240),
