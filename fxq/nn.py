@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxq import numerics
 from fxq.errors import InputError
-from fxq.gradients import refuse_gradients
+from fxq.gradients import refuse_gradients, refuse_tangents
 from fxq.observers import KeepsDtypes, WeightObserver
 from fxq.ops.linear_dynamic import qlinear_dynamic
 from fxq.ops.linear_weight_only import linear_weight_only
@@ -88,6 +88,7 @@ class QuantizedLinear(KeepsDtypes):
             )
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise InputError(f"{self._title} takes [..., {self.in_features}], not {list(x.shape)}")
+        refuse_tangents(x, lambda _: self._title)
         y = self._product(x, self._buffers)
         if x.requires_grad and torch.is_grad_enabled():
             refused: Tensor = refuse_gradients(y, x, self._title)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as hooks
@@ -16,7 +18,7 @@ from fxq.decisions import Report
 from fxq.direct import Source
 from fxq.encoding import decode, encode
 from fxq.expansion import summary
-from fxq.gradients import refuse_gradients
+from fxq.gradients import asking, refuse_gradients, refuse_tangents
 from fxq.graph import STATE
 from fxq.outputs import dequantized, output_qparams
 from fxq.qtypes import QParams
@@ -123,13 +125,19 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
             or hooks._global_forward_pre_hooks
             or _tracing_state()
         ):
-            return nn.Module.__call__(self, *args, **kwargs)
-        run = self.forward if _is_compiling() else self._run
+            run: Callable[..., Any] = partial(nn.Module.__call__, self)
+        else:
+            run = self.forward if _is_compiling() else self._run
+        if forward_ad._current_level >= 0:
+            refuse_tangents((args, kwargs), partial(without_gradients, self, args, kwargs))
         if _is_grad_enabled():
             for value in (*args, *kwargs.values()) if kwargs else args:
-                if getattr(value, "requires_grad", False):
-                    what = "an integer model" if _is_compiling() else without_gradients(self, args, kwargs, value)
-                    return refuse_gradients(run(*args, **kwargs), value, what)
+                if getattr(value, "requires_grad", True):  # a container may hold tensors that do
+                    cause = asking((args, kwargs))
+                    if cause is None:
+                        break
+                    what = "an integer model" if _is_compiling() else without_gradients(self, args, kwargs, cause)
+                    return refuse_gradients(run(*args, **kwargs), cause, what)
         return run(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
         told = wrong_dtype(self, args, kwargs, error.__traceback__, self.report.recipe)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import InputError
 from fxq.graph import Value, place_of
+from fxq.tracing.values import tensors
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -38,7 +39,7 @@ def wrong_dtype(
 def without_gradients(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], asking: Tensor) -> str:
     """The input `asking` of a call of `gm`, behind the first operation on its way that has no gradients."""
     for parameter, value in _arguments(gm, args, kwargs):
-        if value is asking:
+        if any(tensor is asking for tensor in tensors(value)):
             reached = {parameter}
             for node in gm.graph.nodes:
                 if not reached.isdisjoint(node.all_input_nodes):

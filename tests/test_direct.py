@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxq
 from fxq.direct import Source
@@ -185,6 +186,34 @@ def test_constants_that_python_text_does_not_give_back():
     *same, part, table, empty = forward(None)
     assert all(x is y for x, y in zip(same, kinds, strict=True) if not isinstance(y, torch.Size))
     assert (part, table, empty) == (slice(None, -1), {"a": (1,)}, ())
+
+
+@pytest.mark.parametrize("place", [lambda x: [x], lambda x: {"x": (x,)}, lambda x: [None, 2, x]], ids=str)
+def test_gradients_of_what_a_container_holds(place, model_of):
+    """Past the integers there is a way to the input, whose gradient alone would be wrong."""
+    linear = nn.Linear(6, 6)
+    model = model_of(lambda self, held: linear(pytree.tree_leaves(held)[-1]) + pytree.tree_leaves(held)[-1].cumsum(0))
+    qmodel = fxq.quantize(model, (place(X),), progress=False)
+    assert torch.equal(qmodel(place(X.clone().requires_grad_())), qmodel(place(X)))
+    with pytest.raises(InputError, match="input 'held' of an integer model has no gradients"):
+        qmodel(place(X.clone().requires_grad_())).sum().backward()
+
+
+def test_gradients_behind_a_hook(model_of):
+    qmodel = fxq.quantize(model_of(lambda self, x: self.l(x) + x.cumsum(0), l=nn.Linear(6, 6)), X, progress=False)
+    qmodel.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(InputError, match="has no gradients"):
+        qmodel(X.clone().requires_grad_()).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_gradients(model_of):
+    qmodel = fxq.quantize(model_of(lambda self, x: self.l(x) + x.cumsum(0), l=nn.Linear(6, 6)), X, progress=False)
+    swapped = fxq.swap_linears(nn.Sequential(nn.Linear(6, 6)), "w8a8-dynamic")[0]
+    for one in (qmodel, swapped[0]):
+        with pytest.raises(InputError, match="has no gradients"):
+            torch.func.jvp(one, (X,), (Y,))
+    assert torch.equal(torch.func.jvp(lambda y: qmodel(X) + y, (X,), (Y,))[1], Y)
 
 
 def test_under_vmap(model_of):
