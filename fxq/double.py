@@ -78,6 +78,8 @@ class Double(TorchFunctionMode):
         """Run `func` on wider arguments; a float32 tensor that it changes in place is changed."""
         kwargs = kwargs or {}
         name, _, _ = func.__name__.partition(".")
+        if name == "view" and any(isinstance(value, torch.dtype) for value in (*args[1:], *kwargs.values())):
+            return func(*(x if isinstance(x, torch.dtype) else narrowed(x) for x in args), **kwargs)  # bits of float32
         if name in _MOVES:
             result = func(*args, **kwargs)
             return narrowed(result) if name == "__get__" and func == _DTYPE else result

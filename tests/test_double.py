@@ -98,6 +98,14 @@ def test_code_that_asks_finds_float32():
     assert (x.dtype, y.dtype) == (torch.float32, torch.float64)
 
 
+@pytest.mark.parametrize("bits", [lambda y: y.view(torch.int32), lambda y: y.view(dtype=torch.int32)])
+def test_code_that_reads_bits_finds_those_of_float32(bits):
+    x = torch.randn(4)
+    with Double():
+        read = bits(x * 3)
+    assert torch.equal(read, (x * 3).view(torch.int32))
+
+
 def test_what_is_moved_stays_where_it_is():
     w = torch.randn(6, 8)
     with Double():
