@@ -7,6 +7,7 @@ containers, so that a file holds no code; what is read calls torch's arithmetic 
 from __future__ import annotations
 
 import importlib
+import keyword
 import operator
 from typing import Any
 
@@ -84,6 +85,7 @@ def decode(data: dict[str, Any], modules: dict[str, nn.Module], *, trust: bool) 
         if entry["op"] == "call_function":
             target = _function(target, trust=trust)
         args, kwargs = (_decode_value(entry[key], nodes, trust) for key in ("args", "kwargs"))
+        _check_names(entry["op"], target, kwargs)
         methods = [target] if entry["op"] == "call_method" else args[1:2] if target in (getattr, mutate) else []
         if not trust and not all(isinstance(name, str) and _is_method(name) for name in methods):
             raise _untrusted(f"{methods}")
@@ -99,6 +101,16 @@ def decode(data: dict[str, Any], modules: dict[str, nn.Module], *, trust: bool) 
         graph.set_codegen(SignatureCodeGen(*data["signature"]))
     graph.lint()
     return GraphModule(root, graph)
+
+
+def _check_names(op: str, target: Any, kwargs: dict[str, Any]) -> None:
+    """Raise `FileError` for names that fx would write into code and that are none: they might be code."""
+    names = [*kwargs, *([target.removeprefix("**").removeprefix("*")] if op == "placeholder" else [])]
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise FileError(f"the file has {name!r} where a name belongs; it is damaged, or made to run code")
+    if op in ("get_attr", "call_module") and not (target.isprintable() and set(target).isdisjoint('"\\')):
+        raise FileError(f"the file has {target!r} where a path belongs; it is damaged, or made to run code")
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -239,7 +251,7 @@ def _decode_value(value: Any, nodes: dict[str, Node], trust: bool) -> Any:
         case "$node":
             return nodes[content]
         case "$value":
-            return Value(getattr(torch, content[0].removeprefix("torch.")), tuple(content[1]))
+            return Value(_torch_constant(content[0].removeprefix("torch.")), tuple(content[1]))
         case "$size":
             return torch.Size(content)
         case "$dict":
@@ -249,9 +261,16 @@ def _decode_value(value: Any, nodes: dict[str, Node], trust: bool) -> Any:
         case "$ellipsis":
             return ...
         case "$torch":
-            return getattr(torch, content)
+            return _torch_constant(content)
         case "$device":
             return torch.device(content)
         case "$function":
             return _function(content, trust=trust)
     raise FileError(f"the file holds an unknown tag {tag!r}; it was written by another version of fxq")
+
+
+def _torch_constant(name: str) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
+        raise FileError(f"the file names torch.{name}, which is no dtype, memory format or layout of this torch")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fxq.errors import FileError
 from fxq.quantized import QuantizedModule
 
 FORMAT, VERSION = "fxq", 4
+_ELSEWHERE = (AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What is raised where a part is missing, of another type, or no part of a graph."""
 
 
 def save(qmodel: nn.Module, path: str | Path) -> None:
@@ -79,11 +82,14 @@ def load(path: str | Path, *, trust: bool = False) -> QuantizedModule:
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{path} is not an fxq file")
-    if data["version"] != VERSION:
+    if data.get("version") != VERSION:
         raise FileError(
-            f"{path} has format version {data['version']}, this fxq reads {VERSION}; write it again with fxq.save"
+            f"{path} has format version {data.get('version')}, this fxq reads {VERSION}; write it again with fxq.save"
         )
-    return _from_plain(data, trust)
+    try:
+        return _from_plain(data, trust)
+    except _ELSEWHERE as error:
+        raise FileError(f"{path} does not hold what fxq.save writes; it is damaged: {error!r}") from error
 
 
 def _check_archive(path: str | Path) -> None:
@@ -91,7 +97,7 @@ def _check_archive(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError) as error:
         raise FileError(f"{path} is damaged or not an fxq file: {error}") from error
     if broken is not None:
         raise FileError(f"{path} is damaged: the checksum of {broken} is wrong")

@@ -624,10 +624,46 @@ class TestFiles:
         whole = path.read_bytes()
         flipped = bytearray(whole)
         flipped[whole.index(next(iter(qmodel.state_dict().values())).numpy().tobytes())] ^= 1
-        for damaged in (whole[: len(whole) // 2], whole[:-40], b"", whole[100:], bytes(flipped)):
+        method = whole.index(b"PK\1\2") + 10  # how the first part is compressed
+        unknown = whole[:method] + b"\x63" + whole[method + 1 :]
+        for damaged in (whole[: len(whole) // 2], whole[:-40], b"", whole[100:], bytes(flipped), unknown):
             path.write_bytes(damaged)
             with pytest.raises(fxq.FileError, match=r"damaged|not an fxq file"):
                 fxq.load(path)
+
+    @pytest.mark.parametrize("part", ["version", "nodes", "constants", "modules", "signature", "report"])
+    def test_files_whose_parts_are_wrong(self, part, tmp_path):
+        path = tmp_path / "m.fxq"
+        fxq.save(fxq.quantize(mlp(), X), path)
+        data = torch.load(path, weights_only=True)
+        missing = {key: value for key, value in data.items() if key != part}
+        for held in (missing, *({**data, part: wrong} for wrong in (None, 7, [1.5], "text"))):
+            torch.save(held, path)
+            with pytest.raises(fxq.FileError, match=r"it is damaged|format version"):
+                fxq.load(path)
+
+    @pytest.mark.parametrize("where", ["parameter", "keyword", "path", "dtype"])
+    def test_code_in_a_file_is_not_run(self, where, tmp_path):
+        path, trace = tmp_path / "m.fxq", tmp_path / "trace"
+        fxq.save(fxq.quantize(mlp(), X), path)
+        data = torch.load(path, weights_only=True)
+        code = f"__import__('pathlib').Path({str(trace)!r}).touch()"
+        entries = {entry["op"]: entry for entry in data["nodes"]}
+        match where:
+            case "parameter":
+                entries["placeholder"]["target"] = f"x={code}"
+            case "keyword":
+                entries["call_function"]["kwargs"] = {"$dict": [(f"x={code}, y", 1)]}
+            case "path":
+                target = f'program", {code}) or getattr(self, "program'
+                data["constants"][target] = data["constants"].pop(entries["get_attr"]["target"])
+                entries["get_attr"]["target"] = target
+            case _:
+                entries["call_function"]["kwargs"] = {"$dict": [("x", {"$torch": "load"})]}
+        torch.save(data, path)
+        with pytest.raises(fxq.FileError, match=r"where a \w+ belongs; it is damaged, or made to run code|no dtype"):
+            fxq.load(path)
+        assert not trace.exists()
 
     def test_another_version(self, tmp_path):
         path = tmp_path / "m.fxq"
