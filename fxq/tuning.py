@@ -17,8 +17,9 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fxq.recipe import Recipe, Rule, covers
 
 FLOAT: Scheme = "float"
 DEFAULT: tuple[Scheme, ...] = ("w8a8", "w8a8-dynamic", "w8a32")
+_ANOTHER = "delete it or name another"
 Mix = Mapping[str, Scheme]
 """The scheme of every layer, by module path."""
 
@@ -163,13 +165,13 @@ def tune(
     tolerance below 0, and `TuningError`, which holds what was found so far, where the metric raises or is not a finite
     number, where float as fxq runs it is below the tolerance, and where the budget ends before anything is found.
     """
-    if not tolerance >= 0:
+    if not isinstance(tolerance, Real) or not tolerance >= 0:
         raise InputError(f"tolerance is {tolerance}; it must be 0 or more: float itself would fail below")
     if not callable(metric):
         raise InputError(f"metric is {metric!r}; it must be a function of a model that returns a number")
-    if budget is not None and not budget >= 0:
+    if budget is not None and (not isinstance(budget, Real) or not budget >= 0):
         raise InputError(f"budget is {budget}; it must be seconds, 0 or more, or None")
-    if isinstance(schemes, str) or not schemes:
+    if isinstance(schemes, str) or not isinstance(schemes, Collection) or not schemes:
         raise InputError(f"schemes is {schemes!r}; it must be a tuple of the schemes that a layer may become")
     for scheme in schemes:
         Rule(scheme=scheme)
@@ -217,6 +219,8 @@ class _Run:
         self.float_seconds = self._predict(float_graph)
         self.limit = self.float_metric - tolerance
         candidates = self._candidates([scheme for scheme in schemes if scheme != FLOAT])
+        if any(trial.mix.keys() != candidates.keys() for trial in self.trials.values()):
+            raise FileError(f"{self.file} holds trials of other layers than {', '.join(candidates)}; {_ANOTHER}")
         all_float = dict.fromkeys(candidates, FLOAT)
         complete = True
         with tqdm(desc="tuning", unit="trial", disable=progress is False, delay=2, leave=False) as bar:
@@ -380,9 +384,9 @@ class _Run:
             plain = json.loads(file.read_text(encoding="utf-8"))
             known, trials = plain["fingerprint"], [_trial(**entry) for entry in plain["trials"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{file} is not a file of trials ({error}); delete it or name another") from error
+            raise FileError(f"{file} is not a file of trials ({error}); {_ANOTHER}") from error
         if known != self.fingerprint:
-            raise FileError(f"{file} belongs to another model, recipe or version of fxq; delete it or name another")
+            raise FileError(f"{file} belongs to another model, recipe or version of fxq; {_ANOTHER}")
         self.trials = {json.dumps(trial.mix, sort_keys=True): trial for trial in trials}
 
     def _write(self) -> None:
@@ -399,7 +403,10 @@ class _Run:
 
 def _trial(mix: dict[str, Scheme], metric: float, seconds: float) -> Trial:
     """One out of a file. Raises TypeError and ValueError where it is none."""
-    return Trial(dict(mix), float(metric), float(seconds))
+    trial = Trial(dict(mix), float(metric), float(seconds))
+    if not (math.isfinite(trial.metric) and math.isfinite(trial.seconds) and trial.seconds >= 0):
+        raise ValueError(f"a metric of {metric} in {seconds} seconds")
+    return trial
 
 
 def _moves(start: Mapping[str, Sensitivity], options: Mapping[str, list[Sensitivity]]) -> list[Sensitivity]:

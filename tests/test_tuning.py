@@ -150,14 +150,26 @@ def test_a_file_of_another_model(model, fidelity, tmp_path):
 NO_TRIAL = '{"fingerprint": "", "trials": [{"mix": {}, "metric": "high", "seconds": 1.0}]}'
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "", "trials": [3]}', NO_TRIAL])
+NO_NUMBER = NO_TRIAL.replace('"high"', "NaN")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "", "trials": [3]}', NO_TRIAL, NO_NUMBER])
 def test_a_damaged_file(model, fidelity, tmp_path, text):
     (tmp_path / "trials.json").write_text(text)
     with pytest.raises(fxq.FileError, match=r"trials\.json is not a file of trials"):
         tune(model, fidelity, 80, file=tmp_path / "trials.json")
 
 
-@pytest.mark.parametrize("tolerance", [-1, math.nan])
+def test_a_file_whose_trials_are_of_other_layers(model, fidelity, tmp_path):
+    tune(model, fidelity, 80, file=tmp_path / "trials.json")
+    plain = json.loads((tmp_path / "trials.json").read_text())
+    plain["trials"].append({"mix": {"0": "w8a8"}, "metric": 1e9, "seconds": 0.0})
+    (tmp_path / "trials.json").write_text(json.dumps(plain))
+    with pytest.raises(fxq.FileError, match="holds trials of other layers than 0, "):
+        tune(model, fidelity, 80, file=tmp_path / "trials.json")
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, "1", None])
 def test_a_tolerance_that_float_itself_fails(model, fidelity, tolerance):
     with pytest.raises(fxq.InputError, match="must be 0 or more"):
         tune(model, fidelity, tolerance)
@@ -364,7 +376,10 @@ def test_a_model_of_one_layer():
         ({"budget": -1}, "budget is -1; it must be seconds, 0 or more"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"schemes": "w8a8"}, "schemes is 'w8a8'; it must be a tuple"),
+        ({"budget": "1"}, "budget is 1; it must be seconds, 0 or more"),
         ({"schemes": ()}, "it must be a tuple of the schemes"),
+        ({"schemes": iter(["w8a8"])}, "it must be a tuple of the schemes"),
+        ({"schemes": 5}, "it must be a tuple of the schemes"),
     ],
 )
 def test_what_cannot_be_searched_by_is_refused_at_once(model, fidelity, given, message):
