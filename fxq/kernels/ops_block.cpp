@@ -19,6 +19,7 @@ constexpr int64_t kMostPerRow = 1 << 24;  // bytes of memory
 // What the values of a slice may take: more come back from further away, fewer have threads wait for one another more
 // often.
 constexpr int64_t kSliceBytes = 8 << 20;
+constexpr int64_t kMostParts = 64;  // linears of one input
 constexpr int64_t kLooks = 10'000;  // at what another thread does, before the processor is offered to others
 enum class Code { kPart, kLinear, kLinearFloat, kLinearAct, kLinearActQuantize, kLinears, kAttention, kNorm,
                   kNormQuantize, kNormAndQuantize, kFeedForward };
@@ -124,6 +125,7 @@ class Block {
     tokens_ = shape.sizes[1];
     held_.reserve(rows_of);
     for (int64_t i = 0; i < rows_of; ++i) take(inputs[i]);
+    values_.reserve(inputs.size() + steps);
     values_.resize(inputs.size());  // masks have no rows
     for (int64_t width : widths) {
       const int64_t sizes[3] = {batch_, tokens_, width < 0 ? -width : width};
@@ -384,18 +386,20 @@ class Block {
   void linears(Step& step) {
     const Value x = rows(false);
     const int64_t count = words_.of(Tag::kList);
-    if (count < 1 || count > 64) fail(kOp, ": ", count, " linears of one input");
-    std::vector<Constant> operands;
-    std::vector<int64_t> numbers;
+    if (count < 1 || count > kMostParts) fail(kOp, ": ", count, " linears of one input");
+    Constant operands[3 * kMostParts];
+    int64_t numbers[3 * kMostParts], read = 0;
     for (int64_t list = 0; list < 3; ++list) {
       if (list && words_.of(Tag::kList) != count) fail(kOp, ": lists of several lengths");
-      for (int64_t i = 0; i < count; ++i) operands.push_back(constant());
+      for (int64_t i = 0; i < count; ++i) operands[read++] = constant();
     }
+    read = 0;
     for (int64_t list = 0; list < 3; ++list) {
       if (words_.of(Tag::kList) != count) fail(kOp, ": lists of several lengths");
-      for (int64_t i = 0; i < count; ++i) numbers.push_back(words_.byte());
+      for (int64_t i = 0; i < count; ++i) numbers[read++] = words_.byte();
     }
     std::vector<std::pair<Gemm, Value>> parts;
+    parts.reserve(count);
     int64_t panels = 0;
     for (int64_t i = 0; i < count; ++i) {
       Gemm g = gemm(x.width, operands[i], operands[count + i], operands[2 * count + i]);
