@@ -21,7 +21,6 @@ from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.double import run
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
-from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
 from fxq.graph import STATE, find_state, propagate, unchanged
@@ -311,7 +310,7 @@ def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit
     result.report.sqnr = output_sqnr(expected, actual)
     if result.report.sqnr >= limit or action == "ignore":
         return
-    worst = compare_graphs(prepared, expand(result), examples, equalized=result.report.equalized).worst(3)
+    worst = compare_graphs(prepared, result.expanded(), examples, equalized=result.report.equalized).worst(3)
     lines = "\n".join(f"  {layer}" for layer in worst)
     text = (
         f"the int8 output has {result.report.sqnr:.1f} dB SQNR against float on the examples, below {limit:.1f} dB; "

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from fxq.errors import InputError
-from fxq.graph import bind, is_call, line_of, module_of, target_name, unchanged
+from fxq.graph import bind, is_call, line_of, module_of, mutations, target_name, unchanged
 from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
@@ -210,12 +211,21 @@ def _shortened(path: str) -> str:
     return path if len(path) <= 36 else f"...{path[-33:]}"
 
 
-def _values(gm: GraphModule, call: Call) -> dict[Node, Any]:
-    """The value of every node."""
-    interpreter, own = Interpreter(gm, garbage_collect_values=False), call.clone()
-    with torch.no_grad(), unchanged(gm):
-        interpreter.run(*bind(gm, own.args, own.kwargs))
-    return interpreter.env
+class _Values(Interpreter):
+    """Runs a graph and keeps every value; of those in memory that the graph modifies later, a copy."""
+
+    def __init__(self, gm: GraphModule, call: Call) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        probe, own = call.clone(), call.clone()
+        self.modified = {node for nodes in mutations(gm, probe.args, probe.kwargs).values() for node in nodes}
+        self.values: dict[Node, Any] = {}
+        with torch.no_grad(), unchanged(gm):
+            self.run(*bind(gm, own.args, own.kwargs))
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        self.values[n] = pytree.tree_map_only(Tensor, Tensor.clone, result) if n in self.modified else result
+        return result
 
 
 @dataclass(frozen=True)
@@ -243,8 +253,8 @@ class Runs:
         equalized: Mapping[str, tuple[int, list[float]]] | None = None,
     ) -> Runs:
         """See `compare_graphs`."""
-        expected = {node.name: value for node, value in _values(reference, call).items()}
-        actual = _values(quantized, call if reached is None else reached)
+        expected = {node.name: value for node, value in _Values(reference, call).values.items()}
+        actual = _Values(quantized, call if reached is None else reached).values
         qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
         factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
         return cls(reference, quantized, expected, actual, qparams, factors)

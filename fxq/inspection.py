@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -25,10 +25,9 @@ from fxq.decisions import Reason, Report
 from fxq.effects import effects_of
 from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
-from fxq.expansion import expand
 from fxq.golden_model import GoldenModel
 from fxq.golden_program import build
-from fxq.graph import bind, mutations, place_of, target_name
+from fxq.graph import bind, mutations, place_of, target_name, unchanged
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure
@@ -82,7 +81,7 @@ def compare(
         gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
         ctx = Context(Recipe(), (), exact.clone())
         pipeline.begin(gm, ctx)
-        return Runs.of(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
+        return Runs.of(pipeline.run(same_numbers, gm, ctx), made.expanded(), exact, reached, made.report.equalized)
 
     runs = runs_of(model, qmodel, call, call)
     result = compare_runs(runs)
@@ -99,7 +98,8 @@ def compare(
                 result.layers.extend(compare_runs(own).layers)
     if calibration_data is None:
         return result
-    base, data = Recipe.of(recipe), list(calibration_data)
+    base = Recipe.of(recipe)
+    data = list(calibration_data) if isinstance(calibration_data, Iterator) else calibration_data
     if base.title != qmodel.report.recipe:
         raise InputError(f"fxq.compare: qmodel was quantized by {qmodel.report.recipe!r}, recipe is {base.title!r}")
 
@@ -138,7 +138,8 @@ def profile(gm: GraphModule, inputs: Examples, *, kwargs: Mapping[str, Any] | No
     if not isinstance(gm, GraphModule):
         raise InputError(f"fxq.profile takes what fxq.quantize or fxq.trace returns, not a {type(gm).__name__}")
     call, costs = as_call(inputs, kwargs), Costs()
-    result = measure(gm, call, costs)
+    with unchanged(gm):
+        result = measure(gm, call, costs)
     costs.save()
     return result
 
@@ -157,7 +158,7 @@ def golden(
     """
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    flat = QuantizedModule.of(expand(qmodel), qmodel.report)
+    flat = QuantizedModule.of(qmodel.expanded(), qmodel.report)
     try:
         plain = encode(flat)
     except FileError as error:

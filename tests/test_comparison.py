@@ -264,3 +264,38 @@ def test_of_equal_remedies_the_first_is_taken():
 def test_an_output_of_nan_is_the_worst(order):
     x, wrong = torch.ones(2), torch.tensor([1.0, math.nan])
     assert math.isnan(output_sqnr([x, x][::order], [x + 0.1, wrong][::order]))
+
+
+def counting(self, x):
+    self.count.add_(1)
+    return self.linear(x) * self.count
+
+
+def test_what_a_call_modifies_is_as_it_was(model_of):
+    """Whatever looks at a model runs it, and each run of this one counts."""
+    x = torch.randn(8, 4)
+    model = model_of(counting, linear=nn.Linear(4, 4), count=torch.zeros(()))
+    with pytest.warns(fxq.AccuracyWarning):
+        qmodel = fxq.quantize(model, x, min_sqnr=200)
+    assert fxq.compare(model, qmodel, x).output > 30
+    fxq.profile(qmodel, x)
+    assert qmodel.count == model.count == 0
+
+
+def test_values_that_are_written_over_later(model_of):
+    """In the memory of a linear, through its parts: its noise is that of what it gave."""
+
+    def forward(self, x):
+        return torch.cat([part.relu_() for part in self.linear(x).chunk(2, -1)], -1)
+
+    x = torch.randn(64, 8)
+    model = model_of(forward, linear=nn.Linear(8, 8))
+    (layer,) = (each for each in fxq.compare(model, fxq.quantize(model, x), x).layers if each.module == "linear")
+    assert layer.alone > 30
+
+
+def test_calibration_data_that_is_one_tensor(spoiled):
+    x = torch.randn(16, 16)
+    qmodel = fxq.quantize(spoiled, x, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
+    with pytest.raises(fxq.InputError, match="calibration_data is one tensor"):
+        fxq.compare(spoiled, qmodel, x, calibration_data=x, recipe=RECIPE)
