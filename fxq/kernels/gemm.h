@@ -273,8 +273,10 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.step = 4 * width;
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
-      // Each tile brings its share of the next panel. Where there are fewer rows the processor does better alone: they
-      // are through with a panel before its few buffers for misses that were asked for can have brought the next.
+      // Each tile brings its share of the next panel: weights that come from memory, as those of a large model do at each
+      // call, take two thirds of the time at 16 rows, those from the third-level cache one or two hundredths more. With
+      // fewer rows those would take up to a fifth more: the few buffers for misses that a core has are then waited for,
+      // which what the processor prefetches by itself does without.
       if (block_end - block >= kAheadRows) {
         at.ahead += width * padded_k;
         at.ahead_step = ceil_div(at.step, tiles * strips);
