@@ -22,13 +22,13 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi"))) static 
     const uint8_t* q, const uint8_t* table, uint8_t* y, int64_t count) {
   __m512i part[4];
   UNROLL for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 64 * i);
-  for (int64_t i = 0; i < count; i += 64) {
-    const __mmask64 here = count - i < 64 ? ~0ull >> (64 - (count - i)) : ~0ull;
-    const __m512i index = _mm512_maskz_loadu_epi8(here, q + i);
+  for (; count >= 64; q += 64, y += 64, count -= 64) {  // what a masked store leaves is slow to load again
+    const __m512i index = _mm512_loadu_si512(q);
     const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
     const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
-    _mm512_mask_storeu_epi8(y + i, here, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
+    _mm512_storeu_si512(y, _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high));
   }
+  lookup_bytes(q, table, y, count);
 }
 
 static void lookup(const uint8_t* q, const uint8_t* table, uint8_t* y, int64_t count) {
