@@ -842,3 +842,10 @@ def test_moves_of_what_has_no_dimensions(forward, model_of):
     model = model_of(forward, linear=torch.nn.Linear(6, 6))
     qmodel = fxq.quantize(model, x, recipe=fxq.Recipe(modules={"linear": fxq.FLOAT}), progress=False)
     assert torch.allclose(qmodel(x), model(x), atol=0.2)
+
+
+def test_a_path_that_code_cannot_have(model_of):
+    parts = nn.ModuleDict({"in": nn.Linear(6, 6), "out": nn.Linear(6, 6)})
+    model = model_of(lambda self, x: self.parts["out"](self.parts["in"](x)), parts=parts)
+    with pytest.raises(fxq.TraceError, match=r"'parts\.in.*' has a word of Python's in its path.*name it otherwise"):
+        fxq.quantize(model, torch.randn(4, 6))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
+import keyword
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,6 +311,10 @@ def _graph_module(task: _Task, recorder: Recorder, constants: dict[str, torch.Te
     for name, tensor in constants.items():
         root.register_buffer(name, tensor.detach().clone())
     for node in recorder.graph.nodes:
+        if node.op in ("get_attr", "call_module") and any(map(keyword.iskeyword, str(node.target).split("."))):
+            raise TraceError(
+                f"{node.target!r} has a word of Python's in its path, as code has not", "name it otherwise"
+            )
         if node.op == "call_module":
             # Its hooks ran while it was traced, so they are in the graph already.
             module = root.get_submodule(str(node.target))
