@@ -23,10 +23,10 @@ from fxq.double import run
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
-from fxq.graph import STATE, find_state, propagate, unchanged
+from fxq.graph import STATE, constant, find_state, is_tensor, propagate, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
-from fxq.observers import forget_rows, learning, paused
+from fxq.observers import Observer, forget_rows, learning, paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
@@ -266,11 +266,23 @@ def quantize(
     return result
 
 
-def _context(prepared: nn.Module, stage: Stage, what: str) -> Context:
+def _context(prepared: object, stage: Stage, what: str) -> Context:
+    """What is known of `prepared`, which the function `what` was given; raises `InputError` where it cannot go on."""
     ctx = prepared.meta.get("fxq") if isinstance(prepared, GraphModule) else None
-    if not isinstance(ctx, Context) or ctx.stage is not stage:
-        raise InputError(f"{what} takes what fxq.prepare returns, not {type(prepared).__name__}")
-    return ctx
+    if isinstance(prepared, GraphModule) and isinstance(ctx, Context) and ctx.stage is stage:
+        for node in filter(is_tensor, prepared.graph.find_nodes(op="get_attr")):
+            before, now = node.meta["value"].dtype, constant(prepared, node).dtype
+            if before != now:
+                raise InputError(
+                    f"{what}: {node.target} is {now}, and was {before} when the model was prepared; convert it back"
+                )
+        return ctx
+    if isinstance(prepared, GraphModule) and any(isinstance(m, Observer | FakeQuantize) for m in prepared.modules()):
+        raise InputError(
+            f"{what}: a pickle keeps the numbers of a prepared model, and not what fxq knows of it; prepare the float "
+            "model once more, and give that one the numbers: prepared.load_state_dict(pickled.state_dict())"
+        )
+    raise InputError(f"{what} takes what fxq.prepare returns, not {type(prepared).__name__}")
 
 
 def dump_folder(path: str | Path | None) -> dump.Folder | None:

@@ -215,6 +215,24 @@ class TestThreeSteps:
         two.load_state_dict(one.state_dict())
         assert torch.equal(fxq.convert(one)(X), fxq.convert(two)(X))
 
+    @pytest.mark.parametrize("prepare", [fxq.prepare, fxq.prepare_qat])
+    def test_a_pickle_of_a_prepared_model_gives_its_numbers(self, prepare):
+        model = mlp()
+        one, two = fxq.calibrate(prepare(model, X), [X, X * 2]), prepare(model, X)
+        pickled = pickle.loads(pickle.dumps(one))
+        with pytest.raises(fxq.InputError, match=r"load_state_dict\(pickled.state_dict\(\)\)"):
+            fxq.convert(pickled)
+        two.load_state_dict(pickled.state_dict())
+        assert torch.equal(fxq.convert(one)(X), fxq.convert(two)(X))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_prepared_model_of_another_dtype(self, dtype):
+        prepared = fxq.calibrate(fxq.prepare(mlp(), X), [X]).to(dtype)
+        for step in (fxq.convert, lambda model: fxq.calibrate(model, [X])):
+            with pytest.raises(fxq.InputError, match=rf"is {dtype}, and was torch.float32 when the model was prepared"):
+                step(prepared)
+        assert fxq.convert(prepared.float())(X).dtype == torch.float32
+
     def test_steps_out_of_order(self):
         prepared = fxq.prepare(mlp(), X)
         with pytest.raises(fxq.CalibrationError, match="was never computed while calibrating"):
