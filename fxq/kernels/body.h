@@ -55,19 +55,18 @@ static inline void store_some(T* p, V v, int64_t count) {
 
 static inline F splat(float v) { return v - F{}; }  // not v + F{}, which would turn -0 into 0
 
-// clamp(rne(steps) + zero_point, low, high). Clamping first changes nothing, as the bounds are integers. Adding
-// 1.5 * 2**23 to a float below 2**22 leaves its nearest integer, ties to even, in the low mantissa bits.
+// clamp(rne(steps) + zero_point, low, high). Adding 1.5 * 2**23 to a float from -2**22 to 2**22 leaves its nearest integer,
+// ties to even, in the low mantissa bits. Clamping to `low` before changes nothing, as it is an integer; to `high` after,
+// as a larger sum has larger bits: fewer of the processor's units compare floats than integers.
 struct Rounding {
-  F low, high;
-  I offset;
+  F low;
+  I offset, high;
   Rounding(int32_t zero_point, int32_t lo, int32_t hi)
-      : low(splat(float(lo - zero_point))),
-        high(splat(float(hi - zero_point))),
-        offset((zero_point - 0x4B400000) - I{}) {}
+      : low(splat(float(lo - zero_point))), offset((zero_point - 0x4B400000) - I{}), high(hi - I{}) {}
   I lanes(F steps) const {
     steps = steps > low ? steps : low;  // NaN compares false: it becomes `low`
-    steps = steps < high ? steps : high;
-    return (I)(steps + 12582912.0f) + offset;
+    const I nearest = (I)(steps + 12582912.0f) + offset;
+    return nearest < high ? nearest : high;
   }
   B operator()(F steps) const { return narrow(lanes(steps)); }
   Bytes operator()(F a, F b, F c, F d) const { return narrow_four(lanes(a), lanes(b), lanes(c), lanes(d)); }
