@@ -21,15 +21,17 @@ from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.double import run
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
+from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
-from fxq.graph import STATE, constant, find_state, is_tensor, propagate, unchanged
+from fxq.graph import STATE, constant, find_state, is_tensor, propagate, restored, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
 from fxq.observers import Observer, forget_rows, learning, paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule
+from fxq.randomness import Randomness
 from fxq.recipe import Recipe
 from fxq.sampling import sample_of
 from fxq.stages import Stage
@@ -160,14 +162,15 @@ def calibrate(prepared: GraphModule, data: Iterable[Any], *, progress: bool | No
         total=len(data) if isinstance(data, Sized) else None,
         leave=False,
     )
-    count = 0
-    with torch.no_grad(), unchanged(prepared), learning(prepared), bar:
+    count, own = 0, Randomness()
+    with torch.no_grad(), restored(prepared), learning(prepared), bar:
         for count, call in enumerate(bar, 1):
             check_finite(call, f"calibration batch {count - 1}")
             if sample is not None:
                 sample.offer(call)
             try:
-                run(prepared, call.clone(), double=ctx.recipe.reproducible)
+                with own:  # not what the data draw
+                    run(prepared, call.clone(), double=ctx.recipe.reproducible)
             except FxqError as error:
                 raise type(error)(f"calibration batch {count - 1}: {error}") from None
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -322,7 +325,7 @@ def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit
     result.report.sqnr = output_sqnr(expected, actual)
     if result.report.sqnr >= limit or action == "ignore":
         return
-    worst = compare_graphs(prepared, result.expanded(), examples, equalized=result.report.equalized).worst(3)
+    worst = compare_graphs(prepared, expand(result), examples, equalized=result.report.equalized).worst(3)
     lines = "\n".join(f"  {layer}" for layer in worst)
     text = (
         f"the int8 output has {result.report.sqnr:.1f} dB SQNR against float on the examples, below {limit:.1f} dB; "

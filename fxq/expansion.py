@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.graph import Value, bypass, constant, drop_unread, get_attr, set_constant
+from fxq.graph import STATE, Value, bypass, constant, drop_unread, get_attr, set_constant
 from fxq.ops import block, images
 from fxq.ops.activation import qlinear_act
 from fxq.ops.block import Constant, qblock
@@ -144,6 +144,7 @@ def _network(node: Node) -> list[tuple[str, str, str]]:
 def expand_blocks(gm: GraphModule) -> GraphModule:
     """`gm` with the operations of its blocks and networks as nodes of their own, some of them of several again."""
     expanded = GraphModule(gm, copy.deepcopy(gm.graph))
+    expanded.meta[STATE] = gm.meta.get(STATE, ())
     for node in expanded.graph.find_nodes(op="call_function", target=qimages):
         _operations(expanded, node)
     for node in expanded.graph.find_nodes(op="call_function", target=qblock):
@@ -153,7 +154,10 @@ def expand_blocks(gm: GraphModule) -> GraphModule:
 
 
 def expand(gm: GraphModule) -> GraphModule:
-    """The same bits with every layer as one op; shares the constants of `gm`, which stays as it is."""
+    """The same bits with every layer as one op; shares the constants of `gm`, which stays as it is.
+
+    What a call of either modifies is the same memory, and known of both (`find_state`).
+    """
     expanded = expand_blocks(gm)
     for node in list(expanded.graph.nodes):
         if node.target in (qchain, qchain_float):

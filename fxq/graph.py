@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fxq.randomness import Randomness
 from fxq.tracing.values import tensors
 
 
@@ -288,7 +289,7 @@ def find_state(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     versions = {path: tensor._version for path, tensor in _constants(probe)}
     finder = _Mutations(probe)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Randomness():
             finder.run(*bind(probe, args, kwargs))
     except Exception as error:
         if finder.failed is None:
@@ -315,6 +316,13 @@ def memory_of(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def unchanged(gm: GraphModule) -> Iterator[None]:
+    """Let what runs `gm` leave nothing behind: no constant modified (`restored`), no random number drawn."""
+    with Randomness(), restored(gm):
+        yield
+
+
+@contextlib.contextmanager
+def restored(gm: GraphModule) -> Iterator[None]:
     """Give the constants that `gm` modifies (`find_state`) the values back that they have now."""
     state = gm.meta.get(STATE, ())
     saved = [(tensor, tensor.detach().clone()) for path, tensor in _constants(gm) if path in state] if state else []

@@ -25,9 +25,10 @@ from fxq.decisions import Reason, Report
 from fxq.effects import effects_of
 from fxq.encoding import encode
 from fxq.errors import FileError, GoldenError, InputError
+from fxq.expansion import expand
 from fxq.golden_model import GoldenModel
 from fxq.golden_program import build
-from fxq.graph import bind, mutations, place_of, target_name, unchanged
+from fxq.graph import bind, mutations, place_of, target_name
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure
@@ -81,7 +82,7 @@ def compare(
         gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
         ctx = Context(Recipe(), (), exact.clone())
         pipeline.begin(gm, ctx)
-        return Runs.of(pipeline.run(same_numbers, gm, ctx), made.expanded(), exact, reached, made.report.equalized)
+        return Runs.of(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
 
     runs = runs_of(model, qmodel, call, call)
     result = compare_runs(runs)
@@ -138,8 +139,7 @@ def profile(gm: GraphModule, inputs: Examples, *, kwargs: Mapping[str, Any] | No
     if not isinstance(gm, GraphModule):
         raise InputError(f"fxq.profile takes what fxq.quantize or fxq.trace returns, not a {type(gm).__name__}")
     call, costs = as_call(inputs, kwargs), Costs()
-    with unchanged(gm):
-        result = measure(gm, call, costs)
+    result = measure(gm, call, costs)
     costs.save()
     return result
 
@@ -158,7 +158,7 @@ def golden(
     """
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    flat = QuantizedModule.of(qmodel.expanded(), qmodel.report)
+    flat = QuantizedModule.of(expand(qmodel), qmodel.report)
     try:
         plain = encode(flat)
     except FileError as error:

@@ -32,6 +32,7 @@ from fxq.inputs import Call
 from fxq.observers import HOLDER, paused
 from fxq.pipeline import Context, Pass
 from fxq.quantized import QuantizedModule, weight_bytes
+from fxq.randomness import Randomness
 from fxq.sampling import sample_of
 from fxq.tracing.sharing import aliases, tensors_of
 
@@ -297,7 +298,7 @@ def calls_of(root: nn.Module, paths: Collection[str], call: Call) -> dict[str, l
     watched = [root.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in found]
     own = call.clone()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Randomness():
             root(*own.args, **own.kwargs)
     finally:
         for handle in watched:

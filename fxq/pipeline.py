@@ -27,6 +27,7 @@ from fxq.inputs import Call
 from fxq.memory import give_back
 from fxq.observers import HOLDER, paused
 from fxq.qtypes import Spec
+from fxq.randomness import seed
 from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
 from fxq.tracing.values import tensors
@@ -174,11 +175,10 @@ def check_numbers(before: GraphModule, after: GraphModule, step: Pass, ctx: Cont
         return
     with torch.no_grad(), unchanged(before), unchanged(after), paused(before), paused(after):
         a, b = ctx.examples.clone(), ctx.examples.clone()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            expected = before(*a.args, **a.kwargs)
-            torch.manual_seed(0)
-            actual = after(*b.args, **b.kwargs)
+        seed()
+        expected = before(*a.args, **a.kwargs)
+        seed()
+        actual = after(*b.args, **b.kwargs)
     pairs = list(zip(tensors(expected), tensors(actual), strict=True))
     for path, (x, y) in enumerate(pairs):
         same = torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())

@@ -128,7 +128,7 @@ def _price(gm: GraphModule, call: Call, keys: Mapping[Node, str]) -> dict[str, f
     """Seconds by key, each the median over all places and runs of a graph."""
     clock = _Clock(gm)
     least, most = ROUNDS
-    with torch.no_grad(), unchanged(gm), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), unchanged(gm):
         for _ in range(2):  # the first prepares, the second tells how many
             start = time.perf_counter()
             clock(call.clone())
@@ -149,7 +149,7 @@ def predict(gm: GraphModule, call: Call, costs: Costs, wanted: Collection[Node] 
     """
     interpreter = _Keys(gm)
     own = call.clone()
-    with torch.no_grad(), unchanged(gm), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), unchanged(gm):
         interpreter.run(*bind(gm, own.args, own.kwargs))
     keys = interpreter.keys
     prices = functools.cache(lambda: _price(gm, call, keys))

@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from fxq.decisions import Report
 from fxq.direct import Source
 from fxq.encoding import decode, encode
-from fxq.expansion import expand, summary
+from fxq.expansion import summary
 from fxq.gradients import asking, refuse_gradients, refuse_tangents
 from fxq.graph import STATE
 from fxq.outputs import dequantized, output_qparams
@@ -55,12 +55,6 @@ class QuantizedModule(GraphModule):
     def dequantize(self, outputs: Any) -> Any:
         """What a call returned, in its structure, with float32 for all that is quantized (`output_qparams`)."""
         return dequantized(outputs, self.output_qparams)
-
-    def expanded(self) -> GraphModule:
-        """`fxq.expand`, which knows as well what a call modifies (`find_state`)."""
-        gm = expand(self)
-        gm.meta[STATE] = self.meta.get(STATE, ())
-        return gm
 
     @property
     def code(self) -> str:

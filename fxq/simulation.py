@@ -28,6 +28,7 @@ from fxq.observers import Observer, Rows, WeightObserver
 from fxq.pipeline import Context
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize
 from fxq.qtypes import QParams
+from fxq.randomness import Randomness, seed
 from fxq.recipe import Recipe
 from fxq.sampling import Sample, sample_of
 from fxq.spelling import CONV_TRANSPOSE, CONVS, LINEAR
@@ -83,8 +84,8 @@ def _reproducible() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), Randomness():
+            seed()
             yield
     finally:
         torch.set_num_threads(threads)

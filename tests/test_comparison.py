@@ -299,3 +299,18 @@ def test_calibration_data_that_is_one_tensor(spoiled):
     qmodel = fxq.quantize(spoiled, x, recipe=RECIPE, on_low_sqnr="ignore", progress=False)
     with pytest.raises(fxq.InputError, match="calibration_data is one tensor"):
         fxq.compare(spoiled, qmodel, x, calibration_data=x, recipe=RECIPE)
+
+
+def test_an_expanded_model_knows_what_a_call_modifies(model_of):
+    def forward(self, x):
+        self.calls += 1
+        return self.l(x) * self.calls
+
+    x = torch.randn(4, 6)
+    qmodel = fxq.quantize(model_of(forward, l=nn.Linear(6, 6), calls=torch.zeros(())), x, progress=False)
+    expanded = expand(qmodel)
+    assert expanded.calls is qmodel.calls
+    fxq.profile(expanded, x)
+    assert qmodel.calls == 0
+    expanded(x)
+    assert qmodel.calls == 1

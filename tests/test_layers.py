@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"fxq.errors", "fxq.memory", "fxq.qtypes"},
+    {"fxq.errors", "fxq.memory", "fxq.qtypes", "fxq.randomness"},
     {"fxq.numerics"},
     {"fxq.kernels"},
     {

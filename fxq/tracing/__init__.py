@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxq.errors import FxqError, InputError, TraceError
+from fxq.randomness import Randomness, seed
 from fxq.tracing import outside, signature, verify
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.exported import Exported, export
@@ -124,7 +125,7 @@ def trace(
     prepared = prepare(model)
     call = (args, kwargs)
     signature.check(signature.bind(prepared, *call))
-    with GLOBAL_STATE, torch.random.fork_rng(devices=[]), _fused_attention(False):
+    with GLOBAL_STATE, Randomness(), _fused_attention(False):
         try:
             eager = verify.Eager.of(prepared, call)
         except Exception as error:
@@ -284,7 +285,7 @@ def _record_once(task: _Task, watch: bool, as_eager: bool = True) -> Recording:
     if exported is not None:
         exported.recorder = recorder
     args, kwargs = signature.place(recorder, signature.bind(task.prepared, *task.call))
-    torch.manual_seed(0)
+    seed()
     try:
         with _wrapped_functions(recorder):
             output = recorder.run(args, kwargs)

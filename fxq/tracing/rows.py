@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxq.errors import FxqError
+from fxq.randomness import seed
 from fxq.tracing.graph_functions import guard, mutate
 from fxq.tracing.questions import BY_SIZE
 from fxq.tracing.spelling import RANDOM
@@ -125,7 +126,7 @@ class _Asking(fx.Interpreter):
         args, kwargs = map_tensors(call, lambda tensor: tensor.clone())
         bound = inspect.signature(self.module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
-        torch.manual_seed(0)
+        seed()
         with torch.no_grad(), suppress(Exception):
             return self.run(*bound.arguments.values())
         return None

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxq.errors import GuardError, TraceError
+from fxq.randomness import seed
 from fxq.tracing.builder import REMEDY
 from fxq.tracing.origin import Origin
 from fxq.tracing.sharing import Writes, empty
@@ -81,7 +82,7 @@ def run(model: nn.Module, call: Call, times: int = 1, copied: Copier = copy.deep
 
 def _run(model: nn.Module, call: Call) -> Any:
     args, kwargs = _cloned(call)
-    torch.manual_seed(0)
+    seed()
     with torch.no_grad():
         return model(*args, **kwargs)
 
@@ -228,7 +229,7 @@ def _blame(what: str, gm: fx.GraphModule, call: Call, watch: Watch) -> TraceErro
     comparing = _Comparing(copy.deepcopy(gm), watch(call))
     bound = inspect.signature(gm.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    torch.manual_seed(0)
+    seed()
     with torch.no_grad(), suppress(Exception):
         comparing.run(*bound.arguments.values())
     if (node := comparing.first) is None:
