@@ -1,7 +1,7 @@
 // softmax(q k^T) v as one pass over each head; a part of products.h, compiled once per instruction set.
 //
-// Keys and values of a head are packed once into vectors of W lanes, then some queries at a time go through both products
-// and the softmax between them in a few kilobytes of scratch memory.
+// Keys and values of a head are packed once into vectors of W lanes, then kRows queries at a time go through both
+// products and the softmax between them in a few kilobytes of scratch memory.
 
 // acc[r][c] = done.start(c) + sum over groups of four, then done(r, acc[r]): R rows of x against C vectors.
 // Done::kUnrolled: straight from the registers; code that branches would make a tile of that ten times as long.
@@ -146,89 +146,62 @@ static void attention(const Attention& a, int64_t head, int64_t row, int64_t row
   const Rounding round(a.zero_point, 0, 255);
   const F multiplier = splat(a.multiplier);
 
-  // Of each of a few rows; tiles store whole vectors.
-  float tops[AttentionScratch::kMostRows + W], multipliers[AttentionScratch::kMostRows + W];
-  int32_t totals[AttentionScratch::kMostRows + W], offsets[AttentionScratch::kMostRows + W];
-  for (; row < row_end; row += at.rows) {
-    const int64_t block_end = row_end - row < at.rows ? row_end : row + at.rows;
-    const auto end_of = [&](int64_t tile, int64_t height) { return block_end - tile < height ? block_end : tile + height; };
-    const auto seen_by = [&](int64_t end) { return a.is_causal && end < a.keys ? end : a.keys; };  // by the rows before it
-    const auto softmax = [&](int64_t tile) {
-      const int64_t end = end_of(tile, kRows), vectors = ceil_div(seen_by(end), W);
-      for (int64_t r = tile - row; r < end - row; ++r)
-        softmax_steps(at.scores + r * span, tops[r], at.weights + r * span, vectors * W);
-    };
-    for (int64_t tile = row; tile < block_end; tile += kRows) {
-      const int64_t end = end_of(tile, kRows), rows = end - tile;
-      const int64_t seen = seen_by(end), vectors = ceil_div(seen, W);
-      const uint8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1] + tile * a.q_stride[2];
-      const bool in_place = depth == a.depth && (rows == kRows || rows == 1);
-      const uint8_t* const queries = in_place ? q : at.queries;
-      const int64_t query_stride = in_place ? a.q_stride[2] : depth;
-      for (int64_t r = 0; r < rows && !in_place; ++r) {
-        copy(at.queries + r * depth, q + r * a.q_stride[2], a.depth);
-        for (int64_t d = a.depth; d < depth; ++d) at.queries[r * depth + d] = 0;
-      }
-      for (int64_t r = 0; r < rows && a.mask && !one_mask; ++r)
-        read_mask(a, mask_offset + (tile + r) * a.mask_stride[2], at.mask + r * span);
-      F own[kTogether];  // the largest of each lane
-      UNROLL for (F& top : own) top = splat(kMinusInfinity);
-      int32_t sees[kRows];
-      for (int64_t r = 0; r < kRows; ++r) sees[r] = int32_t(tile + r < end ? seen_by(tile + r + 1) : seen);
-      const bool all = !masks && !a.is_causal && seen % W == 0;
-      for (int64_t c = 0, columns; c < vectors; c += columns) {
-        columns = columns_of(vectors - c);
-        const auto product = [&](const auto& scores) {
-          product_of(rows, columns, queries, query_stride, at.keys + c * key_vector, key_vector, groups, scores);
-        };
-        const int32_t* const bias = at.bias + c * W;
-        float* const scores = at.scores + (tile - row) * span + c * W;
-        if (all)
-          product(StoreScores<true>{bias, multiplier, scores, span, own});
-        else
-          product(StoreScores<false>{bias, multiplier, scores, span, own, rows, masks ? at.mask + c * W : nullptr,
-                                     one_mask ? 0 : span, sees, lane + int32_t(c * W)});
-      }
-      store(tops + (tile - row), fold_rows<Larger>(own));
-      if (tile > row) softmax(tile - kRows);  // those of this tile are on their way while the next products run
-      if (end == block_end) softmax(tile);
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    const int64_t seen = a.is_causal && row + rows < a.keys ? row + rows : a.keys;  // keys that any of them sees
+    const int64_t vectors = ceil_div(seen, W);
+    const uint8_t* q = a.q + b * a.q_stride[0] + h * a.q_stride[1] + row * a.q_stride[2];
+    const bool in_place = depth == a.depth && (rows == kRows || rows == 1);
+    const uint8_t* const queries = in_place ? q : at.queries;
+    const int64_t query_stride = in_place ? a.q_stride[2] : depth;
+    for (int64_t r = 0; r < rows && !in_place; ++r) {
+      copy(at.queries + r * depth, q + r * a.q_stride[2], a.depth);
+      for (int64_t d = a.depth; d < depth; ++d) at.queries[r * depth + d] = 0;
     }
-    lookup(at.weights, kExponentials.p, at.weights, (block_end - row) * span);
-
-    for (int64_t tile = row; tile < block_end; tile += kRows) {
-      const int64_t end = end_of(tile, kRows), vectors = ceil_div(seen_by(end), W);
-      I sums[kTogether];
-      UNROLL for (I& sum : sums) sum = I{};
-      UNROLL for (int64_t r = 0; r < kRows; ++r)
-        sums[r] = sums_of_bytes(at.weights + (tile - row + r) * span, vectors * W, ones);
-      const I total = fold_rows<Sum>(sums);
-      store(totals + (tile - row), total);
-      store(offsets + (tile - row), (128 - a.v_zero_point) * total);
-      store(multipliers + (tile - row), a.v_multiplier / __builtin_convertvector(total, F));
+    for (int64_t r = 0; r < rows && a.mask && !one_mask; ++r)
+      read_mask(a, mask_offset + (row + r) * a.mask_stride[2], at.mask + r * span);
+    F tops[kTogether];
+    UNROLL for (F& top : tops) top = splat(kMinusInfinity);
+    int32_t sees[kRows];
+    for (int64_t r = 0; r < kRows; ++r) sees[r] = int32_t(a.is_causal && row + r + 1 < seen ? row + r + 1 : seen);
+    const bool all = !masks && !a.is_causal && seen % W == 0;
+    for (int64_t c = 0, columns; c < vectors; c += columns) {
+      columns = columns_of(vectors - c);
+      const auto product = [&](const auto& scores) {
+        product_of(rows, columns, queries, query_stride, at.keys + c * key_vector, key_vector, groups, scores);
+      };
+      const int32_t* const bias = at.bias + c * W;
+      float* const scores = at.scores + c * W;
+      if (all)
+        product(StoreScores<true>{bias, multiplier, scores, span, tops});
+      else
+        product(StoreScores<false>{bias, multiplier, scores, span, tops, rows, masks ? at.mask + c * W : nullptr,
+                                   one_mask ? 0 : span, sees, lane + int32_t(c * W)});
     }
-    // Twice the height at half the width: as many sums, of fewer values. Their rows see the same keys.
-    const int64_t height = a.width <= kColumns / 2 * W && !a.is_causal ? 2 * kRows : kRows;
-    for (int64_t tile = row; tile < block_end; tile += height) {
-      const int64_t end = end_of(tile, height), rows = end - tile, groups_seen = ceil_div(seen_by(end), 4);
-      const uint8_t* const weights = at.weights + (tile - row) * span;
-      uint8_t* y = static_cast<uint8_t*>(a.y) + ((b * a.queries + tile) * a.heads + h) * a.width * item;
-      for (int64_t e = 0, columns; e < a.width; e += columns * W) {
-        columns = columns_of(ceil_div(a.width - e, W));
-        const int8_t* const values = at.values + e / W * value_vector;
-        const StoreOutput done{a, offsets + (tile - row), multipliers + (tile - row), round, rows, a.width - e,
-                               y + e * item};
-        if (kColumns > 1 && rows > kRows)
-          product_of<2 * kRows, (kColumns + 1) / 2>(columns, weights, span, values, value_vector, groups_seen, done);
+    const F top = fold_rows<Larger>(tops);
+    for (int64_t r = 0; r < rows; ++r)
+      softmax_steps(at.scores + r * span, top[r], at.weights + r * span, vectors * W);
+    lookup(at.weights, kExponentials.p, at.weights, rows * span);
+    I sums[kTogether];
+    UNROLL for (I& sum : sums) sum = I{};
+    for (int64_t r = 0; r < rows; ++r) sums[r] = sums_of_bytes(at.weights + r * span, vectors * W, ones);
+    const I totals = fold_rows<Sum>(sums);
+    int32_t offset[W];
+    float normalised[W];
+    store(offset, (128 - a.v_zero_point) * totals);
+    store(normalised, a.v_multiplier / __builtin_convertvector(totals, F));
+    uint8_t* y = static_cast<uint8_t*>(a.y) + ((b * a.queries + row) * a.heads + h) * a.width * item;
+    for (int64_t e = 0, columns; e < a.width; e += columns * W) {
+      columns = columns_of(ceil_div(a.width - e, W));
+      product_of(rows, columns, at.weights, span, at.values + e / W * value_vector, value_vector, ceil_div(seen, 4),
+                 StoreOutput{a, offset, normalised, round, rows, a.width - e, y + e * item});
+    }
+    for (int64_t r = 0; r < rows; ++r, y += a.heads * a.width * item) {
+      for (int64_t e = 0; e < a.width && totals[r] == 0; ++e) {
+        if (a.is_float)
+          reinterpret_cast<float*>(y)[e] = a.masked;
         else
-          product_of(rows, columns, weights, span, values, value_vector, groups_seen, done);
-      }
-      for (int64_t r = tile - row; r < end - row; ++r, y += a.heads * a.width * item) {
-        for (int64_t e = 0; e < a.width && totals[r] == 0; ++e) {
-          if (a.is_float)
-            reinterpret_cast<float*>(y)[e] = a.masked;
-          else
-            y[e] = uint8_t(a.masked);
-        }
+          y[e] = uint8_t(a.masked);
       }
     }
   }

@@ -9,16 +9,15 @@ class AttentionMemory {
  public:
   explicit AttentionMemory(const Attention& a) {
     const int64_t span = round_up(a.keys, kPanel), depth = round_up(a.depth, 4);
-    at_.rows = span <= 128 ? AttentionScratch::kMostRows : AttentionScratch::kMostRows / 2;
     for (int pass = 0; pass < 2; ++pass) {
       used_ = 0;
       at_.keys = take<int8_t>(span * depth);
       at_.values = take<int8_t>(round_up(a.width, kPanel) * round_up(a.keys, 4));
       at_.bias = take<int32_t>(span);
       at_.mask = take<float>(a.mask ? kMaxRows * span : 0);
-      at_.scores = take<float>(at_.rows * span);
+      at_.scores = take<float>(kMaxRows * span);
       at_.queries = take<uint8_t>(kMaxRows * depth);
-      at_.weights = take<uint8_t>(at_.rows * span);
+      at_.weights = take<uint8_t>(kMaxRows * span);
       if (pass == 0) base_ = static_cast<uint8_t*>(scratch(used_, Holder::kPart));
     }
   }

@@ -88,14 +88,12 @@ struct Attention {
   void* y = nullptr;   // uint8 or float [batch, queries, heads, width]
 };
 
-// Memory for one head and `rows` of its queries, tiles of any height; `AttentionMemory` holds it.
+// Memory for one head and a tile of its queries; `AttentionMemory` holds it.
 struct AttentionScratch {
-  static constexpr int64_t kMostRows = 24;
   int8_t *keys, *values;
   int32_t* bias;
   float *mask, *scores;
   uint8_t *queries, *weights;
-  int64_t rows;
 };
 
 // One term of qadd: f32((q - zero_point) * multiplier).
