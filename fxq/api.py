@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxq import drawing, dump, tracing
+from fxq import drawing, dump, pipeline, tracing
 from fxq import leaves as inside
 from fxq.checks import check_model, is_narrow
 from fxq.comparison import compare_graphs, output_sqnr
@@ -24,7 +24,7 @@ from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError
 from fxq.expansion import expand
 from fxq.fake_quantize import FakeQuantize, WeightFakeQuantize
 from fxq.family import Family
-from fxq.graph import STATE, constant, find_state, is_tensor, propagate, restored, unchanged
+from fxq.graph import STATE, constant, is_tensor, restored, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
 from fxq.observers import Observer, forget_rows, learning, paused
@@ -63,14 +63,13 @@ def trace(
 
     leaves: module classes or paths that are not looked into. frontend: "trace" records the model's own code, "export"
     what `torch.export` makes of it; "auto" tries the second where the first fails. "leaf" leaves the model's code as
-    it is, and what becomes int8 are the modules that it calls. Raises `InputError`, `TraceError`.
+    it is, and what becomes int8 are the modules that it calls. Raises `InputError`, `TraceError`, and `VerifyError`
+    where code that cannot be traced raises.
     """
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
-    own = call.clone()
-    find_state(gm, own.args, own.kwargs)
-    propagate(gm, own.args, own.kwargs)  # dtypes and shapes, for texts and pictures
+    pipeline.begin(gm, Context(Recipe(), (), call))  # dtypes and shapes, for texts and pictures
     return gm
 
 

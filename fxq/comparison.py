@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxq.errors import InputError
-from fxq.graph import bind, is_call, line_of, module_of, mutations, target_name, unchanged
+from fxq.graph import Interpreter, bind, is_call, line_of, module_of, mutations, target_name, unchanged
 from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from fxq.graph import bind
+from fxq.graph import Interpreter, bind
 from fxq.inputs import Call
 from fxq.observers import Observer, Rows, WeightObserver
 
@@ -136,7 +136,6 @@ class Runner(Interpreter):
 
     def __init__(self, gm: GraphModule, double: bool) -> None:
         super().__init__(gm)
-        self.extra_traceback = False
         self.double = double
         self.mode: contextlib.AbstractContextManager[object] = Double() if double else contextlib.nullcontext()
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxq.comparison import Runs, output_sqnr
-from fxq.graph import module_of, unchanged
+from fxq.graph import Interpreter, module_of, unchanged
 from fxq.ops.norm import norm_quantize
 
 

@@ -53,7 +53,10 @@ class TuningError(FxqError):
 
 
 class VerifyError(FxqError):
-    """A pass left a graph that is not legal in its stage, or broke the numbers contract that it states."""
+    """A pass left a graph that is not legal in its stage, or broke the numbers contract that it states.
+
+    Or a graph fails on the examples after a pass, or as it was traced: code inside of a leaf may raise at any call.
+    """
 
 
 class GoldenError(FxqError):

@@ -363,6 +363,7 @@ NUMBERS: dict[str, Op] = {
         )
     },
     **{f"math.{name}": Op(getattr(math, name)) for name in ("floor", "ceil", "trunc")},
+    "power": Op(operator.pow),
     "whole": Op(int),
     "rounded": Op(round),
     "length": Op(len),

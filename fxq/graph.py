@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, Target
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -129,7 +130,11 @@ def drop_unread(gm: GraphModule, keep: str | None = None) -> None:
 
 
 def set_constant(gm: GraphModule, path: str, tensor: Tensor) -> str:
-    """Register `tensor` as a buffer at `path`, or at `path_1`, ... if that is taken; return the path used."""
+    """Register `tensor` as a buffer at `path`, or at `path_1`, ... if that is taken; return the path used.
+
+    A module that only code inside of a leaf calls may be named by a word of Python's, which no path in a graph can be.
+    """
+    path = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
     owner_path, _, name = path.rpartition(".")
     owner: nn.Module = gm
     for part in owner_path.split(".") if owner_path else []:
@@ -242,6 +247,14 @@ def bind(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
     bound = inspect.signature(gm.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return [value for name, value in bound.arguments.items()]
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph; what a node raises comes out as it was raised."""
+
+    def __init__(self, gm: GraphModule, garbage_collect_values: bool = True) -> None:
+        super().__init__(gm, garbage_collect_values)
+        self.extra_traceback = False
 
 
 class _Recorder(Interpreter):

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxq import leaves as inside
@@ -28,7 +28,7 @@ from fxq.errors import FileError, GoldenError, InputError
 from fxq.expansion import expand
 from fxq.golden_model import GoldenModel
 from fxq.golden_program import build
-from fxq.graph import bind, mutations, place_of, target_name
+from fxq.graph import Interpreter, bind, mutations, place_of, target_name
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure

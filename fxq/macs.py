@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fxq.graph import bind, is_call, unchanged
+from fxq.graph import Interpreter, bind, is_call, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import map_tensors
 

@@ -7,10 +7,11 @@ compute, and in the end. Under `Context.check` it is run after every pass.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
@@ -22,7 +23,7 @@ from fxq import dump
 from fxq.decisions import Report
 from fxq.errors import VerifyError
 from fxq.family import Family
-from fxq.graph import NodeError, drop_unread, find_state, is_known, propagate, unchanged
+from fxq.graph import NodeError, drop_unread, find_state, is_known, place_of, propagate, unchanged
 from fxq.inputs import Call
 from fxq.memory import give_back
 from fxq.observers import HOLDER, paused
@@ -30,8 +31,10 @@ from fxq.qtypes import Spec
 from fxq.randomness import seed
 from fxq.recipe import Recipe
 from fxq.stages import Stage, verify
+from fxq.tracing.origin import line_of
 from fxq.tracing.values import tensors
 
+AS_TRACED = "as traced"
 TOLD = 0.1
 """Seconds. What a method took that has changed nothing is told from here on."""
 
@@ -100,8 +103,9 @@ class Pass(Protocol):
 def begin(gm: GraphModule, ctx: Context) -> None:
     """Check and dump the float graph as it was traced, before the first pass."""
     examples = ctx.examples.clone()
-    find_state(gm, examples.args, examples.kwargs)
-    verify_values(gm, ctx, "as traced")
+    with _named(gm, AS_TRACED):
+        find_state(gm, examples.args, examples.kwargs)
+    verify_values(gm, ctx, AS_TRACED)
     if ctx.dump is not None:
         ctx.dump.write(gm, "trace", ctx.stage.value)
 
@@ -151,14 +155,21 @@ def _after(changed: list[str], ctx: Context) -> str:
 def verify_values(gm: GraphModule, ctx: Context, when: str) -> None:
     """Run the graph on the examples, record every value, and check the laws of its stage."""
     examples = ctx.examples.clone()
-    try:
-        with paused(gm):
-            propagate(gm, examples.args, examples.kwargs)
-    except NodeError as failure:
-        cause = failure.__cause__
-        text = dump.neighbourhood(gm, failure.node)
-        raise VerifyError(f"{when}: %{failure.node.name} raises {type(cause).__name__}: {cause}\n{text}") from cause
+    with _named(gm, when), paused(gm):
+        propagate(gm, examples.args, examples.kwargs)
     verify_laws(gm, ctx, when)
+
+
+@contextlib.contextmanager
+def _named(gm: GraphModule, when: str) -> Iterator[None]:
+    """Raise `VerifyError` for what a node of `gm` raises: its module, and the line of the user's code."""
+    try:
+        yield
+    except NodeError as failure:
+        cause, node = failure.__cause__, failure.node
+        assert cause is not None
+        what = f"{when}: {place_of(node)} raises {type(cause).__name__} in {line_of(cause)}: {cause}"
+        raise VerifyError(f"{what}\n{dump.neighbourhood(gm, node)}".rstrip()) from cause
 
 
 def verify_laws(gm: GraphModule, ctx: Context, when: str) -> None:

@@ -17,11 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxq.costs import Costs, beside, key_of
 from fxq.expansion import expand_blocks
-from fxq.graph import bind, is_call, line_of, module_of, submodule, target_name, unchanged
+from fxq.graph import Interpreter, bind, is_call, line_of, module_of, submodule, target_name, unchanged
 from fxq.inputs import Call
 from fxq.tracing.values import tensors
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -513,3 +514,37 @@ def test_a_module_under_two_names_in_a_leaf_is_saved_once(tmp_path):
     loaded = fxq.load(tmp_path / "model.fxq", trust=True)
     assert torch.equal(loaded(X), qmodel(X))
     assert loaded.inner.a is loaded.inner.b
+
+
+class RaisesOnce(nn.Module):
+    """Raises at its call `at`, of whatever copy."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.linear, self.at, self.calls = nn.Linear(8, 8), at, []
+
+    def __deepcopy__(self, memo):
+        copied = RaisesOnce(self.at)
+        copied.linear, copied.calls = copy.deepcopy(self.linear, memo), self.calls
+        return copied.eval()
+
+    def forward(self, x):
+        self.calls.append(1)
+        if len(self.calls) == self.at:
+            raise KeyError("mine")
+        return self.linear(x)
+
+
+def test_what_a_leaf_raises_is_the_users_or_named():
+    told = []
+    for function in (fxq.trace, fxq.prepare, fxq.prepare_qat):
+        for at in range(1, 16):
+            model = nn.Sequential(nn.Linear(8, 8), RaisesOnce(at)).eval()
+            try:
+                function(model, torch.randn(4, 8), leaves=("1",))
+            except Exception as error:
+                told.append(error)
+    assert {type(error) for error in told} == {KeyError, fxq.InputError, fxq.VerifyError}
+    assert all("'mine'" in str(error) for error in told)
+    place = r"[^\n]*: 1 \(%_1\) raises KeyError in test_leaves.py:\d+: 'mine'(\n|$)"
+    assert all(re.match(place, str(error)) for error in told if isinstance(error, fxq.VerifyError))

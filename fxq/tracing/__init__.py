@@ -38,6 +38,8 @@ from fxq.tracing.graph_functions import (
     guards,
     length,
     mutate,
+    name_apart,
+    power,
     rounded,
     structure,
     whole,
@@ -59,6 +61,7 @@ __all__ = [
     "guards",
     "length",
     "mutate",
+    "power",
     "rounded",
     "structure",
     "trace",
@@ -323,6 +326,7 @@ def _graph_module(task: _Task, recorder: Recorder, constants: dict[str, torch.Te
             module._forward_pre_hooks.clear()
             if str(node.target) in recorder.impure:
                 module._is_impure = True
+    name_apart(recorder.graph)
     gm = fx.GraphModule(root, recorder.graph, type(task.prepared).__name__)
     writes = task.eager.writes or recorder.impure or task.untraceable or any(n.target is mutate for n in gm.graph.nodes)
     gm.meta["stateless"] = not writes and not task.leaves

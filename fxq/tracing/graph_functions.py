@@ -109,6 +109,13 @@ def rounded(number: float, digits: int | None) -> float:
     return round(number, digits)
 
 
+@in_graph
+def power(base: float, exponent: float) -> float:
+    """`base ** exponent` as a node (fx writes `-2 ** n` for a constant base)."""
+    result: float = base**exponent
+    return result
+
+
 for _function in (guard, mutate):
     fx.node.has_side_effect(_function)
 
@@ -149,6 +156,14 @@ def set_signature(graph: fx.Graph, kinds: list[inspect._ParameterKind]) -> None:
         graph.set_codegen(SignatureCodeGen(positional_only, keyword_only))
 
 
+def name_apart(graph: fx.Graph) -> None:
+    """Rename what fx would write over an argument that is yet to be read, or over `self`."""
+    arguments = {str(node.target) for node in graph.find_nodes(op="placeholder")}
+    for node in graph.nodes:
+        while node.name in {"self", *arguments} and not (node.op == "placeholder" and node.name == node.target):
+            node._rename(f"{node.name}_")
+
+
 FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "tensor",
     "zeros",
@@ -169,6 +184,7 @@ class UnpicklingTracer(fx.Tracer):
             graph = super().trace(root, concrete_args)
         if isinstance(root, torch.nn.Module):
             set_signature(graph, [parameter.kind for parameter in inspect.signature(root.forward).parameters.values()])
+        name_apart(graph)
         return graph
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxq.tracing.graph_functions import rounded, whole
+from fxq.tracing.graph_functions import power, rounded, whole
 
 LONGEST_TEXT = 120
 """Characters of an expression in messages."""
@@ -162,9 +162,10 @@ def _define_unary(name: str, operation: Callable[[Any], Any], text: str) -> None
 
 
 for _name, _sign in (
-    ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"), ("mod", "%"), ("pow", "**"),
+    ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"), ("mod", "%"),
 ):  # fmt: skip
     _define_binary(_name, _sign, getattr(operator, _name), decides=False)
+_define_binary("pow", "**", power, decides=False)
 for _name, _sign in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
     _define_binary(_name, _sign, getattr(operator, _name), decides=True)
 for _name, _sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("lshift", "<<"), ("rshift", ">>")):

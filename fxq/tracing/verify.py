@@ -144,10 +144,10 @@ def _compare(gm: fx.GraphModule, call: Call, expected: Any, watch: Watch, where:
         raise
     except Exception as error:
         what = f"the traced graph fails on {where}, which the model takes: {error}"
-        raise _blame(what, gm, call, watch) from error
+        raise _blame(what, gm, call, expected, watch) from error
     if not is_same(actual, expected):
         what = f"the traced graph does not compute what the model computes on {where}"
-        raise _blame(what, gm, call, watch)
+        raise _blame(what, gm, call, expected, watch)
 
 
 def _cloned(call: Call) -> Call:
@@ -223,7 +223,7 @@ class _Comparing(fx.Interpreter):
         return result
 
 
-def _blame(what: str, gm: fx.GraphModule, call: Call, watch: Watch) -> TraceError:
+def _blame(what: str, gm: fx.GraphModule, call: Call, expected: Any, watch: Watch) -> TraceError:
     """Return an error that names the first operation to differ, and its module."""
     args, kwargs = _cloned(call)
     comparing = _Comparing(copy.deepcopy(gm), watch(call))
@@ -231,7 +231,9 @@ def _blame(what: str, gm: fx.GraphModule, call: Call, watch: Watch) -> TraceErro
     bound.apply_defaults()
     seed()
     with torch.no_grad(), suppress(Exception):
-        comparing.run(*bound.arguments.values())
+        if is_same(comparing.run(*bound.arguments.values()), expected):
+            cause = "its operations do, and the code that torch.fx writes for them reads an argument for what it calls"
+            return TraceError(f"{what}: {cause}", "give the arguments other names than Python's `slice` or `getattr`")
     if (node := comparing.first) is None:
         return TraceError(f"{what}; no single operation differs", REMEDY)
     origin: Origin = node.meta["origin"]
