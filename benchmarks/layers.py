@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks.peak import Probes
 from benchmarks.timing import Call, interleave, median_us, ratio
 from fxq import kernels, numerics
-from fxq.ops.linear import qlinear
+from fxq.ops import chain
+from fxq.ops.chain import Chain
 
 SHAPES = (
     (1, 64, 64),
@@ -82,9 +83,11 @@ class Layer:
 
 
 def fxq_call(layer: Layer) -> Callable[[], Tensor]:
-    """The op that lowered models call."""
-    x, (weight, bias, multiplier), op = layer.x, layer.packed(), qlinear._op
-    return lambda: op(x, weight, bias, multiplier, 0, 0, 255)
+    """What lowered models call where a linear stands by itself: a chain of one."""
+    weight, bias, multiplier = layer.packed()
+    alone = Chain((chain.Layer(weight, layer.shape[1], bias, multiplier),), quantize=None, to_float=False)
+    x, program, op = layer.x, chain.encode(alone), chain.qchain._op
+    return lambda: op(x, program)
 
 
 def engine_call(engine: str, layer: Layer) -> Callable[[], Tensor]:

@@ -23,7 +23,14 @@ _LIKE_FIRST = frozenset(
     {"norm", "norm_quantize", "norm_and_quantize", "quantize", "quantize_scaled", "dequantize", "requantize", "lookup"}
 )
 _LINEARS: dict[str, int | None] = {"qlinear": None, "qlinear_act_quantize": None, "qlinears": None}
-_LINEARS |= {"qlinear_float": 4, "qlinear_act": 5, "qlinear_dynamic": 5, "qfeed_forward": 9}
+_LINEARS |= {
+    "qchain": None,
+    "qchain_float": None,
+    "qlinear_float": 4,
+    "qlinear_act": 5,
+    "qlinear_dynamic": 5,
+    "qfeed_forward": 9,
+}
 """Where the addend is, whose rows may be more than those of x."""
 
 

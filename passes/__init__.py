@@ -146,6 +146,7 @@ CONVERT: tuple[Pass, ...] = (
     *LOWER,
     fuse_blocks.PASS,
     fuse_images.PASS,
+    fuse_chains.SINGLE,
 )
 """From a graph that has seen data, or was trained, to integers."""
 
@@ -157,6 +158,7 @@ IMPORT: tuple[Pass, ...] = (
     *LOWER,
     fuse_blocks.PASS,
     fuse_images.PASS,
+    fuse_chains.SINGLE,
 )
 """From the trace of a model that torch has quantized to integers; with fxq's own roundings."""
 

@@ -20,12 +20,12 @@ CHAINS = (qchain, qchain_float)
 
 @pytest.fixture
 def fused(staged):
-    def fuse(model, inputs):
+    def fuse(model, inputs, step=fuse_chains.PASS):
         gm, ctx = staged(model, inputs, "fuse-chains")
         before = copy.deepcopy(gm)
-        run((fuse_chains.PASS,), gm, ctx)
+        run((step,), gm, ctx)
         count = ctx.timings[-1][1]
-        assert fuse_chains.PASS.run(gm, ctx) == 0, "idempotent"
+        assert step.run(gm, ctx) == 0, "idempotent"
         return before, gm, count
 
     return fuse
@@ -74,6 +74,25 @@ def test_one_operation_is_no_run(fused, model_of):
     _, after, count = fused(model, torch.randn(16, 8))
     assert count == 0
     assert not set(CHAINS) & set(targets(after))
+
+
+def test_in_the_end_a_linear_by_itself_is_a_chain_too(fused, model_of):
+    model = model_of(lambda s, x: (s.a(x), s.b(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    x = torch.randn(16, 8)
+    before, after, count = fused(model, x, fuse_chains.SINGLE)
+    assert count == 2
+    assert targets(before) == [quantize, qlinear_float, qlinear_float]
+    assert targets(after) == [quantize, qchain_float, qchain_float]
+    assert all(torch.equal(a, b) for a, b in zip(before(x), after(x), strict=True))
+    assert set(after.state_dict()) == {"a.chain", "b.chain"}, "no second copy of the weights"
+
+
+def test_in_the_end_a_quantize_by_itself_stays_and_so_does_a_linear_that_adds_or_shares(fused, model_of):
+    model = model_of(lambda s, x: s.a(x) + s.a(x * 2) + x, a=nn.Linear(8, 8))
+    _, after, count = fused(model, torch.randn(16, 8), fuse_chains.SINGLE)
+    assert count == 0
+    assert not set(CHAINS) & set(targets(after))
+    assert quantize in targets(after)
 
 
 def test_code_shows_the_layers_and_expand_takes_them_apart():

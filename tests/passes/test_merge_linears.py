@@ -7,9 +7,9 @@ from torch import nn
 import fxq
 from fxq.ops.linear import qlinear
 from fxq.ops.linears import qlinears
-from passes import CONVERT, PREPARE, fuse_blocks, merge_linears
+from passes import CONVERT, PREPARE, fuse_blocks, fuse_chains, merge_linears
 
-ALONE = tuple(step for step in CONVERT if step is not fuse_blocks.PASS)
+ALONE = tuple(step for step in CONVERT if step not in (fuse_blocks.PASS, fuse_chains.SINGLE))
 WITHOUT = (PREPARE, tuple(step for step in ALONE if step is not merge_linears.PASS))
 
 
