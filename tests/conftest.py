@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections import namedtuple
 
@@ -25,9 +26,12 @@ hypothesis.settings.load_profile("fxq")
 
 
 def pytest_sessionstart(session):
-    """One binary for every instruction set, before anything looks for kernels; without a compiler there is none."""
+    """One binary for every instruction set, or that of FXQ_ISA, before anything looks for kernels; without a compiler
+    there is none.
+    """
+    isa = os.environ.get("FXQ_ISA", binary.ALL)
     with contextlib.suppress(kernels.KernelError):
-        binary.find() or kernels.build(binary.cache())
+        binary.find(isa) or kernels.build(binary.cache(), isa)
 
 
 @pytest.fixture(autouse=True, scope="session")

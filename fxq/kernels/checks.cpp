@@ -34,7 +34,7 @@ void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high)
 void expect_entries(const char* op, const char* name, const std::vector<int64_t>& list, size_t count, int64_t least) {
   if (list.size() != count) fail(op, ": ", name, " has ", list.size(), " entries, expected ", count);
   for (const int64_t entry : list)
-    if (entry < least) fail(op, ": ", name, " holds ", entry, ", expected at least ", least);
+    if (entry < least || entry > INT32_MAX) fail(op, ": ", name, " holds ", entry, ", expected ", least, "..2**31 - 1");
 }
 
 bool rounds_twice(const char* op, const std::string& rounding) {

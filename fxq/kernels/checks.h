@@ -38,7 +38,7 @@ template <class... Parts>
 void expect_dtype(const char* op, const char* name, const Tensor& t, int32_t dtype, const char* expected);
 void expect_range(const char* op, int64_t zero_point, int64_t low, int64_t high);
 
-// A list of `count` entries, none below `least`.
+// A list of `count` entries, none below `least` or beyond int32.
 void expect_entries(const char* op, const char* name, const std::vector<int64_t>& list, size_t count, int64_t least);
 
 // Whether `rounding` is TFLite's, in two steps.

@@ -106,6 +106,11 @@ struct Step {
 struct alignas(64) Turn {
   std::atomic<int64_t> taken{0}, done{0};
 };
+// Counts a share as done however it ends: the others would wait for ever for one that threw.
+struct Done {
+  std::atomic<int64_t>& count;
+  ~Done() { count.fetch_add(1, std::memory_order_release); }
+};
 
 class Block {
  public:
@@ -220,8 +225,8 @@ class Block {
       for (const Step& step : steps_)
         for (int64_t phase = 0; phase < step.phases; ++phase, ++turn) {
           for (int64_t share; (share = turn->taken.fetch_add(1, std::memory_order_relaxed)) < threads;) {
+            const Done counted{turn->done};
             step.run(rows, {phase, share, threads});
-            turn->done.fetch_add(1, std::memory_order_release);
           }
           for (int64_t looks = 0; turn->done.load(std::memory_order_acquire) < threads; ++looks)
             if (looks > kLooks) std::this_thread::yield();
@@ -271,7 +276,7 @@ class Block {
     } else {
       value.home = place < slice_bytes_ ? Home::kSlice : Home::kThread;
       value.place = place < slice_bytes_ ? place : place - slice_bytes_;
-      if (place % 64 || value.place + value.bytes() > (place < slice_bytes_ ? slice_bytes_ : own_bytes_))
+      if (place % 64 || value.bytes() > (place < slice_bytes_ ? slice_bytes_ : own_bytes_) - value.place)
         fail(kOp, ": a step writes beyond the block's memory");
     }
     made_.push_back(value);

@@ -42,7 +42,9 @@ int64_t Arguments::number(const char* word) const {
   int64_t value = 0;
   word += negative;
   if (*word < '0' || *word > '9') fail(kImages, ": a word of the program is no number");
-  for (; *word >= '0' && *word <= '9'; ++word) value = 10 * value + (*word - '0');
+  for (; *word >= '0' && *word <= '9'; ++word)
+    if (__builtin_mul_overflow(value, 10, &value) || __builtin_add_overflow(value, *word - '0', &value))
+      fail(kImages, ": the program has a number of more than 64 bits");
   return negative ? -value : value;
 }
 
@@ -87,7 +89,8 @@ Tensor flatten(const Tensor& x, int64_t first, int64_t last) {
   }
   const Contiguous from(x);
   Tensor y = Tensor::empty({sizes, dim}, x.dtype());
-  std::memcpy(y.data<void>(), from.data<void>(), x.numel() * (x.dtype() == aoti_torch_dtype_float32() ? 4 : 1));
+  const int64_t bytes = x.numel() * (x.dtype() == aoti_torch_dtype_float32() ? 4 : 1);
+  if (bytes) std::memcpy(y.data<void>(), from.data<void>(), bytes);
   return y;
 }
 
@@ -121,7 +124,10 @@ std::vector<Tensor> qimages(std::vector<Tensor> values, const std::vector<Tensor
       const Within within(is_result ? nullptr : &arena);
       values.push_back(call->second(words));
     }
-    words.for_each_last([&](int64_t i) { values[i] = Tensor(nullptr); });
+    words.for_each_last([&](int64_t i) {
+      if (i >= int64_t(values.size())) fail(kImages, ": the program gives back value ", i, " of ", values.size());
+      values[i] = Tensor(nullptr);
+    });
   }
   std::vector<Tensor> found;
   for (const int64_t i : results) {

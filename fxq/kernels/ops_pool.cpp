@@ -59,6 +59,7 @@ struct Mean {
 };
 
 Mean mean_to(const char* op, int64_t z_x, int64_t zero_point, int64_t low, int64_t high) {
+  expect_range(op, z_x, 0, 255);
   expect_range(op, zero_point, low, high);
   Mean mean;
   mean.z_x = int32_t(z_x);
@@ -259,9 +260,12 @@ Tensor qmax_pool(const Tensor& t, const Ints& kernel, const Ints& stride, const 
   return y;
 }
 
-float source_step(int64_t size, int64_t out, double scale, bool align_corners) {
+float source_step(const char* op, int64_t size, int64_t out, double scale, bool align_corners) {
   if (align_corners) return out <= 1 ? 0.0f : float(size - 1) / float(out - 1);
-  return scale != 0 ? float(1.0 / scale) : float(size) / float(out);
+  const float step = scale != 0 ? float(1.0 / scale) : float(size) / float(out);
+  if (out && !(step >= 0 && step < float(int64_t(1) << 31)))
+    fail(op, ": a scale is ", std::to_string(scale), ", expected 0 or above 2**-31");
+  return step;
 }
 
 Image upsampled(const char* op, const Tensor& t, const Ints& size, size_t rank) {
@@ -277,17 +281,17 @@ Image upsampled(const char* op, const Tensor& t, const Ints& size, size_t rank) 
 
 Tensor qupsample_nearest(const Tensor& t, const Ints& size, const std::vector<double>& scales) {
   const Image image = upsampled("qupsample_nearest", t, size, scales.size());
+  Tensor y = image.result();
   const ChannelsLast<uint8_t>& x = image.x;
   std::vector<int64_t> source[3] = {{0}, {0}, {0}};
   for (size_t i = 0, at = 3 - size.size(); i < size.size(); ++i, ++at) {
     source[at].clear();
-    const float step = source_step(x.size[at], size[i], scales[i], false);
+    const float step = source_step("qupsample_nearest", x.size[at], size[i], scales[i], false);
     for (int64_t o = 0; o < size[i]; ++o) {
       const float place = float(o) * step;
       source[at].push_back(std::min<int64_t>(int64_t(std::floor(place)), x.size[at] - 1) * x.step[at + 1]);
     }
   }
-  Tensor y = image.result();
   for_each_row(image, y, 1, [&](int64_t b, int64_t d, int64_t h, uint8_t* to) {
     const uint8_t* from = x.data + b * x.step[0] + source[0][d] + source[1][h];
     for (const int64_t pixel : source[2]) to = std::copy_n(from + pixel, x.channels, to);
@@ -325,7 +329,7 @@ Tensor qupsample_bilinear(const Tensor& t, const Ints& size, const std::vector<d
   std::vector<Neighbours<float>> sources[2];
   for (int i = 0; i < 2; ++i) {
     const int64_t last = image.x.size[i + 1] - 1, pixel = image.x.step[i + 2];
-    const float step = source_step(last + 1, size[i], scales[i], align_corners);
+    const float step = source_step("qupsample_bilinear", last + 1, size[i], scales[i], align_corners);
     for (int64_t o = 0; o < size[i]; ++o) {
       const float place = align_corners ? float(o) * step : std::max((float(o) + 0.5f) * step - 0.5f, 0.0f);
       const int64_t first = std::min<int64_t>(int64_t(place), last);
@@ -345,6 +349,7 @@ Tensor qupsample_bilinear_fixed(const Tensor& t, const Ints& size, const Ints& s
   for (int i = 0; i < 2; ++i) {
     const int64_t last = image.x.size[i + 1] - 1, pixel = image.x.step[i + 2];
     int64_t step = steps[i];
+    if (step < 0 || step > INT64_MAX / (2 * size[i] + 1)) fail(op, ": a step of ", step, " for ", size[i], " pixels");
     if (align_corners)
       step = size[i] <= 1 ? 0 : ((last << 33) / (size[i] - 1) + 1) >> 1;
     else if (!step)

@@ -48,6 +48,7 @@ class Arguments {
   }
   template <class T>
   std::vector<T> of(Type<std::vector<T>>, const char* word) const {
+    if (*word != '[') fail("qimages: a word of the program is no list");
     std::vector<T> list;
     for (++word; *word && *word != ']'; word = skip(word), word += *word == ' ') list.push_back(of(Type<T>(), word));
     return list;

@@ -13,6 +13,15 @@ int64_t element_size(int32_t dtype) {
   throw std::runtime_error("fxq: a value between the operations of one call is neither uint8 nor float32");
 }
 
+// So few that every step between them, in bytes, is a number of 64 bits.
+void expect_possible(Shape shape) {
+  constexpr int64_t kMost = int64_t(1) << 48;
+  int64_t elements = 1;
+  for (int64_t i = 0; i < shape.dim; ++i)
+    if (__builtin_mul_overflow(elements, std::max<int64_t>(1, shape.sizes[i]), &elements) || elements > kMost)
+      throw std::runtime_error("fxq: a result of more than 2**48 elements");
+}
+
 // Elements of any strides one after the other.
 void gather(const uint8_t* from, const int64_t* sizes, const int64_t* strides, int64_t dim, int64_t size, uint8_t*& to) {
   if (dim == 0) {
@@ -26,6 +35,7 @@ void gather(const uint8_t* from, const int64_t* sizes, const int64_t* strides, i
 }  // namespace
 
 Tensor Tensor::empty(Shape shape, int32_t dtype) {
+  expect_possible(shape);
   int64_t strides[kMaxDim], step = 1;
   for (int64_t i = shape.dim - 1; i >= 0; --i) {
     strides[i] = step;
@@ -59,6 +69,7 @@ Tensor Tensor::empty(Shape shape, const int64_t* strides, int32_t dtype) {
 }
 
 Tensor Tensor::empty_channels_last(Shape shape, int32_t dtype) {
+  expect_possible(shape);
   int64_t strides[kMaxDim], step = shape.sizes[1];
   for (int64_t i = shape.dim - 1; i >= 2; --i) {
     strides[i] = step;

@@ -15,14 +15,15 @@ struct Window {
 
   Window(const char* op, const std::string& text) : at_(text.c_str()) {
     rank = numbers(kernel, 3);
-    bool good = rank > 0 && least(kernel, rank) >= 1;
-    good = good && entries(" stride ", stride, rank, 1, 1) && entries(" pad ", padding, 2 * rank, 0, INT32_MIN) &&
+    bool good = rank > 0 && least(kernel, rank) >= 1 && *std::max_element(kernel, kernel + rank) <= kMost;
+    good = good && entries(" stride ", stride, rank, 1, 1) && entries(" pad ", padding, 2 * rank, 0, -kMost) &&
            entries(" output pad ", output_padding, rank, 0, 0) && entries(" dilation ", dilation, rank, 1, 1) &&
            entries(" groups ", &groups, 1, 1, 1);
     if (!good || *at_) fail(op, ": window '", text, "', expected one like '3x3 stride 2 pad 1 dilation 1 groups 16'");
   }
 
  private:
+  static constexpr int64_t kMost = 1 << 20;  // a kernel, stride or padding; what is computed of them fits 64 bits
   static int64_t least(const int64_t* values, int64_t count) { return *std::min_element(values, values + count); }
 
   int64_t numbers(int64_t* values, int64_t most) {  // how many, 0 where they are none or too many
@@ -45,7 +46,8 @@ struct Window {
     at_ += length;
     const int64_t found = numbers(values, count);
     if (found == 1) std::fill_n(values, count, values[0]);
-    return (found == 1 || found == count) && least(values, count) >= lowest;
+    return (found == 1 || found == count) && least(values, count) >= lowest &&
+           *std::max_element(values, values + count) <= kMost;
   }
 
   const char* at_;

@@ -35,8 +35,8 @@ class Words {
   }
   bool none() {
     if (at_ == end_ || *at_ != int64_t(Tag::kNone)) return false;
+    if (end_ - at_ < 2) fail(kOp, ": the program is cut off");
     at_ += 2;
-    if (at_ > end_) fail(kOp, ": the program is cut off");
     return true;
   }
   double real() {

@@ -37,7 +37,8 @@ def _portable(name: str) -> Any:
 
     def run(x: Tensor, size: list[int], scales: list[Any], *rest: Any) -> Tensor:
         expect_dtype(name, "x", x, torch.uint8)
-        if x.dim() != 2 + len(size) or len(size) != len(scales) or min(x.shape[2:], default=0) < 1:
+        fits = x.dim() == 2 + len(size) and len(size) == len(scales) and min(x.shape[2:], default=0) >= 1
+        if not (fits and all(scale >= 0 for scale in scales)):
             raise ValueError(f"fxq::{name}: x has shape {list(x.shape)}, size is {size}, scales {scales}")
         return from_numpy(function(x.numpy(), size, scales, *rest))
 

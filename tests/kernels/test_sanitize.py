@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The kernels and the operators under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from fxq.kernels.binary import compiler
 
 
-def test_kernels_are_clean_under_sanitizers(tmp_path):
+def test_kernels_and_operators_are_clean_under_sanitizers(tmp_path):
     command = compiler()
     if command is None:
         pytest.skip("no C++ compiler")

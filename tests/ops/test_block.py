@@ -228,7 +228,7 @@ def test_what_is_damaged_is_refused(on_isa):
     """Any word of the program changed: an error, or other numbers, and never memory that is not the block's."""
     inputs, program, constants, widths = call(*layer(), 1, 4)
     for i in range(len(program)):
-        for value in (-9, 1 << 40, (1 << 63) - 1):
+        for value in (-9, 1 << 40, (1 << 63) - 64, (1 << 63) - 1):
             broken = program.clone()
             broken[i] = value
             try:

@@ -1,5 +1,7 @@
 """qimages: the bits of its operations one by one, on every instruction set; what is damaged is refused."""
 
+import contextlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -134,6 +136,12 @@ def test_last_reads_are_marked():
         ("'3x3 stride 2 pad 1'", "'3x3 stride 2 pad 1"),
         ("[v9 v9 v7.]", "[v9 v9 v7."),
         ("qmax_pool v3", "qmax_pool v3."),
+        ("[1 1]", "1"),
+        ("110 0.5 110", f"{1 << 64} 0.5 110"),
+        ("False", "v99."),
+        ("None 120 0.9", "None 300 0.9"),
+        ("stride 2", f"stride {1 << 40}"),
+        ("[7 9] [0.0 1.5]", f"[{1 << 24} {1 << 24}] [0.0 1.5]"),
         (" 15 ", " 99 "),
         (" 15 ", " 14 "),
     ],
@@ -141,11 +149,22 @@ def test_last_reads_are_marked():
 def test_damaged_programs_are_refused(old, new):
     inputs, constants, program = call(2)
     assert program.count(old)
-    with pytest.raises(RuntimeError, match="fxq::"):
+    with pytest.raises(RuntimeError, match="fxq:"):
         qimages(inputs, constants, program.replace(old, new, 1))
     with pytest.raises(RuntimeError, match="cut off"):
         qimages(inputs, constants, program[:-9])
     assert len(qimages(inputs, constants, program)) == 5, "a call that failed leaves the next one as it is"
+
+
+@pytest.mark.parametrize(
+    "new", ["-9", "9" * 11, "9" * 20, "v99.", "Nv99.", "c0", "[9 9]", "1e-30", "nan", "'9x9 pad 4'"]
+)
+def test_any_damage_is_an_error_or_other_numbers(new):
+    """Any word of the program changed: never memory that is not the call's."""
+    inputs, constants, program = call(1, 5, 6)
+    for word in re.finditer(r"'[^']*'|\[[^]]*]|[^\s[\]]+", program):
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError):
+            qimages(inputs, constants, program[: word.start()] + new + program[word.end() :])
 
 
 def test_a_damaged_program_is_refused_without_a_compiler():

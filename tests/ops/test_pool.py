@@ -124,6 +124,14 @@ def test_bilinear(on_isa, shape, size, align_corners):
             same(on_isa(qupsample_bilinear, own, size, scales, align_corners), expected)
 
 
+@pytest.mark.parametrize("scale", [-9.0, -1e-30, float("nan")])
+def test_scales_that_lead_out_of_the_image_are_refused(on_isa, scale):
+    x = draw(1, 3, 4, 5)
+    for op, *rest in ((qupsample_nearest,), (qupsample_bilinear, False)):
+        with pytest.raises((RuntimeError, ValueError)):
+            on_isa(op, x, [8, 10], [scale, 0.0], *rest)
+
+
 PAIRS = [
     ((2, 70, 5, 6), (2, 70, 1, 1)),
     ((2, 3, 5, 6), (2, 3, 5, 6)),
