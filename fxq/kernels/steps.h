@@ -1,4 +1,4 @@
-// What operators of one product and the operator of many (ops_block.cpp) have in common: the work, on operands checked.
+// What operators of one product and the operator of many (block.cpp) have in common: the work, on operands checked.
 #pragma once
 #include <optional>
 

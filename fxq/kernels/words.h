@@ -1,4 +1,4 @@
-// The text of a block's program, as fxq/ops/block.py writes it: words of 64 bits; a part of ops_block.cpp.
+// The text of a block's program, as fxq/ops/block.py writes it: words of 64 bits; a part of block.cpp.
 #pragma once
 #include <cstring>
 #include <iterator>
