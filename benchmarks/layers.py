@@ -5,7 +5,7 @@
 x: uint8 [M, K]; w: int8 [N, K], a scale per row; every contestant packs its weight ahead of time. Before it is timed,
 its output is held against exact arithmetic: one that is off by more than a single step takes no part. Operators are
 called by `_op`, the function of C++ that torch's wrapper in Python, `OpOverload.__call__`, calls: so do the models that
-fxq returns (fxq/direct.py), and `F.linear` has no such wrapper either.
+fxq returns (fxq/codegen.py), and `F.linear` has no such wrapper either.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as hooks
 
+from fxq.codegen import Source
 from fxq.decisions import Report
-from fxq.direct import Source
 from fxq.encoding import decode, encode
 from fxq.expansion import summary
 from fxq.gradients import asking, refuse_gradients, refuse_tangents
@@ -72,7 +72,7 @@ class QuantizedModule(GraphModule):
     def recompile(self) -> PythonCode:
         """As fx does it, but what runs has a shorter way to operations and constants: of a small model, half the time.
 
-        How they are reached and called stands in `fxq.direct`; `code` shows them as fx does.
+        How they are reached and called stands in `fxq.codegen`; `code` shows them as fx does.
         """
         code = super().recompile()
         plain, direct = (Source(self, direct=direct) for direct in (False, True))

@@ -52,7 +52,8 @@ LAYERS = [
     {"fxq.nn"},
     {"fxq.engine", "fxq.torch_quantized"},
     {
-        "fxq.direct",
+        "fxq.codegen",
+        "fxq.in_place",
         "fxq.attention_by_hand",
         "fxq.shapes",
         "fxq.expansion",

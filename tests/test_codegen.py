@@ -1,4 +1,4 @@
-"""fxq.direct: calls written shorter, in the memory of operands that nobody else reads; never another number."""
+"""fxq.codegen: calls written shorter, in the memory of operands that nobody else reads; never another number."""
 
 import pickle
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxq
-from fxq.direct import Source
+from fxq.codegen import Source
 from fxq.errors import InputError
 from fxq.graph import Value
 
@@ -230,5 +230,5 @@ def test_out_of_a_file_and_a_pickle(model_of, tmp_path):
 
 def test_a_failure_names_the_operation(model_of):
     qmodel = of(model_of(lambda self, x, y: torch.relu(x + 1) @ y), X, Y.t().contiguous())
-    with pytest.raises(InputError, match=r"test_direct.py:\d+ \(%matmul\): input 'y' has dtype torch.int32"):
+    with pytest.raises(InputError, match=r"test_codegen.py:\d+ \(%matmul\): input 'y' has dtype torch.int32"):
         qmodel(X, torch.ones(6, 4, dtype=torch.int32))
