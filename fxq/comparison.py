@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxq.errors import InputError
-from fxq.graph import Interpreter, bind, is_call, line_of, module_of, mutations, target_name, unchanged
+from fxq.graph import Interpreter, bind, is_call, line_of, module_of, mutations, place_of, target_name, unchanged
 from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
@@ -69,6 +69,7 @@ class Spread:
 
 
 BINS = 64
+ANOTHER_MODEL = "compare it with the model that it was quantized from, on inputs which that takes"
 FLOAT_ROUNDING = 100.0
 """dB. What is above rounds no integers: float32 alone, as a norm does; it has no place in a picture of noise."""
 EQUAL = 0.1
@@ -294,10 +295,10 @@ def compare_runs(runs: Runs) -> Comparison:
         truth = expected.get(source if source in expected else _float_of(node, by_module))
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
-        alone, accumulated = (
-            sqnr(truth, runs.real(node, value))
-            for value in (_alone(node, expected, actual, qparams, factors), actual[node])
-        )
+        reached = runs.real(node, actual[node])
+        _check_shapes(place_of(node), [truth], [reached])
+        alone = sqnr(truth, runs.real(node, _alone(node, expected, actual, qparams, factors)))
+        accumulated = sqnr(truth, reached)
         place = module_of(node) or line_of(node)
         spread = None
         if node in qparams and isinstance(actual[node], Tensor) and actual[node].numel():
@@ -305,7 +306,16 @@ def compare_runs(runs: Runs) -> Comparison:
         layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
     first, second = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (runs.reference, runs.quantized))
     result = dequantized(actual[second], output_qparams(runs.quantized.graph))
+    _check_shapes("the output", list(tensors(expected[first.name])), list(tensors(result)))
     return Comparison(layers, output_sqnr(expected[first.name], result))
+
+
+def _check_shapes(where: str, truth: list[Tensor], reached: list[Tensor]) -> None:
+    """Raise `InputError` where the two models are not of one architecture."""
+    if [x.shape for x in truth] != [y.shape for y in reached]:
+        shapes = (", ".join(str(list(x.shape)) for x in values) for values in (truth, reached))
+        what = "{} in the float model and {} in the quantized one".format(*shapes)
+        raise InputError(f"{where} has the shape {what}; {ANOTHER_MODEL}")
 
 
 def _products_by_module(reference: GraphModule) -> dict[tuple[str, str], str]:

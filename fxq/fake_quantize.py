@@ -101,7 +101,8 @@ class FakeQuantize(MovingAverage):
 
         What autocast has made narrower is widened first; raises `InputError` for another dtype.
         """
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu"):
+            x = x.float()
         _expect_float32(self.where, x)
         if (self.learning or self.training) and x.numel():
             extremes = self.extremes(x)

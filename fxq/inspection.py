@@ -19,16 +19,16 @@ from fxq import pipeline, tracing
 from fxq.api import Examples, quantize
 from fxq.calls import PerCall
 from fxq.checks import check_model
-from fxq.comparison import Comparison, Runs, compare_runs
+from fxq.comparison import ANOTHER_MODEL, Comparison, Runs, compare_runs
 from fxq.costs import Costs
 from fxq.decisions import Reason, Report
 from fxq.effects import effects_of
 from fxq.encoding import encode
-from fxq.errors import FileError, GoldenError, InputError
+from fxq.errors import FileError, FxqError, GoldenError, InputError
 from fxq.expansion import expand
 from fxq.golden_model import GoldenModel
 from fxq.golden_program import build
-from fxq.graph import Interpreter, bind, mutations, place_of, target_name
+from fxq.graph import Interpreter, NodeError, bind, mutations, place_of, propagate, target_name
 from fxq.inputs import Call, as_call
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure
@@ -82,7 +82,15 @@ def compare(
         gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
         ctx = Context(Recipe(), (), exact.clone())
         pipeline.begin(gm, ctx)
-        return Runs.of(pipeline.run(same_numbers, gm, ctx), expand(made), exact, reached, made.report.equalized)
+        integers, own = expand(made), reached.clone()
+        try:
+            propagate(integers, own.args, own.kwargs)
+        except NodeError as failure:
+            if isinstance(failure.__cause__, FxqError):
+                raise failure.__cause__ from None
+            what = f"{place_of(failure.node)} of the quantized model fails where the float model does not"
+            raise InputError(f"fxq.compare: {what}: {failure.__cause__}; {ANOTHER_MODEL}") from failure.__cause__
+        return Runs.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
 
     runs = runs_of(model, qmodel, call, call)
     result = compare_runs(runs)

@@ -314,3 +314,27 @@ def test_an_expanded_model_knows_what_a_call_modifies(model_of):
     assert qmodel.calls == 0
     expanded(x)
     assert qmodel.calls == 1
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+def test_another_model_is_told_by_its_shapes(recipe):
+    def of(*widths):
+        return nn.Sequential(nn.Linear(*widths[:2]), nn.ReLU(), nn.Linear(*widths[1:])).eval()
+
+    x = torch.randn(8, 16)
+    recipe = fxq.Recipe(recipe, judge_costs=False)
+    qmodel = fxq.quantize(of(16, 32, 8), x, recipe=recipe, progress=False)
+    both = r"has the shape \[8, {}\] in the float model and \[8, {}\] in the quantized one; compare it with the model"
+    for other, place, shapes in (((16, 24, 8), r"0 \(%.*\)", (24, 32)), ((16, 32, 10), r"2 \(%.*\)", (10, 8))):
+        with pytest.raises(fxq.InputError, match=rf"^{place} {both.format(*shapes)}"):
+            fxq.compare(of(*other), qmodel, x)
+    with pytest.raises(fxq.InputError, match=r"0 \(%.*\) of the quantized model fails.*\[8, 12\].*; compare it with"):
+        fxq.compare(of(12, 32, 8), qmodel, torch.randn(8, 12))
+
+
+def test_another_output_is_told_by_its_shape():
+    x = torch.randn(8, 16)
+    float_last = fxq.Recipe(modules={"1": fxq.FLOAT})
+    qmodel = fxq.quantize(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8)).eval(), x, recipe=float_last)
+    with pytest.raises(fxq.InputError, match=r"^the output has the shape \[8, 4\] in the float model and \[8, 8\] in"):
+        fxq.compare(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)).eval(), qmodel, x)

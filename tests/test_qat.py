@@ -492,6 +492,15 @@ class TestTraining:
                 qat(inputs)
         qat.float()(x)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_narrow_inputs_are_for_autocast(self, dtype):
+        x = torch.randn(32, 8)
+        qat = fxq.prepare_qat(classifier(), x)
+        with pytest.raises(fxq.InputError, match=rf"^the input .* is {dtype}: .*float\(\).*torch.autocast"):
+            qat(x.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            qat(x.to(dtype))
+
     # torch's own: of how a graph is resumed after a break, and of how it guards it
     @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
