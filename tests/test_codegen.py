@@ -188,7 +188,9 @@ def test_constants_that_python_text_does_not_give_back():
     assert (part, table, empty) == (slice(None, -1), {"a": (1,)}, ())
 
 
-@pytest.mark.parametrize("place", [lambda x: [x], lambda x: {"x": (x,)}, lambda x: [None, 2, x]], ids=str)
+@pytest.mark.parametrize(
+    "place", [lambda x: [x], lambda x: {"x": (x,)}, lambda x: [None, 2, x]], ids=["list", "dict", "last"]
+)
 def test_gradients_of_what_a_container_holds(place, model_of):
     """Past the integers there is a way to the input, whose gradient alone would be wrong."""
     linear = nn.Linear(6, 6)
