@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxq.expansion import Link
-from fxq.graph import SHARED, common_module, constant, erase_unread, get_attr, line_of, replace, set_constant
+from fxq.graph import SHARED, common_module, constant, get_attr, line_of, replace, set_constant
 from fxq.ops import chain
 from fxq.ops.linear import qlinear, qlinear_float
 from fxq.pipeline import Context, Numbers
@@ -48,7 +48,6 @@ class FuseChains:
                 if len(links) >= self.least and _is_link(links[-1]):
                     _fuse(gm, links)
                     count += 1
-        erase_unread(gm)
         return count
 
 
