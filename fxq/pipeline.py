@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fxq import dump
 from fxq.decisions import Report
-from fxq.errors import VerifyError
+from fxq.errors import GuardError, VerifyError
 from fxq.family import Family
 from fxq.graph import NodeError, drop_unread, find_state, is_known, place_of, propagate, unchanged
 from fxq.inputs import Call
@@ -162,12 +162,14 @@ def verify_values(gm: GraphModule, ctx: Context, when: str) -> None:
 
 @contextlib.contextmanager
 def _named(gm: GraphModule, when: str) -> Iterator[None]:
-    """Raise `VerifyError` for what a node of `gm` raises: its module, and the line of the user's code."""
+    """Raise `VerifyError` for what a node of `gm` raises, with its module and the user's line; a guard's as it is."""
     try:
         yield
     except NodeError as failure:
         cause, node = failure.__cause__, failure.node
         assert cause is not None
+        if isinstance(cause, GuardError):  # it names the user's line itself
+            raise cause from None
         what = f"{when}: {place_of(node)} raises {type(cause).__name__} in {line_of(cause)}: {cause}"
         raise VerifyError(f"{what}\n{dump.neighbourhood(gm, node)}".rstrip()) from cause
 
