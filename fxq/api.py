@@ -316,9 +316,11 @@ def _refuse(report: Report, strict: bool) -> None:
 
 def _judge(prepared: GraphModule, result: QuantizedModule, examples: Call, limit: float, action: str) -> None:
     """Compare on the examples; the prepared graph computes what the float model does."""
-    with torch.no_grad(), unchanged(prepared), unchanged(result), paused(prepared):
-        a, b = examples.clone(), examples.clone()
-        expected, actual = prepared(*a.args, **a.kwargs), result.dequantize(result(*b.args, **b.kwargs))
+    a, b = examples.clone(), examples.clone()
+    with torch.no_grad(), unchanged(prepared), paused(prepared):
+        expected = prepared(*a.args, **a.kwargs)
+    with torch.no_grad(), unchanged(result):  # it draws the same random numbers
+        actual = result.dequantize(result(*b.args, **b.kwargs))
     if pytree.tree_structure(expected) != pytree.tree_structure(actual):
         raise QuantizationError("the quantized model returns another structure than the float model")
     result.report.sqnr = output_sqnr(expected, actual)

@@ -27,8 +27,10 @@ from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
 from fxq.qtypes import ACT_QMAX, ACT_QMIN
+from fxq.randomness import States, same_states, states
 from fxq.spelling import CONVS, GETITEM, LINEAR, RELU
 from fxq.stages import is_integer_op
+from fxq.tracing import structure
 from fxq.tracing.values import tensors
 
 _PRODUCTS = CONVS | {LINEAR}
@@ -213,18 +215,25 @@ def _shortened(path: str) -> str:
 
 
 class _Values(Interpreter):
-    """Runs a graph and keeps every value; of those in memory that the graph modifies later, a copy."""
+    """Runs a graph and keeps every value; of those in memory that the graph modifies later, a copy.
+
+    drawn: for the nodes that draw random numbers, where the generators were before.
+    """
 
     def __init__(self, gm: GraphModule, call: Call) -> None:
         super().__init__(gm, garbage_collect_values=False)
         probe, own = call.clone(), call.clone()
         self.modified = {node for nodes in mutations(gm, probe.args, probe.kwargs).values() for node in nodes}
         self.values: dict[Node, Any] = {}
+        self.drawn: dict[Node, States] = {}
         with torch.no_grad(), unchanged(gm):
             self.run(*bind(gm, own.args, own.kwargs))
 
     def run_node(self, n: Node) -> Any:
+        before = states()
         result = super().run_node(n)
+        if not same_states(before, states()):
+            self.drawn[n] = before
         self.values[n] = pytree.tree_map_only(Tensor, Tensor.clone, result) if n in self.modified else result
         return result
 
@@ -234,7 +243,7 @@ class Runs:
     """One call of a float graph and of the integer graph made of it.
 
     expected: the float values, by node name. actual: those of the integer graph. qparams, factors: what its integers
-    stand for.
+    stand for. drawn: where the generators were before each float node that draws random numbers, by its name.
     """
 
     reference: GraphModule
@@ -243,6 +252,7 @@ class Runs:
     actual: Mapping[Node, Any]
     qparams: Mapping[Node, tuple[float, int]]
     factors: Mapping[Node, Tensor | None]
+    drawn: Mapping[str, States]
 
     @classmethod
     def of(
@@ -254,11 +264,13 @@ class Runs:
         equalized: Mapping[str, tuple[int, list[float]]] | None = None,
     ) -> Runs:
         """See `compare_graphs`."""
-        expected = {node.name: value for node, value in _Values(reference, call).values.items()}
+        exact = _Values(reference, call)
+        expected = {node.name: value for node, value in exact.values.items()}
+        drawn = {node.name: before for node, before in exact.drawn.items()}
         actual = _Values(quantized, call if reached is None else reached).values
         qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
         factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
-        return cls(reference, quantized, expected, actual, qparams, factors)
+        return cls(reference, quantized, expected, actual, qparams, factors, drawn)
 
     def real(self, node: Node, value: Any) -> Any:
         """What `value`, which `node` of the integer graph gives, stands for."""
@@ -306,6 +318,9 @@ def compare_runs(runs: Runs) -> Comparison:
         layers.append(Layer(place, target_name(node.target), node.name, alone, accumulated, spread))
     first, second = (next(n for n in gm.graph.nodes if n.op == "output") for gm in (runs.reference, runs.quantized))
     result = dequantized(actual[second], output_qparams(runs.quantized.graph))
+    made, wanted = structure(result), structure(expected[first.name])
+    if made != wanted:
+        raise InputError(f"the output is {wanted} in the float model and {made} in the quantized one; {ANOTHER_MODEL}")
     _check_shapes("the output", list(tensors(expected[first.name])), list(tensors(result)))
     return Comparison(layers, output_sqnr(expected[first.name], result))
 

@@ -3,7 +3,8 @@
     v(n) = f_n(v(operands of n)) + e(n)        f_n: in float;  e(n): the own noise of n, as it was in the quantized run
 
 With every e(n) these are the values of the quantized run. Without those of a module, and with all others held, the
-output shows what that module costs. A rounding that only prepares what an operation reads is that operation's own.
+output shows what that module costs. A rounding that only prepares what an operation reads is that operation's own. What
+draws random numbers draws those of the float run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxq.comparison import Runs, output_sqnr
 from fxq.graph import Interpreter, module_of, unchanged
 from fxq.ops.norm import norm_quantize
+from fxq.randomness import set_states
 
 
 class Effects:
@@ -84,6 +86,8 @@ class Effects:
             exact = self.runs.expected[node.name]
             env[node] = exact if node.op == "get_attr" else pytree.tree_map_only(Tensor, Tensor.clone, exact)
         for step in steps:
+            if step.name in self.runs.drawn:
+                set_states(self.runs.drawn[step.name])
             env[step] = self.interpreter.run_node(step)
         return env.get(target, self.runs.expected[target.name])
 

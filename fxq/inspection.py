@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -76,6 +77,10 @@ def compare(
         raise InputError(f"fxq.compare takes what fxq.quantize returns, not a {type(qmodel).__name__}")
     schemes = {qmodel.report.recipe, *(decision.scheme for decision in qmodel.report.decisions)}
     check_model(model, call, narrow="w8a16" in schemes)
+    shapes = [list(tensor.shape) for _, tensor in call.tensors()]
+    if shapes and all(0 in shape for shape in shapes):
+        given = ", ".join(map(str, shapes))
+        raise InputError(f"fxq.compare: the inputs hold no numbers to compare (shape {given}); give a batch of some")
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
 
     def runs_of(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Runs:
@@ -89,7 +94,12 @@ def compare(
             if isinstance(failure.__cause__, FxqError):
                 raise failure.__cause__ from None
             what = f"{place_of(failure.node)} of the quantized model fails where the float model does not"
-            raise InputError(f"fxq.compare: {what}: {failure.__cause__}; {ANOTHER_MODEL}") from failure.__cause__
+            why = str(failure.__cause__).partition("\n")[0]  # torch goes on to print tensors
+            raise InputError(f"fxq.compare: {what}: {why}; {ANOTHER_MODEL}") from failure.__cause__
+        except TypeError as error:
+            name, known = type(float_model).__name__, ", ".join(inspect.signature(made.forward).parameters)
+            what = f"the inputs fit {name}, and not the quantized model, whose arguments are ({known})"
+            raise InputError(f"fxq.compare: {what}: {error}; {ANOTHER_MODEL}") from error
         return Runs.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
 
     runs = runs_of(model, qmodel, call, call)

@@ -15,6 +15,26 @@ _GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], None]], ...] = (
     (random.getstate, random.setstate),
 )
 """The global generators, on the CPU, of torch, NumPy and Python: how each state is read, and set."""
+States = list[Any]
+"""Of each of them."""
+
+
+def states() -> States:
+    """Where all of them are."""
+    return [read() for read, _ in _GENERATORS]
+
+
+def same_states(before: States, after: States) -> bool:
+    """Whether nothing has been drawn between the two."""
+    (torch_before, numpy_before, python_before), (torch_after, numpy_after, python_after) = before, after
+    same = torch.equal(torch_before, torch_after) and python_before == python_after
+    return same and all(map(np.array_equal, numpy_before, numpy_after))
+
+
+def set_states(wanted: States) -> None:
+    """Let them draw what they have drawn from there."""
+    for (_, write), state in zip(_GENERATORS, wanted, strict=True):
+        write(state)
 
 
 class Randomness:
@@ -25,7 +45,7 @@ class Randomness:
     """
 
     def __init__(self) -> None:
-        self._other: list[Any] | None = None
+        self._other: States | None = None
 
     def __enter__(self) -> None:
         self._swap()
@@ -34,9 +54,8 @@ class Randomness:
         self._swap()
 
     def _swap(self) -> None:
-        now = [read() for read, _ in _GENERATORS]
-        for (_, write), state in zip(_GENERATORS, self._other or now, strict=True):
-            write(state)
+        now = states()
+        set_states(self._other or now)
         self._other = now
 
 

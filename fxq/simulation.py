@@ -28,7 +28,7 @@ from fxq.observers import Observer, Rows, WeightObserver
 from fxq.pipeline import Context
 from fxq.qdq import dequantize, dequantize_weight, fake_quantize_rows, integers_of, quantize
 from fxq.qtypes import QParams
-from fxq.randomness import Randomness, seed
+from fxq.randomness import Randomness, seed, set_states, states
 from fxq.recipe import Recipe
 from fxq.sampling import Sample, sample_of
 from fxq.spelling import CONV_TRANSPOSE, CONVS, LINEAR
@@ -153,7 +153,9 @@ class Simulation:
         runs = [*self.exact, *self.before, *self.rounded]
         with self.ctx.bar(what, len(nodes)) as bar, _reproducible():
             for node in self.gm.graph.nodes:  # those that a pass puts ahead are run as well
-                for run in runs:
+                before = states()
+                for run in runs:  # all with the same random numbers
+                    set_states(before)
                     run.step(node)
                 if node in nodes:
                     yield node

@@ -338,3 +338,40 @@ def test_another_output_is_told_by_its_shape():
     qmodel = fxq.quantize(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8)).eval(), x, recipe=float_last)
     with pytest.raises(fxq.InputError, match=r"^the output has the shape \[8, 4\] in the float model and \[8, 8\] in"):
         fxq.compare(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)).eval(), qmodel, x)
+
+
+def test_a_model_with_other_arguments_is_told_by_them(model_of):
+    x = torch.randn(8, 16)
+    one = model_of(lambda self, x: self.a(x), a=nn.Linear(16, 8))
+    two = model_of(lambda self, x, y: self.a(x + y), a=nn.Linear(16, 8))
+    name, asked = (
+        type(one).__name__,
+        r"{}, and not the quantized model, whose arguments are \({}\): .*; compare it with",
+    )
+    for model, made, given, arguments in ((one, two, x, "x, y"), (two, one, (x, x), "x")):
+        qmodel = fxq.quantize(made, (x, x) if made is two else x, progress=False)
+        with pytest.raises(fxq.InputError, match=rf"^fxq.compare: the inputs fit {asked.format(name, arguments)}"):
+            fxq.compare(model, qmodel, given)
+
+
+def test_another_kind_of_input_is_told_in_a_line(model_of):
+    x = torch.randn(8, 16)
+    qmodel = fxq.quantize(nn.Sequential(nn.Linear(16, 8)).eval(), x, progress=False)
+    with pytest.raises(fxq.InputError, match=r"^fxq.compare: .* found type 'dict'.; compare it with the model"):
+        fxq.compare(model_of(lambda self, x: self.a(x["a"]), a=nn.Linear(16, 8)), qmodel, ({"a": x},))
+
+
+def test_another_structure_of_outputs_is_told(model_of):
+    x = torch.randn(8, 16)
+    qmodel = fxq.quantize(model_of(lambda self, x: {"a": self.a(x)}, a=nn.Linear(16, 8)), x, progress=False)
+    plain = model_of(lambda self, x: self.a(x), a=nn.Linear(16, 8))
+    with pytest.raises(fxq.InputError, match=r"^the output is \* in the float model and \{'a': \*\} in the quantized"):
+        fxq.compare(plain, qmodel, x)
+
+
+def test_inputs_without_numbers_are_refused(model):
+    qmodel = fxq.quantize(model, torch.randn(8, 16), progress=False)
+    with pytest.raises(
+        fxq.InputError, match=r"the inputs hold no numbers to compare \(shape \[0, 16\]\); give a batch"
+    ):
+        fxq.compare(model, qmodel, torch.randn(0, 16))

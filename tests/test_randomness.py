@@ -10,6 +10,7 @@ from torch import nn
 
 import fxq
 from fxq.randomness import Randomness
+from fxq.simulation import Simulation
 
 
 class Draws(nn.Module):
@@ -88,3 +89,49 @@ def test_draws_apart_go_on():
             drawn.append(torch.rand(2))
         torch.rand(3)
     assert torch.equal(torch.cat(drawn), expected)
+
+
+class Drops(nn.Module):
+    """Without its own noise the first layer costs the output nothing; with other drops, everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.last(F.dropout(torch.relu(self.first(x)), 0.5, training=True))
+
+
+def test_the_float_and_the_integer_model_are_judged_by_the_same_random_numbers():
+    model, x = Drops().eval(), torch.randn(64, 32)
+    qmodel = fxq.quantize(model, x, on_low_sqnr="error", progress=False)
+    assert qmodel.report.sqnr > 30
+    assert qmodel.report.sqnr == fxq.compare(model, qmodel, x).output
+
+
+def test_products_are_fitted_by_the_same_random_numbers():
+    prepared = fxq.calibrate(fxq.prepare(Drops().eval(), x := torch.randn(64, 32)), [x], progress=False)
+    simulation = Simulation(prepared, prepared.meta["fxq"])
+    for _ in simulation.stops(set(), "simulating"):
+        pass
+    assert simulation.reached > 30
+
+
+def test_effects_are_those_with_the_same_random_numbers():
+    model, x = Drops().eval(), torch.randn(64, 32)
+    recipe = fxq.Recipe(balance=False, judge_costs=False)
+    qmodel = fxq.quantize(model, x, recipe=recipe, progress=False)
+    found = fxq.compare(model, qmodel, x, calibration_data=[x], recipe=recipe, seconds=0, progress=False)
+    assert {suspect.module for suspect in found.suspects} == {"first", "last"}
+    assert all(suspect.without > found.output for suspect in found.suspects)
+
+
+def test_a_guard_on_what_is_drawn_is_told_as_it_is(model_of):
+    def forward(self, x):
+        rows = self.a(x)[torch.nonzero(torch.rand(16) > 0.5)[:, 0]]
+        return sum(self.b(row) for row in rows.unbind(0))
+
+    model = model_of(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    torch.manual_seed(100)
+    with pytest.raises(fxq.GuardError, match=r"^test_randomness.py:\d+ decided that `len\(unbind\)` is \d+ on the"):
+        fxq.quantize(model, torch.randn(16, 8))
