@@ -34,10 +34,26 @@ def test_the_graph_computes_what_the_model_does(name, model_of):
     fxq.quantize(model, (X, Y), progress=False)
 
 
-def test_what_cannot_be_written_names_the_cause(model_of):
-    model = model_of(lambda self, x, slice: self.l(x)[:, 1:] - slice, l=nn.Linear(6, 6))
-    with pytest.raises(fxq.TraceError, match=r"reads an argument for what it calls; give the arguments other names"):
-        fxq.quantize(model, (X, Y[:, 1:]), progress=False)
+MISTAKEN = {
+    "slice": (lambda self, x, slice: self.l(x)[:, 1:] - slice, Y[:, 1:]),
+    "device": (lambda self, x, device: {"y": self.l(x) + torch.ones(6, device=device)}, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_what_cannot_be_written_names_the_argument(name, model_of):
+    forward, y = MISTAKEN[name]
+    told = rf"its operations do, but its code, where it calls `{name}`, reads the argument of that name; give the arg"
+    with pytest.raises(fxq.TraceError, match=told):
+        fxq.quantize(model_of(forward, l=nn.Linear(6, 6)), (X, y), progress=False)
+
+
+@pytest.mark.parametrize("name", ["torch", "inf", "nan"])
+@pytest.mark.parametrize("quantize", [fxq.quantize, fxq.prepare_qat])
+def test_what_every_graph_may_call_is_no_name_for_an_argument(name, quantize, model_of):
+    forward = eval(f"lambda self, {name}: self.l({name})")
+    with pytest.raises(fxq.TraceError, match=rf"^argument `{name}` has the name of .*; give it another name"):
+        quantize(model_of(forward, l=nn.Linear(6, 6)), X)
 
 
 def test_a_word_of_pythons_inside_a_leaf(model_of):

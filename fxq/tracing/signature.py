@@ -20,6 +20,8 @@ from fxq.tracing.symbols import Source
 
 _ABSENT = inspect.Parameter.empty
 _FIXED = (bool, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
+_MEANT = ("torch", "inf", "nan")
+"""What torch.fx writes as it is into a graph's code, which any pass may come to need."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 def check(arguments: list[Argument]) -> None:
     """Raise `TraceError` for what a graph cannot take apart, before a call could change it."""
     for argument in arguments:
+        if argument.name in _MEANT:
+            raise TraceError(
+                f"argument `{argument.name}` has the name of what a graph's code means by it", "give it another name"
+            )
         if argument.given:
             _check(argument.value, argument.name)
 

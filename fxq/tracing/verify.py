@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -223,6 +225,13 @@ class _Comparing(fx.Interpreter):
         return result
 
 
+def _mistaken(gm: fx.GraphModule) -> str:
+    """The arguments that the graph's code reads for what torch.fx means by their names: Python's `slice`, `device`."""
+    read = Counter(name.id for name in ast.walk(ast.parse(gm.code)) if isinstance(name, ast.Name))
+    renamed = [str(node.target) for node in gm.graph.find_nodes(op="placeholder") if node.name != node.target]
+    return ", ".join(f"`{name}`" for name in renamed if read[name] > 1)  # once where the argument gets its other name
+
+
 def _blame(what: str, gm: fx.GraphModule, call: Call, expected: Any, watch: Watch) -> TraceError:
     """Return an error that names the first operation to differ, and its module."""
     args, kwargs = _cloned(call)
@@ -231,9 +240,10 @@ def _blame(what: str, gm: fx.GraphModule, call: Call, expected: Any, watch: Watc
     bound.apply_defaults()
     seed()
     with torch.no_grad(), suppress(Exception):
-        if is_same(comparing.run(*bound.arguments.values()), expected):
-            cause = "its operations do, and the code that torch.fx writes for them reads an argument for what it calls"
-            return TraceError(f"{what}: {cause}", "give the arguments other names than Python's `slice` or `getattr`")
+        comparing.run(*bound.arguments.values())
+        if comparing.first is None and (names := _mistaken(gm)):
+            cause = f"its operations do, but its code, where it calls {names}, reads the argument of that name"
+            return TraceError(f"{what}: {cause}", "give the argument another name", final=True)
     if (node := comparing.first) is None:
         return TraceError(f"{what}; no single operation differs", REMEDY)
     origin: Origin = node.meta["origin"]
