@@ -134,5 +134,5 @@ struct SoftmaxSteps {  // i = min(rne((top - x) * 255 / (9 ln 2)), 255) of a row
   }
 };
 static void softmax_steps(const float* x, float top, uint8_t* steps, int64_t count) {
-  bytes_of(count, steps, SoftmaxSteps{x, top});
+  bytes_of(count, Narrow(), SoftmaxSteps{x, top}, steps);
 }

@@ -77,19 +77,13 @@ static inline void for_each_vector(int64_t count, const Step& step) {
   if (i < count) step(i, count - i);
 }
 
-// q[i] = value(i), an int32 of 0..255: four vectors at a time, as their bytes are stored together.
-template <class Value>
-static inline void bytes_of(int64_t count, uint8_t* q, const Value& value) {
+// q[i] = bytes(value(i)), four vectors at a time, as their bytes are stored together.
+template <class Value, class InBytes>
+static inline void bytes_of(int64_t count, const InBytes& bytes, const Value& value, uint8_t* q) {
   int64_t i = 0;
   for (; i + 4 * W <= count; i += 4 * W)
-    store(q + i, narrow_four(value(i, W), value(i + W, W), value(i + 2 * W, W), value(i + 3 * W, W)));
-  for (; i < count; i += W) store_some(q + i, narrow(value(i, count - i)), count - i);
-}
-
-// q[i] = round(steps(i)).
-template <class Steps>
-static inline void round_all(int64_t count, const Rounding& round, const Steps& steps, uint8_t* q) {
-  bytes_of(count, q, [&](int64_t i, int64_t valid) { return round.lanes(steps(i, valid)); });
+    store(q + i, bytes(value(i, W), value(i + W, W), value(i + 2 * W, W), value(i + 3 * W, W)));
+  for (; i < count; i += W) store_some(q + i, bytes(value(i, count - i)), count - i);
 }
 
 struct Scaled {
@@ -98,7 +92,7 @@ struct Scaled {
   inline F operator()(int64_t i, int64_t count) const { return load_some<F>(x + i, count) * inverse; }
 };
 static void quantize(const float* x, uint8_t* q, int64_t count, float inverse, int32_t zero_point) {
-  round_all(count, Rounding(zero_point, 0, 255), Scaled{x, inverse}, q);
+  bytes_of(count, Rounding(zero_point, 0, 255), Scaled{x, inverse}, q);
 }
 
 struct ScaledTwice {
@@ -110,7 +104,7 @@ struct ScaledTwice {
 };
 static void quantize_scaled(const float* x, const float* factor, uint8_t* q, int64_t count, float inverse,
                             int32_t zero_point) {
-  round_all(count, Rounding(zero_point, 0, 255), ScaledTwice{x, factor, inverse}, q);
+  bytes_of(count, Rounding(zero_point, 0, 255), ScaledTwice{x, factor, inverse}, q);
 }
 
 struct Dequantize {
@@ -121,7 +115,7 @@ struct Dequantize {
 static void dequantize(Term x, float* y, int64_t count) { for_each_vector(count, Dequantize{Affine(x), y}); }
 
 static void requantize(Term x, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  round_all(count, Rounding(zero_point, low, high), Affine(x), y);
+  bytes_of(count, Rounding(zero_point, low, high), Affine(x), y);
 }
 
 struct AddTerms {
@@ -129,5 +123,5 @@ struct AddTerms {
   inline F operator()(int64_t i, int64_t count) const { return a(i, count) + b(i, count); }
 };
 static void add(Term a, Term b, uint8_t* y, int64_t count, int32_t zero_point, int32_t low, int32_t high) {
-  round_all(count, Rounding(zero_point, low, high), AddTerms{Affine(a), Affine(b)}, y);
+  bytes_of(count, Rounding(zero_point, low, high), AddTerms{Affine(a), Affine(b)}, y);
 }

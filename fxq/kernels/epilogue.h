@@ -107,7 +107,7 @@ static void finish_values(const Gemm& g, int64_t row, int64_t rows, int64_t chan
     if (g.output == Output::kFloat || g.output == Output::kActivation)
       copy(static_cast<float*>(g.y) + i, x, valid * sizeof(float));
     else if (g.output == Output::kUint8)
-      round_all(valid, Rounding(g.zero_point, g.low, g.high),
+      bytes_of(valid, Rounding(g.zero_point, g.low, g.high),
                 WithResidual{g, x, g.residual ? g.residual + (row + r) * g.residual_stride + channel : nullptr}, q);
     else if (g.factor)
       quantize_scaled(x, g.factor + channel, q, valid, g.inverse, g.zero_point);

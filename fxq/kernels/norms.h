@@ -70,9 +70,9 @@ static void norm(const Norm& n, const float* x, float* y, uint8_t* q, int64_t ro
       if (!q)
         for_each_vector(n.k, Normalise<true, false>{n, x, mean, inverse_deviation, y});
       else if (!y)
-        round_all(n.k, round, Normalise<false, true>{n, x, mean, inverse_deviation, y}, q);
+        bytes_of(n.k, round, Normalise<false, true>{n, x, mean, inverse_deviation, y}, q);
       else
-        round_all(n.k, round, Normalise<true, true>{n, x, mean, inverse_deviation, y}, q);
+        bytes_of(n.k, round, Normalise<true, true>{n, x, mean, inverse_deviation, y}, q);
       if (y) y += n.k;
       if (q) q += n.k;
     }

@@ -84,9 +84,22 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   return (Bytes)_mm256_packus_epi16(low, _mm256_packus_epi32((__m256i)lanes[2], (__m256i)lanes[3]));
 }
 
-static inline Bytes narrow_four(I a, I b, I c, I d) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return (Bytes)_mm256_permutevar8x32_epi32((__m256i)deinterleave({a, b, c, d}), order);
+// What packing within each 128 bits leaves, in the order of the vectors that were packed.
+static inline Bytes in_order(__m256i packed) {
+  return (Bytes)_mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+static inline Bytes narrow_four(I a, I b, I c, I d) { return in_order((__m256i)deinterleave({a, b, c, d})); }
+
+// vcvtps2dq turns NaN, and what is too large for an int32, into the least one: hence the minimum before, which keeps NaN.
+#define SATURATES
+static inline __m256i saturated_pair(F a, F b, I z) {
+  const F most = 65536.0f - F{};
+  const __m256i low = _mm256_cvtps_epi32((__m256)minimum(most, a)), high = _mm256_cvtps_epi32((__m256)minimum(most, b));
+  return _mm256_adds_epi16(_mm256_packs_epi32(low, high), (__m256i)z);
+}
+static inline Bytes saturated(F a, F b, F c, F d, I z) {
+  return in_order(_mm256_packus_epi16(saturated_pair(a, b, z), saturated_pair(c, d, z)));
 }
 
 #define CONVERTS_HALVES

@@ -102,9 +102,23 @@ static inline Bytes deinterleave(const I (&lanes)[4]) {
   return (Bytes)_mm512_packus_epi16(low, _mm512_packus_epi32((__m512i)lanes[2], (__m512i)lanes[3]));
 }
 
-static inline Bytes narrow_four(I a, I b, I c, I d) {
+// What packing within each 128 bits leaves, in the order of the vectors that were packed.
+static inline Bytes in_order(__m512i packed) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return (Bytes)_mm512_permutexvar_epi32(order, (__m512i)deinterleave({a, b, c, d}));
+  return (Bytes)_mm512_permutexvar_epi32(order, packed);
+}
+
+static inline Bytes narrow_four(I a, I b, I c, I d) { return in_order((__m512i)deinterleave({a, b, c, d})); }
+
+// vcvtps2dq turns NaN, and what is too large for an int32, into the least one: hence the minimum before, which keeps NaN.
+#define SATURATES
+static inline __m512i saturated_pair(F a, F b, I z) {
+  const F most = 65536.0f - F{};
+  const __m512i low = _mm512_cvtps_epi32((__m512)minimum(most, a)), high = _mm512_cvtps_epi32((__m512)minimum(most, b));
+  return _mm512_adds_epi16(_mm512_packs_epi32(low, high), (__m512i)z);
+}
+static inline Bytes saturated(F a, F b, F c, F d, I z) {
+  return in_order(_mm512_packus_epi16(saturated_pair(a, b, z), saturated_pair(c, d, z)));
 }
 
 // Byte by byte into the mantissa of 2**23 (its sign turned, so that it counts from -128), which is taken off again:
