@@ -103,9 +103,7 @@ class QuantizedModule(GraphModule):
 
 
 _module_call = nn.Module.__call__
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_tracing_state = torch._C._get_tracing_state
-"""Each looked up once: a call asks all three."""
+_is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 
 
 def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -119,11 +117,10 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or "forward" in own
-            or self._compiled_call_impl is not None
+            or "_compiled_call_impl" in own
             or nn.Module.__call__ is not _module_call
             or hooks._global_forward_hooks
             or hooks._global_forward_pre_hooks
-            or _tracing_state()
         ):
             run: Callable[..., Any] = partial(nn.Module.__call__, self)
         else:
@@ -138,7 +135,7 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
                         break
                     what = "an integer model" if _is_compiling() else without_gradients(self, args, kwargs, cause)
                     return refuse_gradients(run(*args, **kwargs), cause, what)
-        return run(*args, **kwargs)
+        return run(*args, **kwargs) if kwargs else run(*args)
     except (RuntimeError, TypeError, ValueError) as error:
         told = wrong_dtype(self, args, kwargs, error.__traceback__, self.report.recipe)
         if told is None:
