@@ -18,8 +18,9 @@ lint: $(VENV)/ready
 check-types: $(VENV)/ready
 	$(BIN)/mypy
 
+# In the order of the folders: by default files with few tests go last, and those take longest (sanitizers, examples).
 pytest: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/kernels/sanitize.py
