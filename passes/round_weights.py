@@ -208,7 +208,13 @@ def _round(gm: GraphModule, products: list[Node], simulation: Simulation, how: W
 
 
 def damped_hessian(x: Tensor) -> Tensor:
-    """H of the module's docstring, [G, K, K], the identity where x is all 0; x: [G, rows, K]."""
+    """H of the module's docstring, [G, K, K], the identity where x is all 0; x: [G, rows, K].
+
+    In units of a power of two near the largest |x|, which `compensated` does not see: no square overflows.
+    """
+    if x.numel():
+        exponent = torch.frexp(torch.stack(torch.aminmax(x)).abs().amax()).exponent
+        x = torch.ldexp(x, -exponent.clamp(-100, 100))  # 2 ** 128 is no float32
     hessian = (x.mT @ x).div_(max(1, x.shape[1]))
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)

@@ -50,6 +50,15 @@ def test_the_weights_lie_on_the_grid_and_the_product_gains(groups, method):
         assert (alone[0] != integers[i]).float().mean() < 0.01, "groups do not mix"
 
 
+@pytest.mark.parametrize("exponent", [-120, -70, 0, 70, 110])
+def test_how_large_the_inputs_are_changes_nothing(exponent, method):
+    """Their squares are no float32 numbers."""
+    x, w = related()[None], torch.randn(1, 16, 48)
+    scales = WeightObserver("w", "per_channel").scales_of(w[0])[None]
+    scaled = torch.ldexp(x, torch.tensor(exponent))
+    assert torch.equal(method(w, scales, damped_hessian(scaled)), method(w, scales, damped_hessian(x)))
+
+
 def test_no_input_nearest_weights(method):
     w = torch.randn(1, 4, 8)
     scales = WeightObserver("w", "per_channel").scales_of(w[0])[None]
