@@ -9,8 +9,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fxq.errors import InputError
 from fxq.inputs import Call, check_finite, check_kind
+from fxq.nn import QuantizedLinear
 from fxq.pipeline import Context
 from fxq.quantized import QuantizedModule
+from fxq.stages import is_integer_op
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -25,7 +27,8 @@ def check_float(model: nn.Module) -> None:
     """Raise `InputError` for a model that fxq has prepared or quantized already, or a part of which it has."""
     for path, module in model.named_modules():
         what = f"module {path!r}" if path else "the model"
-        if isinstance(module, QuantizedModule):
+        expanded = isinstance(module, GraphModule) and any(map(is_integer_op, module.graph.nodes))
+        if expanded or isinstance(module, QuantizedModule):
             raise InputError(f"{what} is already quantized by fxq; quantize the float model it came from")
         if isinstance(module, GraphModule) and isinstance(module.meta.get("fxq"), Context):
             raise InputError(f"{what} is already prepared by fxq; go on with fxq.calibrate and fxq.convert")
@@ -39,6 +42,10 @@ def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}; fxq needs a torch.nn.Module")
     check_float(model)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            kind = type(module).__name__
+            raise InputError(f"module {path!r} is a {kind}, quantized already; quantize the model with its nn.Linear")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("the model is a ScriptModule, whose code cannot be traced; quantize the nn.Module behind it")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

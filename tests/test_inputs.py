@@ -159,3 +159,12 @@ def test_a_model_with_a_part_that_fxq_has_quantized_is_refused():
     part = fxq.quantize(nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(32, 8))
     with pytest.raises(fxq.InputError, match="module '0' is already quantized by fxq"):
         fxq.quantize(nn.Sequential(part, nn.Linear(8, 8)).eval(), torch.randn(32, 8))
+
+
+def test_integers_in_other_forms_are_refused():
+    x, model = torch.randn(32, 8), nn.Sequential(nn.Linear(8, 8)).eval()
+    expanded = fxq.expand(fxq.quantize(model, x))
+    with pytest.raises(fxq.InputError, match="module '0' is already quantized by fxq"):
+        fxq.quantize(nn.Sequential(expanded, nn.Linear(8, 8)).eval(), x)
+    with pytest.raises(fxq.InputError, match="module '0' is a W8A32Linear, quantized already; quantize the model with"):
+        fxq.quantize(fxq.swap_linears(model)[0], x)
