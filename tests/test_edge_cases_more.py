@@ -108,6 +108,18 @@ def test_case_41_star_args(check, model_of):
     assert all_linears_int8(check(model_of(lambda s, x, *rest: s.m(x, *rest), m=inner), X, X, X))
 
 
+def test_case_41_star_args_beside_arguments_of_their_names(check, model_of):
+    model = model_of(lambda s, *a, **k: s.l(a[0] - a[1] + k["a_1"]) + k["a__0"], l=linear())
+    check(model, X, 2 * X, kwargs={"a_1": 3 * X, "a__0": X})
+
+
+@pytest.mark.parametrize("name", ["a-b", "class"])
+def test_case_42_keywords_that_are_no_names(name, model_of):
+    model = model_of(lambda s, x, **kw: s.l(x + kw[name]), l=linear())
+    with pytest.raises(fxq.InputError, match=rf"argument '{name}' of `\*\*kw` has a name that no code can have; call"):
+        fxq.quantize(model, X, example_kwargs={name: X})
+
+
 def test_case_42_star_star_kwargs(check, model_of):
     model = model_of(lambda s, x, **kw: s.l(x + sum(kw.values())), l=linear())
     assert all_linears_int8(check(model, X, others=[(OTHER,)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import keyword
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -46,18 +47,29 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
             "give the arguments of one call"
         ) from error
     arguments = []
+    taken = {*signature.parameters, *kwargs}
     for name, parameter in signature.parameters.items():
         given = name in bound.arguments
         value = bound.arguments.get(name, parameter.default)
         if parameter.kind is parameter.VAR_POSITIONAL:
-            spread = enumerate(value) if given else ()
-            arguments += [Argument(f"{name}_{i}", parameter.POSITIONAL_OR_KEYWORD, _ABSENT, True, v) for i, v in spread]
+            spread = list(value) if given else []
+            while any(f"{name}_{i}" in taken for i in range(len(spread))):
+                name += "_"
+            named = ((f"{name}_{i}", item) for i, item in enumerate(spread))
+            arguments += [Argument(each, parameter.POSITIONAL_OR_KEYWORD, _ABSENT, True, v) for each, v in named]
         elif parameter.kind is parameter.VAR_KEYWORD:
-            named = value.items() if given else ()
+            named = ((_identifier(key, name), item) for key, item in (value.items() if given else ()))
             arguments += [Argument(key, parameter.KEYWORD_ONLY, _ABSENT, True, v) for key, v in named]
         else:
             arguments.append(Argument(name, parameter.kind, parameter.default, given, value))
     return arguments
+
+
+def _identifier(key: str, name: str) -> str:
+    """`key`, under which `**name` holds an argument, where code can have it as a parameter."""
+    if not key.isidentifier() or keyword.iskeyword(key):
+        raise InputError(f"argument {key!r} of `**{name}` has a name that no code can have; call it otherwise")
+    return key
 
 
 def check(arguments: list[Argument]) -> None:
