@@ -87,8 +87,9 @@ def decode(data: dict[str, Any], modules: dict[str, nn.Module], *, trust: bool) 
         args, kwargs = (_decode_value(entry[key], nodes, trust) for key in ("args", "kwargs"))
         _check_names(entry["op"], target, kwargs)
         methods = [target] if entry["op"] == "call_method" else args[1:2] if target in (getattr, mutate) else []
-        if not trust and not all(isinstance(name, str) and _is_method(name) for name in methods):
-            raise _untrusted(f"{methods}")
+        unknown = [name for name in methods if not (isinstance(name, str) and _is_method(name))]
+        if unknown and not trust:
+            raise _untrusted(f"or reads {', '.join(map(repr, unknown))} of an object")
         node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         node.meta = {key: entry[key] for key in ("source", "qparams") if entry[key] is not None}
         node.meta["value"] = _decode_value(entry["value"], nodes, trust)

@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from fxq.pipeline import Context, begin, run
 from fxq.recipe import FLOAT, Recipe, Rule
 
 X = torch.randn(32, 8)
+
+
+@dataclass
+class Given:
+    """What a model may be given."""
+
+    y: torch.Tensor
 
 
 def mlp(**options):
@@ -622,6 +630,13 @@ class TestFiles:
         torch.save(data, path)
         with pytest.raises(fxq.FileError, match="no arithmetic of torch's; pass trust=True"):
             fxq.load(path)
+
+    def test_an_attribute_that_needs_trust_is_named(self, model_of, tmp_path):
+        model = model_of(lambda self, given: self.l(given.y), l=nn.Linear(6, 6))
+        fxq.save(fxq.quantize(model, (Given(torch.randn(4, 6)),)), tmp_path / "m.fxq")
+        with pytest.raises(fxq.FileError, match="the file calls or reads 'y' of an object, which is no arithmetic"):
+            fxq.load(tmp_path / "m.fxq")
+        assert fxq.load(tmp_path / "m.fxq", trust=True)(Given(torch.randn(4, 6))).shape == (4, 6)
 
     def test_files_that_are_none(self, tmp_path):
         with pytest.raises(fxq.FileError, match="no such file"):
