@@ -192,7 +192,7 @@ def golden(
     names = {step.name for step in program.steps if not step.op}
 
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy()), (args, kwargs))
+        call = pytree.tree_map_only(np.ndarray, lambda array: torch.from_numpy(array.copy("K")), (args, kwargs))
         changed = [
             f"{place_of(node)}: {target_name(node.target)}"
             for node, held in mutations(flat, *call).items()

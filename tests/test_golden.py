@@ -445,6 +445,14 @@ def test_a_linear_kept_float_is_an_island():
     agree(q, fxq.golden(q, islands="torch"), x)
 
 
+def test_an_island_reads_its_inputs_in_the_order_that_they_have_in_memory():
+    """A product of torch's rounds by it."""
+    q = quantize(nn.Linear(64, 8), x := torch.randn(48, 64), recipe=fxq.Recipe("float"))
+    golden = fxq.golden(q, islands="torch")
+    agree(q, golden, x)
+    agree(q, golden, torch.randn(64, 48).t())
+
+
 def test_wrong_inputs_are_named():
     golden = fxq.golden(quantize(nn.Linear(3, 2), torch.randn(4, 3)))
     for wrong, message in (
