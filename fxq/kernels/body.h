@@ -64,12 +64,14 @@ static inline F splat(float v) { return v - F{}; }  // not v + F{}, which would 
 struct Rounding {
   F low;
   I offset, high, zero_points;
+  bool clamps;
   Bytes least, most;
   Rounding(int32_t zero_point, int32_t lo, int32_t hi)
       : low(splat(float(lo - zero_point))),
         offset((zero_point - 0x4B400000) - I{}),
         high(hi - I{}),
         zero_points(zero_point * 0x10001 - I{}),
+        clamps(lo > 0 || hi < 255),
         least(uint8_t(lo) - Bytes{}),
         most(uint8_t(hi) - Bytes{}) {}
   I lanes(F steps) const {
@@ -80,7 +82,9 @@ struct Rounding {
   B operator()(F steps) const { return narrow(lanes(steps)); }
   Bytes operator()(F a, F b, F c, F d) const {
 #ifdef SATURATES
-    const Bytes q = saturated(a, b, c, d, zero_points), raised = q > least ? q : least;
+    const Bytes q = saturated(a, b, c, d, zero_points);
+    if (!clamps) return q;
+    const Bytes raised = q > least ? q : least;
     return raised < most ? raised : most;
 #else
     return narrow_four(lanes(a), lanes(b), lanes(c), lanes(d));
