@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,18 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxq.errors import InputError
-from fxq.graph import Interpreter, bind, is_call, line_of, module_of, mutations, place_of, target_name, unchanged
+from fxq.graph import (
+    Interpreter,
+    bind,
+    is_call,
+    line_of,
+    memory_of,
+    module_of,
+    mutations,
+    place_of,
+    target_name,
+    unchanged,
+)
 from fxq.inputs import Call
 from fxq.outputs import dequantized, output_qparams
 from fxq.qdq import dequantize, quantize
@@ -217,25 +228,45 @@ def _shortened(path: str) -> str:
 class _Values(Interpreter):
     """Runs a graph and keeps every value; of those in memory that the graph modifies later, a copy.
 
-    drawn: for the nodes that draw random numbers, where the generators were before.
+    drawn: for the nodes that draw random numbers, where the generators were before. writes: for those that work in
+    place, the nodes whose memory they modify; views: those of them whose memory an earlier node has. later: what of
+    those nodes is read afterwards, by the node that has modified it.
     """
 
     def __init__(self, gm: GraphModule, call: Call) -> None:
         super().__init__(gm, garbage_collect_values=False)
         probe, own = call.clone(), call.clone()
-        self.modified = {node for nodes in mutations(gm, probe.args, probe.kwargs).values() for node in nodes}
+        self.writes = mutations(gm, probe.args, probe.kwargs)
+        self.modified = {node for nodes in self.writes.values() for node in nodes} | self.writes.keys()
+        self.views: set[Node] = set()
+        self.later: dict[Node, dict[Node, Any]] = {}
+        self._first: dict[int, Node] = {}
+        self._writer: dict[Node, Node] = {}
         self.values: dict[Node, Any] = {}
         self.drawn: dict[Node, States] = {}
         with torch.no_grad(), unchanged(gm):
             self.run(*bind(gm, own.args, own.kwargs))
 
     def run_node(self, n: Node) -> Any:
+        for x in n.all_input_nodes:
+            if x in self._writer and self._writer[x] not in self.later.setdefault(x, {}):
+                self.later[x][self._writer[x]] = _copy(self.env[x])
+        self._writer |= dict.fromkeys(self.writes.get(n, ()), n)
         before = states()
         result = super().run_node(n)
         if not same_states(before, states()):
             self.drawn[n] = before
-        self.values[n] = pytree.tree_map_only(Tensor, Tensor.clone, result) if n in self.modified else result
+        self.values[n] = result
+        if n in self.modified:
+            self.values[n] = _copy(result)
+            if any(self._first.setdefault(memory_of(tensor), n) is not n for tensor in tensors(result)):
+                self.views.add(n)
         return result
+
+
+def _copy(value: Any) -> Any:
+    """In memory of its own."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, value)
 
 
 @dataclass(frozen=True)
@@ -243,7 +274,8 @@ class Runs:
     """One call of a float graph and of the integer graph made of it.
 
     expected: the float values, by node name. actual: those of the integer graph. qparams, factors: what its integers
-    stand for. drawn: where the generators were before each float node that draws random numbers, by its name.
+    stand for. drawn, views, later: of the float run, by name. writes: of both; as in `_Values`. places: the nodes of
+    the integer graph, numbered; those that work in place also by what they stand for.
     """
 
     reference: GraphModule
@@ -253,6 +285,10 @@ class Runs:
     qparams: Mapping[Node, tuple[float, int]]
     factors: Mapping[Node, Tensor | None]
     drawn: Mapping[str, States]
+    views: Set[str]
+    later: Mapping[str, Mapping[str, Any]]
+    writes: Mapping[Node, tuple[Node, ...]]
+    places: Mapping[Node | str, int]
 
     @classmethod
     def of(
@@ -267,10 +303,25 @@ class Runs:
         exact = _Values(reference, call)
         expected = {node.name: value for node, value in exact.values.items()}
         drawn = {node.name: before for node, before in exact.drawn.items()}
-        actual = _Values(quantized, call if reached is None else reached).values
+        views = {node.name for node in exact.views}
+        made = _Values(quantized, call if reached is None else reached)
+        actual, writes = made.values, exact.writes | made.writes
+        later = {n.name: {w.name: value for w, value in found.items()} for n, found in exact.later.items()}
+        places: dict[Node | str, int] = {node: i for i, node in enumerate(quantized.graph.nodes)}
+        places |= {node.meta.get("source", ""): places[node] for node in made.writes}
         qparams = {node: node.meta["qparams"] for node in quantized.graph.nodes if "qparams" in node.meta}
         factors = {node: _factor(node, actual, equalized or {}) for node in quantized.graph.nodes}
-        return cls(reference, quantized, expected, actual, qparams, factors, drawn)
+        return cls(reference, quantized, expected, actual, qparams, factors, drawn, views, later, writes, places)
+
+    def writer(self, source: str, at: Node) -> str | None:
+        """What of the float graph has modified the value `source` last, before `at` of the integer graph, if any."""
+        before = [w for w in self.later.get(source, ()) if self.places.get(w, math.inf) < self.places[at]]
+        return before[-1] if before else None
+
+    def exact(self, source: str, at: Node) -> Any:
+        """The float value `source` as it is where `at` of the integer graph stands; None where there is none."""
+        writer = self.writer(source, at)
+        return self.expected.get(source) if writer is None else self.later[source][writer]
 
     def real(self, node: Node, value: Any) -> Any:
         """What `value`, which `node` of the integer graph gives, stands for."""
@@ -304,12 +355,12 @@ def compare_runs(runs: Runs) -> Comparison:
     layers = []
     for node in runs.quantized.graph.nodes:
         source = node.meta.get("source", "")
-        truth = expected.get(source if source in expected else _float_of(node, by_module))
+        truth = runs.exact(source if source in expected else _float_of(node, by_module), node)
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
         reached = runs.real(node, actual[node])
         _check_shapes(place_of(node), [truth], [reached])
-        alone = sqnr(truth, runs.real(node, _alone(node, expected, actual, qparams, factors)))
+        alone = sqnr(truth, runs.real(node, _alone(node, runs)))
         accumulated = sqnr(truth, reached)
         place = module_of(node) or line_of(node)
         spread = None
@@ -390,20 +441,15 @@ def _factor(node: Node, actual: Mapping[Node, Any], equalized: Mapping[str, tupl
     return None
 
 
-def _alone(
-    node: Node,
-    expected: Mapping[str, Any],
-    actual: Mapping[Node, Any],
-    qparams: Mapping[Node, tuple[float, int]],
-    factors: Mapping[Node, Tensor | None],
-) -> Any:
+def _alone(node: Node, runs: Runs) -> Any:
     """What `node` computes from the exact float values of its operands."""
+    actual, qparams = runs.actual, runs.qparams
 
     def exact(operand: Node) -> Any:
-        truth = expected.get(operand.meta.get("source", ""))
+        truth = runs.exact(operand.meta.get("source", ""), node)
         several = isinstance(actual[operand], tuple | list)  # of which one is that float value
         if isinstance(truth, Tensor) and not several:
-            factor = factors[operand]
+            factor = runs.factors[operand]
             scaled = truth if factor is None else truth * factor
             return quantize(scaled, *qparams[operand]) if operand in qparams else truth
         if operand.op == "call_function" and (operand in qparams or several) and callable(operand.target):

@@ -4,7 +4,8 @@
 
 With every e(n) these are the values of the quantized run. Without those of a module, and with all others held, the
 output shows what that module costs. A rounding that only prepares what an operation reads is that operation's own. What
-draws random numbers draws those of the float run.
+draws random numbers draws those of the float run. What reads memory that was modified depends on what modified it, and
+is computed from the value that was there first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from fxq.comparison import Runs, output_sqnr
@@ -31,12 +32,14 @@ class Effects:
         self.interpreter = Interpreter(runs.reference, garbage_collect_values=False)
         self.float_nodes = {node.name: node for node in runs.reference.graph.nodes}
         self.order = {node: i for i, node in enumerate(runs.reference.graph.nodes)}
+        self.reads = _reads(runs.reference.graph, runs.writes) | _reads(runs.quantized.graph, runs.writes)
+        self.written = {node for writer, held in runs.writes.items() for node in (writer, *held)}
         self.operands: dict[Node, dict[str, Node]] = {}  # those that have a float value, by its name
         self.real: dict[Node, Tensor] = {}
         self.noise: dict[Node, Tensor] = {}
         known: dict[Node, dict[str, Node]] = {}
         for node in runs.quantized.graph.nodes:
-            operands = {name: each for x in node.all_input_nodes for name, each in known[x].items()}
+            operands = {name: each for x in self.reads[node] for name, each in known[x].items()}
             source = node.meta.get("source", "")
             truth = runs.expected.get(source)
             value = None if node.op == "output" else runs.real(node, runs.actual[node])
@@ -49,6 +52,8 @@ class Effects:
                 and truth.is_floating_point()
                 and truth.shape == value.shape
                 and source not in operands
+                and source not in runs.views
+                and runs.writer(source, node) is None
                 and node.target is not norm_quantize  # a norm is float, what it rounds is for those that read it
             ):
                 self.operands[node], self.real[node] = operands, value
@@ -81,30 +86,41 @@ class Effects:
         env = self.interpreter.env = {
             self.float_nodes[name]: values.get(x, self.real[x]).clone() for name, x in operands.items()
         }
-        steps = _steps(target, operands.keys(), self.order)
+        steps = self._steps(target, operands.keys())
         for node in {x for step in steps for x in step.all_input_nodes} - env.keys() - set(steps):
-            exact = self.runs.expected[node.name]
-            env[node] = exact if node.op == "get_attr" else pytree.tree_map_only(Tensor, Tensor.clone, exact)
+            exact, own = self.runs.expected[node.name], node.op == "get_attr" and node not in self.written
+            env[node] = exact if own else pytree.tree_map_only(Tensor, Tensor.clone, exact)
         for step in steps:
             if step.name in self.runs.drawn:
                 set_states(self.runs.drawn[step.name])
             env[step] = self.interpreter.run_node(step)
         return env.get(target, self.runs.expected[target.name])
 
+    def _steps(self, target: Node, given: Set[str]) -> list[Node]:
+        """The nodes, in graph order, that lead from those named `given` to `target`, or write to memory on the way."""
+        above, stack = set(), [target]
+        while stack:
+            node = stack.pop()
+            if node not in above and node.name not in given and node.op not in ("placeholder", "get_attr"):
+                above.add(node)
+                stack.extend(self.reads[node])
+        reached: set[Node] = set()
+        for node in sorted(above, key=self.order.__getitem__):
+            if node in self.written or any(x.name in given or x in reached for x in self.reads[node]):
+                reached.add(node)
+        return sorted(reached, key=self.order.__getitem__)
 
-def _steps(target: Node, given: Set[str], order: Mapping[Node, int]) -> list[Node]:
-    """The nodes, in graph order, that lead from those named `given` to `target`."""
-    above, stack = set(), [target]
-    while stack:
-        node = stack.pop()
-        if node not in above and node.name not in given and node.op not in ("placeholder", "get_attr"):
-            above.add(node)
-            stack.extend(node.all_input_nodes)
-    reached: set[Node] = set()
-    for node in sorted(above, key=order.__getitem__):
-        if any(x.name in given or x in reached for x in node.all_input_nodes):
-            reached.add(node)
-    return sorted(reached, key=order.__getitem__)
+
+def _reads(graph: Graph, writes: Mapping[Node, tuple[Node, ...]]) -> dict[Node, list[Node]]:
+    """For each node its operands, and what has modified their memory before. writes: as in `Runs`."""
+    reads: dict[Node, list[Node]] = {}
+    writers: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        reads[node] = list(dict.fromkeys([*operands, *(writer for x in operands for writer in writers.get(x, ()))]))
+        for held in writes.get(node, ()):
+            writers.setdefault(held, []).append(node)
+    return reads
 
 
 def effects_of(runs: Runs, modules: Iterable[str]) -> dict[str, float]:

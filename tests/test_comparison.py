@@ -214,6 +214,67 @@ def test_the_rounding_of_what_a_layer_reads_is_its_own():
     assert Effects(runs_of(model, qmodel, x)).without("1") > FLOAT_ROUNDING
 
 
+def parts_of_it(self, x):
+    y = torch.log1p(self.a(x).abs())
+    y[:, :8].mul_(5)
+    y[:, 8:] = 0.1
+    return self.c(self.b(y))
+
+
+def between_its_readers(self, x):
+    y = self.a(x)
+    read = self.b(y)
+    y.mul_(3)
+    y.view(-1).clamp_(max=1.5)
+    return self.c(y) + read
+
+
+def memory_made_elsewhere(self, x):
+    y = torch.zeros(len(x), 16)
+    y[:, :8] = self.a(x)[:, :8]
+    y[:, 8:] = torch.tanh(self.b(x)[:, 8:]) * 7
+    return self.c(y)
+
+
+def what_it_returns(self, x):
+    y = self.a(x)
+    turned = y.t()
+    turned[0].fill_(3.0)
+    read = self.c(self.b(y))
+    y.add_(read)
+    return turned, read
+
+
+def its_input(self, x):
+    x.mul_(self.a(x).sigmoid() * 9)
+    return self.c(self.b(x))
+
+
+def its_buffer(self, x):
+    y = self.a(x)
+    self.state.lerp_(y.mean(0), 0.5)
+    return self.c(self.b((y - self.state) * 9))
+
+
+@pytest.mark.parametrize(
+    "forward", [parts_of_it, between_its_readers, memory_made_elsewhere, what_it_returns, its_input, its_buffer]
+)
+def test_what_works_in_place_is_followed(forward, model_of):
+    """Each layer is held against what it read, and the output without its noise is what it is with it in float."""
+    model = model_of(forward, **{name: nn.Linear(16, 16) for name in "abc"}, state=torch.zeros(16))
+    x, recipe = torch.randn(64, 16), fxq.Recipe(observer="min_max", balance=False, round_weights=None)
+    options = {"on_low_sqnr": "ignore", "progress": False}
+    qmodel = fxq.quantize(model, x, recipe=recipe, **options)
+    found = fxq.compare(model, qmodel, x, calibration_data=[x], recipe=recipe, seconds=0, progress=False)
+    assert found.output == pytest.approx(qmodel.report.sqnr)
+    assert Effects(runs_of(model, qmodel, x)).without("no such module") == pytest.approx(found.output, abs=1e-3)
+    assert all(min(layer.alone, layer.accumulated) > 25 for layer in found.layers)
+    assert len(found.suspects) == 3
+    for suspect in found.suspects:
+        changed = replace(recipe, modules={suspect.module: fxq.FLOAT})  # where the others still round what they read
+        assert suspect.without > fxq.quantize(model, x, recipe=changed, **options).report.sqnr - 4
+
+
 def test_the_noisiest_layer_is_no_suspect_where_the_output_does_not_need_it(model_of):
     torch.manual_seed(0)
     layers = {name: nn.Linear(16, 16) for name in ("loud", "faint", "a", "b", "c")}
