@@ -318,10 +318,18 @@ class Runs:
         before = [w for w in self.later.get(source, ()) if self.places.get(w, math.inf) < self.places[at]]
         return before[-1] if before else None
 
-    def exact(self, source: str, at: Node) -> Any:
-        """The float value `source` as it is where `at` of the integer graph stands; None where there is none."""
+    def exact(self, source: str, node: Node, at: Node) -> Any:
+        """The float value `source`, which `node` stands for, as it is where `at` of the integer graph stands.
+
+        None where there is none. Dimensions of size 1 are those that `node` has: a pool keeps what a mean drops.
+        """
         writer = self.writer(source, at)
-        return self.expected.get(source) if writer is None else self.later[source][writer]
+        truth = self.expected.get(source) if writer is None else self.later[source][writer]
+        reached = self.actual[node]
+        if not (isinstance(truth, Tensor) and isinstance(reached, Tensor)):
+            return truth
+        same = [n for n in truth.shape if n != 1] == [n for n in reached.shape if n != 1]
+        return truth.reshape(reached.shape) if same else truth
 
     def real(self, node: Node, value: Any) -> Any:
         """What `value`, which `node` of the integer graph gives, stands for."""
@@ -355,7 +363,7 @@ def compare_runs(runs: Runs) -> Comparison:
     layers = []
     for node in runs.quantized.graph.nodes:
         source = node.meta.get("source", "")
-        truth = runs.exact(source if source in expected else _float_of(node, by_module), node)
+        truth = runs.exact(source if source in expected else _float_of(node, by_module), node, node)
         if not (is_call(node) and is_integer_op(node)) or not isinstance(truth, Tensor) or node.target is dequantize:
             continue
         reached = runs.real(node, actual[node])
@@ -446,7 +454,7 @@ def _alone(node: Node, runs: Runs) -> Any:
     actual, qparams = runs.actual, runs.qparams
 
     def exact(operand: Node) -> Any:
-        truth = runs.exact(operand.meta.get("source", ""), node)
+        truth = runs.exact(operand.meta.get("source", ""), operand, node)
         several = isinstance(actual[operand], tuple | list)  # of which one is that float value
         if isinstance(truth, Tensor) and not several:
             factor = runs.factors[operand]

@@ -393,6 +393,18 @@ def test_another_model_is_told_by_its_shapes(recipe):
         fxq.compare(of(12, 32, 8), qmodel, torch.randn(8, 12))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pool_keeps_what_a_mean_drops(keep, model_of):
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).mean((2, 3), keepdim=keep).flatten(1))
+
+    model, x = model_of(forward, a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 4)), torch.randn(8, 3, 6, 6)
+    recipe = fxq.Recipe(judge_costs=False)
+    found = fxq.compare(model, fxq.quantize(model, x, recipe=recipe, progress=False), x)
+    assert [layer.op for layer in found.layers][2:3] == ["fxq.qadaptive_avg_pool"]
+    assert all(min(layer.alone, layer.accumulated) > 25 for layer in found.layers)
+
+
 def test_another_output_is_told_by_its_shape():
     x = torch.randn(8, 16)
     float_last = fxq.Recipe(modules={"1": fxq.FLOAT})
