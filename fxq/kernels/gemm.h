@@ -18,7 +18,7 @@ struct Place {
   int64_t y_stride;
   int64_t last;  // the last row that there is: narrow tiles take it for those beyond
   Inside inside;
-  const int8_t* ahead;  // bytes of the next panel: those that this tile brings into the cache, `ahead_step` for four k
+  const int8_t* ahead;  // what this tile brings into the cache, `ahead_step` bytes for four k
   int64_t ahead_step;
 };
 
@@ -258,35 +258,40 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 }
 
-constexpr int64_t kAheadRows = 16;
+// From so many rows on, each tile brings its share of what is read next into the cache: the next panel, and behind the last
+// one the rows. From memory, as in a large model at each call, both come in two thirds of the time; from the third-level
+// cache weights take one or two hundredths more. With fewer rows those would take up to a third more: the few buffers for
+// misses that a core has are then waited for, which what the processor prefetches by itself does without.
+constexpr int64_t kAheadRows = 12;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
   const int64_t fit = 384 * 1024 / (g.k + 1), most = fit < 96 ? 96 : fit > 960 ? 960 : fit;
   const int64_t blocks = ceil_div(row_end - row, most);
   const int64_t height = blocks ? ceil_div(row_end - row, blocks * kRows) * kRows : 0;
-  const int64_t padded_k = (g.k + 3) / 4 * 4, padded_n = (g.n + 15) / 16 * 16;
+  const int64_t groups = ceil_div(g.k, 4), padded_k = 4 * groups, padded_n = (g.n + 15) / 16 * 16;
+  const int64_t begin = panel * kPanel, end = panel_end * kPanel < padded_n ? panel_end * kPanel : padded_n;
   for (int64_t block = row; block < row_end; block += height) {
     const int64_t block_end = block + height < row_end ? block + height : row_end;
-    for (int64_t first = panel * kPanel; first < padded_n && first < panel_end * kPanel; first += kPanel) {
+    for (int64_t first = begin; first < end; first += kPanel) {
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
       Place at = {};
       at.step = 4 * width;
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
-      // Each tile brings its share of the next panel: weights that come from memory, as those of a large model do at each
-      // call, take two thirds of the time at 16 rows, those from the third-level cache one or two hundredths more. With
-      // fewer rows those would take up to a fifth more: the few buffers for misses that a core has are then waited for,
-      // which what the processor prefetches by itself does without.
-      if (block_end - block >= kAheadRows) {
+      const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
+      if (ahead && first + kPanel < end) {
         at.ahead += width * padded_k;
         at.ahead_step = ceil_div(at.step, tiles * strips);
+      } else if (ahead && !g.rows && (only || block_end < row_end)) {  // rows: a tile further, or those of the next block
+        at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
+        at.ahead_step = 4 * kRows / strips;
       }
       for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
         columns = columns_of((width - c) / W);
         strip(g, block, block_end, first + c, columns, at);
         at.weight += 4 * columns * W;
-        at.ahead += tiles * at.ahead_step * (padded_k / 4);
+        at.ahead += tiles * at.ahead_step * groups;
       }
     }
   }
