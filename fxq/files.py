@@ -26,11 +26,15 @@ _ELSEWHERE = (AssertionError, AttributeError, LookupError, RuntimeError, SyntaxE
 def save(qmodel: nn.Module, path: str | Path) -> None:
     """Write a quantized model to a file that `load` reads without running code from it.
 
-    Raises `FileError` where the graph holds what cannot be written down.
+    Raises `FileError` where the graph holds what cannot be written down, or the file cannot be.
     """
     if not isinstance(qmodel, QuantizedModule):
         raise FileError(f"fxq.save writes what fxq.quantize returns, not a {type(qmodel).__name__}")
-    torch.save({"format": FORMAT, "version": VERSION, **_plain(qmodel)}, path)
+    plain = _plain(qmodel)
+    try:
+        torch.save({"format": FORMAT, "version": VERSION, **plain}, path)
+    except (OSError, RuntimeError) as error:  # torch's own where it is a folder, or in none
+        raise FileError(f"cannot write {path}: {error}") from error
 
 
 def _plain(qmodel: QuantizedModule) -> dict[str, Any]:

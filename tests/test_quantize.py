@@ -647,6 +647,9 @@ class TestFiles:
         for name in ("text", "foreign", "list"):
             with pytest.raises(fxq.FileError, match=r"not an fxq file"):
                 fxq.load(tmp_path / f"{name}.fxq")
+        for place in (tmp_path, tmp_path / "nowhere" / "m.fxq"):
+            with pytest.raises(fxq.FileError, match=rf"^cannot write {place}: "):
+                fxq.save(fxq.quantize(mlp(), X), place)
         with pytest.raises(fxq.FileError, match=r"fxq.save writes what fxq.quantize returns, not a Sequential"):
             fxq.save(mlp(), tmp_path / "m.fxq")
 
