@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fxq import drawing, dump, pipeline, tracing
 from fxq import leaves as inside
-from fxq.checks import check_model, is_narrow
+from fxq.checks import check_leaves, check_model, is_narrow
 from fxq.comparison import compare_graphs, output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.double import run
@@ -39,6 +39,7 @@ from fxq.tracing.sharing import aliases, own, tensors_of
 from passes import CONVERT, PREPARE
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+OnLowSqnr = Literal["warn", "error", "ignore"]
 MIN_SQNR = 15.0
 """dB; below it `quantize` warns: one part in six of the output's amplitude is noise, and a layer is likely ruined."""
 
@@ -68,6 +69,7 @@ def trace(
     """
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
+    check_leaves(model, leaves)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
     pipeline.begin(gm, Context(Recipe(), (), call))  # dtypes and shapes, for texts and pictures
     return gm
@@ -125,6 +127,7 @@ def _prepare(
     if recipe.learn_steps:
         raise RecipeError("learn_steps=True asks for training; use fxq.prepare_qat")
     check_model(model, call, narrow="w8a16" in recipe.schemes)
+    check_leaves(model, leaves)
     if recipe.schemes <= {"w8a16", "float"} and recipe.scheme == "w8a16" and not is_narrow(model, call):
         raise InputError(
             "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
@@ -225,7 +228,7 @@ def quantize(
     recipe: str | Recipe = "w8a8",
     strict: bool = False,
     min_sqnr: float = MIN_SQNR,
-    on_low_sqnr: Literal["warn", "error", "ignore"] = "warn",
+    on_low_sqnr: OnLowSqnr = "warn",
     families: tuple[Family, ...] = FAMILIES,
     passes: tuple[tuple[Pass, ...], tuple[Pass, ...]] | None = None,
     leaves: tuple[type[nn.Module] | str, ...] = (),
@@ -245,6 +248,8 @@ def quantize(
     leaves: module classes or paths not to look into. frontend: as in `trace`. dump: a folder for texts, diffs and
     pictures after each pass. check: every pass is held to its numbers contract. Raises subclasses of `FxqError`.
     """
+    if on_low_sqnr not in get_args(OnLowSqnr):
+        raise InputError(f"unknown on_low_sqnr {on_low_sqnr!r}; there are {', '.join(get_args(OnLowSqnr))}")
     before, after = passes if passes is not None else (None, None)
     call = as_call(example_inputs, example_kwargs)
     with torch.inference_mode(False):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 from torch.fx import GraphModule
@@ -15,6 +18,8 @@ from fxq.quantized import QuantizedModule
 from fxq.stages import is_integer_op
 
 _NARROW = (torch.bfloat16, torch.float16)
+_WRAPPED = ("module", "_orig_mod")
+"""Where DataParallel and torch.compile hold the model that they wrap."""
 
 
 def is_narrow(model: nn.Module, call: Call) -> bool:
@@ -71,3 +76,16 @@ def check_model(model: nn.Module, call: Call, *, narrow: bool = False) -> None:
         if tensor.dtype == torch.float64 or (tensor.dtype in _NARROW and not narrow):
             raise InputError(f"{name} has dtype {tensor.dtype}, the model is float32; convert it with .float()")
     check_finite(call, "example_inputs")
+
+
+def check_leaves(model: nn.Module, leaves: Collection[object]) -> None:
+    """Raise `InputError` for leaves that are neither classes nor paths, or paths that name no module."""
+    if isinstance(leaves, str):
+        raise InputError(f"leaves is {leaves!r}; give a tuple: leaves=({leaves!r},)")
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    bare = [".".join(part for part in path.split(".") if part not in _WRAPPED) for path in paths]
+    for leaf in leaves:
+        if isinstance(leaf, str) and not any(fnmatchcase(path, leaf) for path in (*paths, *bare)):
+            raise InputError(f"no module is named by the leaf {leaf!r}; the model's are {', '.join(paths[:12])}")
+        if not isinstance(leaf, str | type):
+            raise InputError(f"a leaf is a {type(leaf).__name__}; name it by its class, or by its path in the model")

@@ -61,6 +61,8 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph[str]:
     "aside" (sizes, ids, masks), "io".
     An edge has the dtype, shape, scale and zero_point of what flows along it.
     """
+    if not isinstance(gm, GraphModule):
+        raise InputError(f"a {type(gm).__name__} has no graph; give what fxq.quantize, prepare or trace returns")
     graph: nx.DiGraph[str] = nx.DiGraph()
     quantized = quantized_nodes(gm)
     for node in gm.graph.nodes:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxq.errors import InputError
 from fxq.graph import STATE, Value, bypass, constant, drop_unread, get_attr, set_constant
 from fxq.ops import block, images
 from fxq.ops.activation import qlinear_act
@@ -158,6 +159,8 @@ def expand(gm: GraphModule) -> GraphModule:
 
     What a call of either modifies is the same memory, and known of both (`find_state`).
     """
+    if not isinstance(gm, GraphModule):
+        raise InputError(f"fxq.expand takes what fxq.quantize returns, not a {type(gm).__name__}")
     expanded = expand_blocks(gm)
     for node in list(expanded.graph.nodes):
         if node.target in (qchain, qchain_float):

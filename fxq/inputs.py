@@ -101,6 +101,8 @@ def calibration_calls(data: Iterable[Any] | Tensor, example: Call) -> Iterator[C
         raise InputError(
             f"calibration_data is one tensor of shape {list(data.shape)}; give an iterable of batches: [tensor]"
         )
+    if isinstance(data, Mapping):
+        raise InputError("calibration_data is a dict, as one batch may be; give an iterable of batches: [batch]")
     try:
         batches = iter(data)
     except TypeError:
@@ -116,4 +118,18 @@ def calibration_calls(data: Iterable[Any] | Tensor, example: Call) -> Iterator[C
                 f"calibration batch {index} has {len(call.args)} positional inputs, the examples have {arity}; "
                 "each batch must look like example_inputs (labels may follow)"
             )
-        yield Call(call.args[:arity], call.kwargs or example.kwargs)
+        call = Call(call.args[:arity], call.kwargs or example.kwargs)
+        _check_like(call, example, f"calibration batch {index}")
+        yield call
+
+
+def _check_like(call: Call, example: Call, what: str) -> None:
+    """Raise `InputError` for what is no tensor on the CPU where the example has one."""
+    given, wanted = ({**dict(enumerate(each.args)), **each.kwargs} for each in (call, example))
+    for key, value in given.items():
+        if isinstance(wanted.get(key), Tensor) and not isinstance(value, Tensor | int | float | complex):
+            kind = type(value).__name__
+            raise InputError(f"{what}: input {key!r} is a {kind}, where the examples have a tensor; make it one")
+    for name, tensor in call.tensors():
+        if tensor.device.type != "cpu":
+            raise InputError(f"{what}: {name} is on the device {tensor.device}, the model on cpu; move it with .cpu()")

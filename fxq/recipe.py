@@ -144,6 +144,10 @@ class Recipe:
             if not isinstance(rules, Mapping):
                 raise RecipeError(f"{what} is {rules!r}; give rules by name, as {what}={{'head': fxq.FLOAT}}")
         for name, rule in [*self.modules.items(), *self.ops.items()]:
+            if not isinstance(name, str):
+                raise RecipeError(
+                    f"a rule is for a {type(name).__name__}; name a module by its path, an op by its family"
+                )
             if not isinstance(rule, Rule):
                 raise RecipeError(f"the rule for {name!r} is {rule!r}; give fxq.FLOAT or fxq.Rule(...)")
         if self.requant == "fixed" and "w8a8" not in self.schemes:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import InputError
 from fxq.graph import Value, place_of
+from fxq.inputs import check_kind
 from fxq.tracing.values import tensors
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -23,8 +24,16 @@ def wrong_dtype(
 ) -> InputError | None:
     """The error for a call of `gm` with tensors of another dtype than the examples had; None where they have the same.
 
-    traceback: of what failed. recipe: what the model was quantized with. Names the module whose operation failed.
+    Or with what is no tensor, or an odd one. traceback: of what failed, whose module is named. recipe: what the model
+    was quantized with.
     """
+    for parameter, value in _arguments(gm, args, kwargs):
+        name, expected = f"input {str(parameter.target)!r}", parameter.meta.get("value")
+        if isinstance(value, Tensor):
+            check_kind(name, value)
+        elif isinstance(expected, Value) and not isinstance(value, int | float | complex):
+            shape = f"{expected.dtype} {list(expected.shape)}"
+            return InputError(f"{name} is a {type(value).__name__}; give a tensor, which in the examples was {shape}")
     for name, given, expected in _inputs(gm, args, kwargs):
         if given != expected and (given.is_floating_point or expected.is_floating_point):
             node = _failed(gm, traceback)

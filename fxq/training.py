@@ -15,7 +15,7 @@ from fxq import leaves as inside
 from fxq import tracing
 from fxq.api import Examples, calibrate, dump_folder, resolve
 from fxq.batch_norm import BatchNorm
-from fxq.checks import check_model
+from fxq.checks import check_leaves, check_model
 from fxq.errors import InputError, RecipeError
 from fxq.fake_quantize import FakeQuantize
 from fxq.family import Family
@@ -56,6 +56,7 @@ def prepare_qat(
         raise RecipeError("reproducible=True is for what calibration decides; training follows the machine it runs on")
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
+    check_leaves(model, leaves)
     recipe = resolve(recipe, model, families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)

@@ -155,7 +155,7 @@ def _windows(product: Node, w: Tensor, simulation: Simulation) -> tuple[Tensor, 
         index = torch.unravel_index(drawn, places)
         for side, view in zip(sides, views, strict=True):
             groups = view.shape[len(places)] // w.shape[1]
-            rows = view[index].reshape(len(drawn), groups, -1)
+            rows = view[index].reshape(len(drawn), groups, w[0].numel())
             side.append(rows.transpose(0, 1))
     exact, rounded = (torch.cat(side, 1) for side in sides)
     return exact, rounded.to(exact.dtype)

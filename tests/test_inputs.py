@@ -168,3 +168,59 @@ def test_integers_in_other_forms_are_refused():
         fxq.quantize(nn.Sequential(expanded, nn.Linear(8, 8)).eval(), x)
     with pytest.raises(fxq.InputError, match="module '0' is a W8A32Linear, quantized already; quantize the model with"):
         fxq.quantize(fxq.swap_linears(model)[0], x)
+
+
+MODEL = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+EXAMPLES = torch.randn(6, 8)
+MISTAKES = {
+    "data that are a dict": ({"calibration_data": {"input": EXAMPLES}}, "calibration_data is a dict.*of batches"),
+    "an array as a batch": ({"calibration_data": [EXAMPLES.numpy()]}, "batch 0: input 0 is a ndarray, where the examp"),
+    "a batch elsewhere": ({"calibration_data": [EXAMPLES.to("meta")]}, "batch 0: input 0 is on the device meta.*cpu"),
+    "no such way": ({"on_low_sqnr": "raise"}, "unknown on_low_sqnr 'raise'; there are warn, error, ignore"),
+    "a leaf that is not there": ({"leaves": ("nope",)}, "no module is named by the leaf 'nope'; the model's are 0, 1"),
+    "leaves that are one name": ({"leaves": "0"}, r"leaves is '0'; give a tuple: leaves=\('0',\)"),
+    "a module for a leaf": ({"leaves": (MODEL[0],)}, "a leaf is a Linear; name it by its class, or by its path"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    options, message = MISTAKES[name]
+    with pytest.raises(fxq.InputError, match=message):
+        fxq.quantize(MODEL, EXAMPLES, progress=False, **options)
+
+
+@pytest.mark.parametrize("step", [fxq.trace, fxq.prepare, fxq.prepare_qat])
+def test_leaves_are_looked_for_wherever_there_are_any(step):
+    with pytest.raises(fxq.InputError, match="no module is named by the leaf"):
+        step(MODEL, EXAMPLES, leaves=("9",))
+    wrapped = nn.DataParallel(MODEL)
+    for leaf in ("2", "module.2", "*2"):
+        step(wrapped, EXAMPLES, leaves=(leaf,))
+
+
+@pytest.mark.parametrize("look", [fxq.expand, fxq.to_networkx, lambda model: fxq.draw(model, "m.dot")])
+def test_a_model_is_no_graph(look):
+    with pytest.raises(fxq.InputError, match="Sequential"):
+        look(MODEL)
+
+
+@pytest.mark.parametrize("given", ["text", None, EXAMPLES.numpy()], ids=["text", "none", "array"])
+def test_a_call_with_what_is_no_tensor(given):
+    qmodel = fxq.quantize(MODEL, EXAMPLES, recipe=fxq.Recipe(judge_costs=False))
+    kind = type(given).__name__
+    with pytest.raises(fxq.InputError, match=rf"^input 'input' is a {kind}; give a tensor, .* torch.float32 \[6, 8\]"):
+        qmodel(given)
+
+
+def test_a_call_with_a_sparse_tensor():
+    qmodel = fxq.quantize(MODEL, EXAMPLES, recipe=fxq.Recipe(judge_costs=False))
+    with pytest.raises(fxq.InputError, match=r"^input 'input' is sparse \(torch.sparse_coo\); give it dense"):
+        qmodel(EXAMPLES.to_sparse())
+
+
+@pytest.mark.parametrize("recipe", [fxq.Recipe(judge_costs=False), fxq.Recipe(judge_costs=False, reproducible=True)])
+@pytest.mark.parametrize("data", [[EXAMPLES[:0], EXAMPLES], [EXAMPLES, EXAMPLES[:0]]])
+def test_a_batch_may_be_empty(recipe, data):
+    qmodel = fxq.quantize(MODEL, EXAMPLES, calibration_data=data, recipe=recipe, on_low_sqnr="error", progress=False)
+    assert qmodel.report.sqnr > 30

@@ -87,6 +87,7 @@ def test_a_rule_that_is_silent_leaves_settings_as_they_are():
         (lambda: Recipe(weight=8), r"unknown weight granularity 8"),
         (lambda: Recipe(modules={"head": False}), r"the rule for 'head' is False; give fxq.FLOAT or fxq.Rule"),
         (lambda: Recipe(ops={"add": "float"}), r"the rule for 'add' is 'float'"),
+        (lambda: Recipe(modules={torch.nn.ReLU(): FLOAT}), r"a rule is for a ReLU; name a module by its path"),
         (lambda: Recipe(round_weights=True), r"unknown round_weights True; there are 'feedback', 'adaround' and None"),
         (lambda: Recipe.of("int4"), r"unknown recipe 'int4'"),
     ],
