@@ -258,10 +258,11 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 }
 
-// From so many rows on, each tile brings its share of what is read next into the cache: the next panel, and behind the last
-// one the rows. From memory, as in a large model at each call, both come in two thirds of the time; from the third-level
-// cache weights take one or two hundredths more. With fewer rows those would take up to a third more: the few buffers for
-// misses that a core has are then waited for, which what the processor prefetches by itself does without.
+// From so many rows on, each tile brings its share of what is read next into the cache: the next panel, or the rows of the
+// next block (where there is but one panel, of the next tile). From memory, as in a large model at each call, both come in
+// two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows those would
+// take up to a third more: the few buffers for misses that a core has are then waited for, which what the processor
+// prefetches by itself does without.
 constexpr int64_t kAheadRows = 12;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
@@ -280,12 +281,12 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
-      if (ahead && first + kPanel < end) {
-        at.ahead += width * padded_k;
-        at.ahead_step = ceil_div(at.step, tiles * strips);
-      } else if (ahead && !g.rows && (only || block_end < row_end)) {  // rows: a tile further, or those of the next block
+      if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
+      } else if (ahead) {  // behind the last panel are, within a chain, the weights of the next layer
+        at.ahead += width * padded_k;
+        at.ahead_step = ceil_div(at.step, tiles * strips);
       }
       for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
         columns = columns_of((width - c) / W);
