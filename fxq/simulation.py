@@ -170,6 +170,10 @@ class Simulation:
         """What `node` gave in the exact runs, and in the rounded ones."""
         return [run.env[node] for run in self.exact], [run.env[node] for run in self.rounded]
 
+    def is_comparable(self, node: Node) -> bool:
+        """Whether `node` gave the same shapes in both: where values decide on sizes, rounding may change them."""
+        return all(x.shape == y.shape for x, y in zip(*self.values(node), strict=True))
+
     def rerun(self, product: Node) -> None:
         """Run `product` once more in the rounded runs: its weight or bias has changed."""
         for run in self.rounded:

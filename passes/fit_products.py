@@ -71,7 +71,8 @@ def _fit(methods: tuple[Method, ...], gm: GraphModule, ctx: Context) -> _Fit:
     for node in simulation.stops(products, f"fitting {' and '.join(method.what for method in fit.seconds)}"):
         for method, fitter in begun:
             start = time.perf_counter()
-            change = fitter.fit(node, simulation) if node in fitter.products else None
+            fits = node in fitter.products and simulation.is_comparable(node)
+            change = fitter.fit(node, simulation) if fits else None
             if change is not None:
                 fit.changes.setdefault(method, {})[node.name] = change
                 simulation.rerun(node)

@@ -393,6 +393,25 @@ def test_another_model_is_told_by_its_shapes(recipe):
         fxq.compare(of(12, 32, 8), qmodel, torch.randn(8, 12))
 
 
+def routed(self, x):
+    chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+    for i, expert in enumerate((self.a, self.b)):
+        y[chosen == i] = expert(x[chosen == i])
+    return y
+
+
+@pytest.mark.filterwarnings("ignore::fxq.AccuracyWarning")
+@pytest.mark.parametrize("forward", [routed, lambda self, x: self.b(self.a(x)[self.gate(x)[:, 0] > 0])])
+def test_rounding_may_change_sizes_that_values_decide_on(forward, model_of):
+    model = model_of(forward, gate=nn.Linear(8, 2), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    x = torch.randn(1000, 8)
+    recipe = fxq.Recipe(observer="min_max", weight="per_tensor", balance=False, judge_costs=False)
+    qmodel = fxq.quantize(model, x, recipe=recipe, progress=False)
+    found = fxq.compare(model, qmodel, x)
+    assert any(math.isnan(layer.accumulated) for layer in found.layers)
+    assert all(layer.alone > 10 for layer in found.layers)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_pool_keeps_what_a_mean_drops(keep, model_of):
     def forward(self, x):
