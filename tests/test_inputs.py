@@ -224,3 +224,13 @@ def test_a_call_with_a_sparse_tensor():
 def test_a_batch_may_be_empty(recipe, data):
     qmodel = fxq.quantize(MODEL, EXAMPLES, calibration_data=data, recipe=recipe, on_low_sqnr="error", progress=False)
     assert qmodel.report.sqnr > 30
+
+
+def test_a_call_with_tensors_of_which_only_some_are_there():
+    qmodel = fxq.quantize(MODEL, EXAMPLES, recipe=fxq.Recipe(judge_costs=False))
+    with pytest.raises(RuntimeError, match="devices cpu and meta; move model and inputs to one of them"):
+        qmodel(EXAMPLES.to("meta"))
+    qmodel.to("meta")
+    with pytest.raises(RuntimeError, match="devices cpu and meta; move model and inputs to one of them"):
+        qmodel(EXAMPLES)
+    assert qmodel(EXAMPLES.to("meta")).device.type == "meta"

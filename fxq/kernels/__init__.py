@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fxq.errors import KernelError
 from fxq.kernels.binary import ALL, cache, compiler, find, processor_isas
@@ -55,9 +57,17 @@ def define(schema: str, portable: Callable[..., Any], fake: Callable[..., Any]) 
         _first_call()
         return overload(*args, **kwargs)
 
+    def shapes(*args: Any) -> Any:
+        """What a call on the meta device gives; torch also comes here with tensors of which only some are there."""
+        devices = {value.device.type for value in pytree.tree_leaves(args) if isinstance(value, Tensor)}
+        if len(devices) > 1:
+            places = " and ".join(sorted(devices))
+            raise RuntimeError(f"fxq::{name}: operands on the devices {places}; move model and inputs to one of them")
+        return fake(*args)
+
     # A kernel registered for the CPU, as the native ones are, goes before this one.
     _library.impl(name, serve, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fxq::{name}", fake, lib=_library)
+    torch.library.register_fake(f"fxq::{name}", shapes, lib=_library)
     return overload
 
 
