@@ -59,8 +59,9 @@ def scale_clamp(
 
 
 def round_clamp(steps: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-    """clamp(rne(steps) + zero_point, low, high) as uint8; clamped in float so that no conversion overflows."""
-    clamped = torch.clamp(torch.round(steps), low - zero_point, high - zero_point)
+    """clamp(rne(steps) + zero_point, low, high) as uint8, clamped in float so that none overflows; NaN: low."""
+    numbers = torch.nan_to_num(torch.round(steps), low - zero_point, torch.inf, -torch.inf)
+    clamped = torch.clamp(numbers, low - zero_point, high - zero_point)
     return (clamped.to(torch.int32) + zero_point).to(torch.uint8)
 
 
@@ -72,8 +73,7 @@ def steps_from(q: Tensor, zero_point: int, multiplier: float) -> Tensor:
 def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     expect_dtype("quantize", "x", x, torch.float32)
     inverse = torch.tensor(1.0, dtype=torch.float32) / torch.tensor(scale, dtype=torch.float32)
-    steps = torch.nan_to_num(laid_like(x, x) * inverse, ACT_QMIN - zero_point, torch.inf, -torch.inf)
-    return round_clamp(steps, zero_point, ACT_QMIN, ACT_QMAX)
+    return round_clamp(laid_like(x, x) * inverse, zero_point, ACT_QMIN, ACT_QMAX)
 
 
 def _quantize_channels_last(x: Tensor, scale: float, zero_point: int) -> Tensor:

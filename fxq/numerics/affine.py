@@ -46,9 +46,8 @@ def quantize(x: F32, scale: float, zero_point: int) -> U8:
     """
     inverse = np.float32(1) / np.float32(scale)
     with np.errstate(over="ignore"):
-        steps = np.rint(np.asarray(x, np.float32) * inverse)
-    steps = np.where(np.isnan(steps), np.float32(ACT_QMIN - zero_point), steps)
-    return (np.clip(steps, ACT_QMIN - zero_point, ACT_QMAX - zero_point).astype(np.int32) + zero_point).astype(np.uint8)
+        steps = np.asarray(x, np.float32) * inverse
+    return round_clamp(steps, zero_point, ACT_QMIN, ACT_QMAX)
 
 
 def quantize_scaled(x: F32, factor: F32, scale: float, zero_point: int) -> U8:
@@ -103,9 +102,9 @@ def _add_to_odd(a: npt.NDArray[np.float64], b: npt.NDArray[np.float32]) -> npt.N
 
 
 def round_clamp(steps: F32, zero_point: int, low: int, high: int) -> U8:
-    """clamp(rne(steps) + zero_point, low, high) as uint8, clamped in float so that no conversion overflows."""
-    clamped = np.clip(np.rint(steps), np.float32(low - zero_point), np.float32(high - zero_point))
-    return (clamped.astype(np.int32) + zero_point).astype(np.uint8)
+    """clamp(rne(steps) + zero_point, low, high) as uint8, clamped in float so that none overflows; NaN: low."""
+    raised = np.fmax(np.rint(steps), np.float32(low - zero_point))
+    return (np.minimum(raised, np.float32(high - zero_point)).astype(np.int32) + zero_point).astype(np.uint8)
 
 
 def qadd(q_a: U8, q_b: U8, m_a: float, z_a: int, m_b: float, z_b: int, zero_point: int, low: int, high: int) -> U8:

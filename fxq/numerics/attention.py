@@ -149,5 +149,4 @@ def qattention(
 ) -> U8:
     """clamp(rne(y) + zero_point, 0, 255) with m_v = f32(s_v / s_y); `masked` for a query without a key."""
     y = _attend(q, k, v, mask, is_causal, scale, z_q, z_v, s_qk, m_v, heads)
-    rounded = round_clamp(np.where(np.isnan(y), np.float32(0), y), zero_point, 0, 255)
-    return np.where(np.isnan(y), np.uint8(masked), rounded)
+    return np.where(np.isnan(y), np.uint8(masked), round_clamp(y, zero_point, 0, 255))

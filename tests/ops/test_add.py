@@ -50,6 +50,17 @@ def test_all_pairs_of_integers(on_isa):
         assert np.array_equal(found.numpy(), numerics.qadd(every[:, None].numpy(), every[None, :].numpy(), *args))
 
 
+def test_infinities_that_cancel_are_the_lowest_integer(on_isa):
+    a = torch.tensor([255, 0, 255, 0, 128] * 15, dtype=torch.uint8)  # more than four vectors, and a tail
+    b = torch.tensor([0, 255, 255, 0, 128] * 15, dtype=torch.uint8)
+    for low, high in ((0, 255), (7, 255), (3, 200)):
+        args = 1e38, 128, 1e38, 128, 7, low, high
+        found = on_isa(qadd, a, b, *args)
+        assert found.tolist() == [low, low, high, low, 7] * 15
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert np.array_equal(found.numpy(), numerics.qadd(a.numpy(), b.numpy(), *args))
+
+
 def test_memory_in_any_order(on_isa):
     a, b = draw((6, 8)), draw((8, 12))
     for x, y in ((a.t(), b[:, ::2]), (a[:, 1:], b.t()[:6, 1:]), (a[:1].expand(6, 8), a)):
