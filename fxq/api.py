@@ -133,12 +133,12 @@ def _prepare(
             "the recipe w8a16 takes bfloat16 or float16 activations, and the model is float32: convert model and "
             "inputs with .to(torch.bfloat16), or use the recipe w8a32"
         )
-    recipe = resolve(recipe, model, families)
+    resolved = resolve(recipe, model, families)
     folder = dump_folder(dump)
     gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend, share=share)
     give_back()
-    ctx = Context(recipe, families, call.clone(), check=check, dump=folder, progress=progress)
-    ctx.report.recipe = recipe.title
+    ctx = Context(resolved, families, call.clone(), check=check, dump=folder, progress=progress)
+    ctx.report.recipe, ctx.report.recipe_code = recipe.title, recipe.code
     gm = inside.prepare(gm, ctx, PREPARE if passes is None else passes, leaves)
     give_back()
     return gm

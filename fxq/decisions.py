@@ -76,6 +76,7 @@ class Report:
     """The decisions of one conversion and its figures; `print` it, or take `to_dict()`.
 
     sqnr: signal to quantization noise of the output on the examples in dB, None where the model was not compared.
+    recipe, recipe_code: its title, and all of it as Python text, "" where torch has quantized the model.
     weight_bytes: of all parameters and buffers, before and after. guards: what tracing fixed on a value.
     equalized: by the name of a float value, the dimension of its channels and by what the integers' are divided.
     float_steps: under requant="fixed", where float arithmetic remains between the model's edges. seconds: what each
@@ -87,6 +88,7 @@ class Report:
     guards: list[str] = field(default_factory=list)
     frontend: str = "value-carrying symbolic trace"
     recipe: str = ""
+    recipe_code: str = ""
     weight_bytes: tuple[int, int] = (0, 0)
     sqnr: float | None = None
     float_steps: list[str] = field(default_factory=list)

@@ -81,6 +81,10 @@ def compare(
     if shapes and all(0 in shape for shape in shapes):
         given = ", ".join(map(str, shapes))
         raise InputError(f"fxq.compare: the inputs hold no numbers to compare (shape {given}); give a batch of some")
+    base, made_by = Recipe.of(recipe), qmodel.report.recipe_code or qmodel.report.recipe
+    if calibration_data is not None and base.code != made_by:
+        what = f"qmodel was quantized by {made_by}, and recipe is {base.code}"
+        raise InputError(f"fxq.compare: {what}; remedies are tried on top of the recipe of qmodel: give that one")
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
 
     def runs_of(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Runs:
@@ -117,10 +121,7 @@ def compare(
                 result.layers.extend(compare_runs(own).layers)
     if calibration_data is None:
         return result
-    base = Recipe.of(recipe)
     data = list(calibration_data) if isinstance(calibration_data, Iterator) else calibration_data
-    if base.title != qmodel.report.recipe:
-        raise InputError(f"fxq.compare: qmodel was quantized by {qmodel.report.recipe!r}, recipe is {base.title!r}")
 
     def attempt(changed: Recipe) -> float:
         again = quantize(

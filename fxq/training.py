@@ -57,12 +57,12 @@ def prepare_qat(
     call = as_call(example_inputs, example_kwargs)
     check_model(model, call)
     check_leaves(model, leaves)
-    recipe = resolve(recipe, model, families)
+    resolved = resolve(recipe, model, families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model is in training mode", tracing.TracingWarning)
         gm = tracing.trace(model, call.args, call.kwargs, leaves=leaves, frontend=frontend)
-    ctx = Context(recipe, families, call.clone(), check=check, dump=dump_folder(dump))
-    ctx.report.recipe = recipe.scheme
+    ctx = Context(resolved, families, call.clone(), check=check, dump=dump_folder(dump))
+    ctx.report.recipe, ctx.report.recipe_code = recipe.title, recipe.code
     gm = inside.prepare_graph(gm, ctx, PREPARE_QAT if passes is None else passes)
     return calibrate(gm, [call.args or call.kwargs], progress=False).train()
 

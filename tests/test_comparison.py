@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import re
 import sys
 from dataclasses import replace
 
@@ -303,10 +305,15 @@ def test_remedies_end_in_time(spoiled):
 
 
 def test_remedies_need_the_recipe(spoiled):
-    x = torch.randn(64, 16)
-    qmodel = fxq.quantize(spoiled, x, recipe="w8a8-dynamic", on_low_sqnr="ignore", progress=False)
-    with pytest.raises(fxq.InputError, match="was quantized by 'w8a8-dynamic', recipe is 'w8a8'"):
-        fxq.compare(spoiled, qmodel, x, calibration_data=[x])
+    """All of it, rules included, from a file as well: the error shows what to paste."""
+    x, options = torch.randn(64, 16), {"on_low_sqnr": "ignore", "progress": False}
+    own = fxq.Recipe(modules={"0": fxq.FLOAT})
+    for recipe in (fxq.Recipe("w8a8-dynamic"), own):
+        qmodel = pickle.loads(pickle.dumps(fxq.quantize(spoiled, x, recipe=recipe, **options)))
+        told = re.escape(f"was quantized by {recipe.code}, and recipe is fxq.Recipe()")
+        with pytest.raises(fxq.InputError, match=told):
+            fxq.compare(spoiled, qmodel, x, calibration_data=[x])
+    assert fxq.compare(spoiled, qmodel, x, calibration_data=[x], recipe=own, seconds=0, progress=False).suspects
 
 
 def test_of_equal_remedies_the_first_is_taken():

@@ -115,6 +115,8 @@ def test_the_report_names_what_remains_float(model_of):
     assert report.float_steps[1].endswith("softmax: it takes exponentials and divides by what each row adds up to")
     assert "float arithmetic between the quantized inputs and the dequantized outputs: 2 operations" in str(report)
     assert type(report).from_dict(report.to_dict()).float_steps == report.float_steps
+    trained = fxq.report(fxq.convert(fxq.prepare_qat(model, X, recipe=FIXED)))
+    assert trained.recipe == report.recipe and "dequantized outputs: 2 operations" in str(trained)
     with pytest.raises(
         fxq.QuantizationError, match=r"2 operations between the model's edges compute in float:\n.*gelu"
     ):
