@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fxq import __version__, kernels
 from fxq.costs import Costs, costs_path
-from fxq.errors import FxqError
+from fxq.errors import FileError, FxqError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "build",
         help="compile the native kernels for all instruction sets ahead of time, for images and read-only systems",
     )
-    build.add_argument("directory", nargs="?", type=Path, help="where to (default: beside the installed package)")
+    build.add_argument(
+        "directory",
+        nargs="?",
+        type=Path,
+        help="where to (default: beside the installed package); FXQ_CACHE must name it when models run",
+    )
     costs = commands.add_parser("costs", help="the measured times of operations on this machine")
     costs.add_argument("--clear", action="store_true", help="delete the file: everything is measured anew")
     options = parser.parse_args(arguments)
@@ -59,7 +64,10 @@ def _info() -> None:
 def _costs(clear: bool) -> None:
     path = costs_path()
     if clear:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot delete {path} ({error})") from error
         print(f"{path} is deleted")
         return
     print(path)

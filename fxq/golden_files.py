@@ -153,7 +153,8 @@ def _fill(folder: Path, layers: Sequence[Layer], arrays: Mapping[str, Array], in
 
 def formula(op: str) -> str:
     """The equation of an op of fxq's, from the docstring of its NumPy truth; "" where it has none."""
-    function = getattr(numerics, op.removeprefix("fxq."), None) if op.startswith("fxq.") else None
+    name = op.removeprefix("fxq.").removesuffix("_channels_last")  # the order in memory is no part of it
+    function = getattr(numerics, name, None) if op.startswith("fxq.") else None
     return (function.__doc__ or "").partition("\n")[0].strip()
 
 
@@ -254,7 +255,9 @@ integers are themselves, floats are written with all their bits.
 `layers`: in the order in which they run. Each has
 
 - `name`: the module of the model, as in `GoldenModel.trace`; a second call of it is `fc1#2`
-- `op`, `formula`: what it computes; `torch` where it is a float operation whose values torch gave
+- `op`, `formula`: what it computes; `torch` where it is a float operation whose values torch gave. The functions named
+  there, and those of ops whose formula refers to others, are in `fxq.numerics`, with all of their equations
+- `line`: where the model's code calls it, "" where that is not known
 - `operands`: what it reads, by name. `{"array": "fc1.weight"}` is an array; anything else is the value itself, floats
   with the bits of their float32 and float64 form
 - `inside`: arrays on the way, such as the sums before requantization
@@ -278,9 +281,16 @@ integers are themselves, floats are written with all their bits.
 
 With `low`, `high`, `zero_point` from the operands, `v = acc + bias` and `>>` an arithmetic shift of an int64:
 
-    qlinear_fixed, single   y_q = clamp(((int64) v * multiplier + (1 << shift >> 1) >> shift) + zero_point, low, high)
-    qconv_fixed, single     the same of every window; weight [N, C / groups, *kernel], bias folded over the whole kernel
-    qlinear                 y_q = clamp(round_half_even((float) v * multiplier) + zero_point, low, high)
+    qlinear_fixed   y_q = clamp(scale(v) + zero_point, low, high), where by the operand `rounding`
+      single          scale(v) = ((int64) v * multiplier + ((int64) 1 << shift >> 1)) >> shift
+      tflite          scale(v) = RoundingDivideByPOT(SaturatingRoundingDoublingHighMul(v << left, multiplier), right),
+                      as in gemmlowp; left = max(31 - shift, 0), right = max(shift - 31, 0); v << left saturates
+    qconv_fixed     the same of every window; weight [N, C / groups, *kernel], bias folded over the whole kernel
+    qlinear         y_q = clamp(rne((float) v * multiplier) + zero_point, low, high)
+    qlinear_float   y = (float) v * multiplier
+
+`rne` rounds to the nearest integer, ties to even, `f32` to the nearest float32. docs/numerics.md of fxq has the
+equations of all operations.
 
 ## hex files
 

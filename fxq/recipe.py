@@ -210,7 +210,8 @@ class Recipe:
         for pattern in self.modules:
             if not any(covers(pattern, path) for path in paths):
                 near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.5)
-                hint = f"did you mean {', '.join(near)}?" if near else f"its modules are {', '.join(paths[:12])}"
+                named = [path for path in paths if path][:12]
+                hint = f"did you mean {', '.join(near)}?" if near else f"its modules are {', '.join(named)}"
                 raise RecipeError(f"the recipe's module {pattern!r} matches nothing in the model; {hint}")
         for name in self.ops:
             if not any(fnmatch.fnmatchcase(op, name) for op in ops):

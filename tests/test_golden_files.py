@@ -53,6 +53,10 @@ def test_a_layer_from_the_files_alone(folder):
             assert min(max(q, operands["low"]), operands["high"]) == result[n]
 
 
+def test_the_order_in_memory_is_no_part_of_a_formula():
+    assert golden_files.formula("fxq.quantize_channels_last") == golden_files.formula("fxq.quantize") != ""
+
+
 def test_every_intermediate_is_there(folder, golden):
     arrays = np.load(folder / "arrays.npz")
     for name, array in golden.trace(X.numpy()).items():

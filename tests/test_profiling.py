@@ -133,6 +133,13 @@ def test_the_command_line_shows_and_clears(qmodel, capsys):
     assert not costs_path().exists()
 
 
+def test_the_command_line_says_why_it_cannot_clear(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("FXQ_CACHE", str(tmp_path / "file"))
+    assert main(["costs", "--clear"]) == 1
+    assert "fxq: cannot delete" in capsys.readouterr().err
+
+
 def test_a_picture_by_time(qmodel, tmp_path):
     profile = fxq.profile(qmodel, torch.randn(4, 16))
     text = fxq.draw(qmodel, tmp_path / "a.dot", profile=profile).read_text()

@@ -103,7 +103,7 @@ def test_wrong_settings(make, message):
         (Recipe(modules={"hed": FLOAT}), r"module 'hed' matches nothing in the model; did you mean head\?"),
         (Recipe(modules={"encoder.0.fc3": FLOAT}), r"did you mean .*encoder\.0\.fc1"),
         (Recipe(modules={"decoder.*.query": FLOAT}), r"matches nothing"),
-        (Recipe(modules={"zzz": FLOAT}), r"its modules are .*encoder, encoder\.0"),
+        (Recipe(modules={"zzz": FLOAT}), r"its modules are encoder, encoder\.0"),
         (Recipe(ops={"conv": FLOAT}), r"op family 'conv' does not exist; there are add, carry, clamp, linear"),
     ],
 )

@@ -117,7 +117,8 @@ def build(directory: Path | None = None, isa: str = ALL) -> Path:
             if not _is_whole(path):  # another process may have been first
                 _compile(command, path, isa)
     except OSError as error:
-        raise KernelError(f"cannot write {directory} ({error}); set FXQ_CACHE to a writable folder") from error
+        remedy = "set FXQ_CACHE to a writable folder" if directory == cache() else "name a writable folder"
+        raise KernelError(f"cannot write {directory} ({error}); {remedy}") from error
     return path
 
 

@@ -3,6 +3,14 @@
 // Every function returns the bits of the function of the same name in fxq/numerics/. Each `kernels_<isa>.cpp` compiles
 // body.h and products.h for one instruction set; dispatch.cpp chooses among those that the binary holds; ops_*.cpp make
 // them torch operators.
+//
+// In which order to read them, after this file:
+//   kernels_generic.cpp  one instruction set in full, without intrinsics: what body.h and products.h ask of each
+//   body.h               the kernels without a dot product of integers: elementwise.h first, on which the others draw
+//   products.h           those with one: gemm.h first, with epilogue.h, which says what becomes of its sums; attention.h;
+//                        convolutions by conv.cpp (on gemm.h), depthwise.h, lanes.h, winograd_tiles.h and winograd.h
+//   tensor.h, checks.h   the side of torch; ops_linear.cpp is a whole operator, threads.cpp shares out its work
+//   chain.h, block.h, program.h  many operations in one call: linears, the blocks of a transformer, images
 #pragma once
 #include <cmath>
 #include <cstdint>

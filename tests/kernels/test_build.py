@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fxq import kernels
+from fxq.cli import main
 from fxq.kernels import binary
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +226,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     isa, caught, _ = call(blocked / "cache")
     assert isa == "portable"
     assert "set FXQ_CACHE to a writable folder" in caught or "no C++ compiler" in caught
+
+
+def test_a_folder_to_build_into_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["build", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert "; name a writable folder" in said or "no C++ compiler" in said
 
 
 def test_portable_on_request_says_nothing(tmp_path):
