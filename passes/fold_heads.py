@@ -40,9 +40,10 @@ class FoldHeads:
         """Returns the number of attentions and sizes rewritten."""
         known = shapes(gm)
         count = sum(_ask_the_root(gm, node, known[node]) for node in list(gm.graph.nodes) if _is_size(node, known))
+        known = shapes(gm)
         for node in list(gm.graph.nodes):
             if node.target in _OPERANDS and len(node.args) == _OPERANDS[node.target]:
-                count += _fold(gm, node, shapes(gm))
+                count += _fold(gm, node, known)
         return count
 
 
@@ -83,6 +84,7 @@ def _fold(gm: GraphModule, node: Node, known: dict[Node, Any]) -> bool:
         operands = (*rows, *node.args[3:], heads)
         folded = call(gm, node.target, operands, node, node.meta.get("qparams"))
     folded.meta |= {key: last.meta[key] for key in ("source", "value") if key in last.meta}
+    known[folded] = known[last]
     bypass(gm, last, folded)
     return True
 

@@ -97,7 +97,8 @@ class _Rounding:
 
     def fit(self, product: Node, simulation: Simulation) -> Change | None:
         if product not in self.ahead:
-            alike = [other for other in self.products if _reads_alike(self.gm, product, other)]
+            readers = (reader for reader in product.all_input_nodes[0].users if reader in self.products)
+            alike = [reader for reader in readers if _reads_alike(self.gm, product, reader)]
             self.ahead.update(_round(self.gm, alike, simulation, self.how))
         integers, scales, was, now = self.ahead.pop(product)
         if not now - was >= LEAST_GAIN:
