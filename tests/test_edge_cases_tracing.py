@@ -1,3 +1,5 @@
+"""What people's models hold, by the numbers of docs/tracing.md: what tracing alone makes of it."""
+
 import collections
 import copy
 import hashlib
