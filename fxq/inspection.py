@@ -85,40 +85,10 @@ def compare(
     if calibration_data is not None and base.code != made_by:
         what = f"qmodel was quantized by {made_by}, and recipe is {base.code}"
         raise InputError(f"fxq.compare: {what}; remedies are tried on top of the recipe of qmodel: give that one")
-    same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-
-    def runs_of(float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call) -> Runs:
-        gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
-        ctx = Context(Recipe(), (), exact.clone())
-        pipeline.begin(gm, ctx)
-        integers, own = expand(made), reached.clone()
-        try:
-            propagate(integers, own.args, own.kwargs)
-        except NodeError as failure:
-            if isinstance(failure.__cause__, FxqError):
-                raise failure.__cause__ from None
-            what = f"{place_of(failure.node)} of the quantized model fails where the float model does not"
-            why = str(failure.__cause__).partition("\n")[0]  # torch goes on to print tensors
-            raise InputError(f"fxq.compare: {what}: {why}; {ANOTHER_MODEL}") from failure.__cause__
-        except TypeError as error:
-            name, known = type(float_model).__name__, ", ".join(inspect.signature(made.forward).parameters)
-            what = f"the inputs fit {name}, and not the quantized model, whose arguments are ({known})"
-            raise InputError(f"fxq.compare: {what}: {error}; {ANOTHER_MODEL}") from error
-        return Runs.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
-
-    runs = runs_of(model, qmodel, call, call)
+    runs = _runs_of(model, qmodel, call, call, leaves)
     result = compare_runs(runs)
-    inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
-    if inner:
-        plain = {path: _place(qmodel, path) for path in inner}
-        evaluated = copy.deepcopy(model).eval()
-        exact = inside.calls_of(evaluated, {name for name, _ in plain.values()}, call)
-        reached = inside.calls_of(copy.deepcopy(qmodel), list(inner), call)
-        for path, (name, turn) in plain.items():
-            if reached[path] and len(exact[name]) > turn:
-                module = evaluated.get_submodule(name)
-                own = runs_of(module, inner[path], exact[name][turn], reached[path][0])
-                result.layers.extend(compare_runs(own).layers)
+    for own in _inside_leaves(model, qmodel, call, leaves):
+        result.layers.extend(compare_runs(own).layers)
     if calibration_data is None:
         return result
     data = list(calibration_data) if isinstance(calibration_data, Iterator) else calibration_data
@@ -138,6 +108,50 @@ def compare(
 
     effects = functools.partial(effects_of, runs)
     return replace(result, suspects=find_remedies(result, qmodel.report, base, effects, attempt, seconds, progress))
+
+
+def _runs_of(
+    float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call, leaves: tuple[type[nn.Module] | str, ...]
+) -> Runs:
+    """The float model on the call `exact`, and what was made of it on `reached`; raises `InputError` where it was not.
+
+    leaves: as in `quantize`.
+    """
+    gm = tracing.trace(float_model, exact.args, exact.kwargs, leaves=leaves, frontend=_frontend_of(made))
+    ctx = Context(Recipe(), (), exact.clone())
+    pipeline.begin(gm, ctx)
+    integers, own = expand(made), reached.clone()
+    try:
+        propagate(integers, own.args, own.kwargs)
+    except NodeError as failure:
+        if isinstance(failure.__cause__, FxqError):
+            raise failure.__cause__ from None
+        what = f"{place_of(failure.node)} of the quantized model fails where the float model does not"
+        why = str(failure.__cause__).partition("\n")[0]  # torch goes on to print tensors
+        raise InputError(f"fxq.compare: {what}: {why}; {ANOTHER_MODEL}") from failure.__cause__
+    except TypeError as error:
+        name, known = type(float_model).__name__, ", ".join(inspect.signature(made.forward).parameters)
+        what = f"the inputs fit {name}, and not the quantized model, whose arguments are ({known})"
+        raise InputError(f"fxq.compare: {what}: {error}; {ANOTHER_MODEL}") from error
+    same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
+    return Runs.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
+
+
+def _inside_leaves(
+    model: nn.Module, qmodel: QuantizedModule, call: Call, leaves: tuple[type[nn.Module] | str, ...]
+) -> Iterator[Runs]:
+    """Of what is quantized inside leaves, each module on the first call of its own that reaches it."""
+    inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
+    if not inner:
+        return
+    plain = {path: _place(qmodel, path) for path in inner}
+    evaluated = copy.deepcopy(model).eval()
+    exact = inside.calls_of(evaluated, {name for name, _ in plain.values()}, call)
+    reached = inside.calls_of(copy.deepcopy(qmodel), list(inner), call)
+    for path, (name, turn) in plain.items():
+        if reached[path] and len(exact[name]) > turn:
+            module = evaluated.get_submodule(name)
+            yield _runs_of(module, inner[path], exact[name][turn], reached[path][0], leaves)
 
 
 def _place(qmodel: QuantizedModule, path: str) -> tuple[str, int]:
