@@ -23,9 +23,12 @@ class _NoGradient(torch.autograd.Function):
     """The same numbers; `what` has no gradients, and says so when it is asked for them."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, cause: Tensor, what: str) -> Tensor:
-        ctx.what = what
+    def forward(output: Tensor, cause: Tensor, what: str) -> Tensor:
         return output.detach().view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        ctx.what = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

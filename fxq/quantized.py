@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.graph import PythonCode
+from torch.jit import _trace as jit
 from torch.nn.modules import module as hooks
 
 from fxq.codegen import Source
@@ -121,6 +122,7 @@ def _call(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
             or nn.Module.__call__ is not _module_call
             or hooks._global_forward_hooks
             or hooks._global_forward_pre_hooks
+            or jit._trace_module_map is not None  # torch.jit.trace: what is called so becomes a module in it
         ):
             run: Callable[..., Any] = partial(nn.Module.__call__, self)
         else:

@@ -218,6 +218,14 @@ def test_forward_mode_gradients(model_of):
     assert torch.equal(torch.func.jvp(lambda y: qmodel(X) + y, (X,), (Y,))[1], Y)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_gradients_as_functions(model_of):
+    qmodel = fxq.quantize(model_of(lambda self, x: self.l(x) + x.cumsum(0), l=nn.Linear(6, 6)), X, progress=False)
+    with pytest.raises(InputError, match="input 'x' of an integer model has no gradients"):
+        torch.func.grad(lambda x: qmodel(x).sum())(X)
+    assert torch.equal(torch.func.grad(lambda y: (qmodel(X) * y).sum())(Y), qmodel(X))
+
+
 def test_under_vmap(model_of):
     qmodel = of(model_of(lambda self, x, y: torch.relu(x + y) * 2 + y), X, Y)
     assert torch.equal(torch.vmap(qmodel, in_dims=(None, 0))(X[0], Y), torch.relu(X[0] + Y) * 2 + Y)

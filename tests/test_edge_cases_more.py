@@ -661,12 +661,16 @@ def test_case_88_copies(check, model_of, tmp_path):
     buffer.seek(0)
     fxq.save(qmodel, tmp_path / "model.fxq")
     dynamic = torch.export.export(qmodel, (X,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.jit.save(torch.jit.trace(nn.Sequential(qmodel), X), tmp_path / "model.pt")
+    traced = torch.jit.load(tmp_path / "model.pt")
     for other in (
         copy.deepcopy(qmodel),
         pickle.loads(pickle.dumps(qmodel)),
         torch.load(buffer, weights_only=False),
         fxq.load(tmp_path / "model.fxq"),
         torch.jit.trace(qmodel, X),
+        traced,
+        getattr(traced, "0"),
         dynamic.module(),
     ):
         assert torch.equal(other(OTHER), qmodel(OTHER))

@@ -52,6 +52,51 @@ def test_a_forward_of_ones_own_is_what_a_call_runs():
     assert torch.equal(qmodel(X), expected + 1)
 
 
+HOOKS = {
+    "behind": lambda model, hook: model.register_forward_hook(hook),
+    "behind, with keywords": lambda model, hook: model.register_forward_hook(hook, with_kwargs=True),
+    "before": lambda model, hook: model.register_forward_pre_hook(hook),
+    "behind any": lambda _, hook: nn.modules.module.register_module_forward_hook(hook),
+    "before any": lambda _, hook: nn.modules.module.register_module_forward_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("place", HOOKS)
+def test_hooks_run(place):
+    qmodel, met = fxq.quantize(mlp(), X), []
+    expected = qmodel(X)
+    handle = HOOKS[place](qmodel, lambda module, *rest: met.append(module))
+    try:
+        assert torch.equal(qmodel(X), expected)
+    finally:
+        handle.remove()
+    assert met == [qmodel]
+
+
+def test_a_hook_runs_where_the_model_fails():
+    qmodel, met = fxq.quantize(mlp(), X), []
+    qmodel.register_forward_hook(lambda *_: met.append(1), always_call=True)
+    with pytest.raises(RuntimeError, match=r"x\[32, 7\]"):
+        qmodel(X[:, :7])
+    assert met == [1]
+
+
+def test_a_compiled_call_is_what_a_call_runs():
+    torch._dynamo.reset()
+    qmodel, met = fxq.quantize(mlp(), X), []
+    expected = qmodel(X)
+    qmodel.compile(backend=lambda gm, inputs: met.append(gm) or gm.forward)
+    assert torch.equal(qmodel(X), expected) and len(met) == 1
+    assert torch.equal(copy.deepcopy(qmodel)(X), expected)
+
+
+def test_a_call_that_someone_has_replaced(monkeypatch):
+    qmodel, call = fxq.quantize(mlp(), X), nn.Module.__call__
+    expected = qmodel(X)
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: call(self, *args) + 1)
+    assert torch.equal(qmodel(X), expected + 1)
+
+
 @pytest.fixture
 def untouched(fingerprint):
     """Run something with a model and check that the model is what it was, whatever happens."""
