@@ -306,7 +306,7 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
       // What a tile reads first is then what the one before has read last, and still in the first-level cache.
-      at.turns = ahead && !g.rows && g.k % 4 == 0;
+      at.turns = ahead && !g.rows && g.k > 0 && g.k % 4 == 0;
       if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
