@@ -287,7 +287,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 // two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows those would
 // take up to a third more: the few buffers for misses that a core has are then waited for, which what the processor
 // prefetches by itself does without.
-constexpr int64_t kAheadRows = 12;
+constexpr int64_t kAheadRows = 12, kTurningRows = 128;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
@@ -305,8 +305,9 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
-      // What a tile reads first is then what the one before has read last, and still in the first-level cache.
-      at.turns = ahead && !g.rows && g.k > 0 && g.k % 4 == 0;
+      // What a tile reads first is then what the one before has read last, and still in the first-level cache. Of 192 and
+      // more rows products take up to a tenth more time so.
+      at.turns = ahead && block_end - block <= kTurningRows && !g.rows && g.k > 0 && g.k % 4 == 0;
       if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
