@@ -18,7 +18,6 @@ struct Place {
   int64_t y_stride;
   int64_t last;  // the last row that there is: narrow tiles take it for those beyond
   Inside inside;
-  bool turns, backwards;  // whether every second tile goes from the last k to the first; whether this one does
   const int8_t* ahead;  // what this tile brings into the cache, `ahead_step` bytes for four k
   int64_t ahead_step;
 };
@@ -29,12 +28,11 @@ static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to f
   return group;
 }
 
-// R rows of bytes from `begin` to `end`, read four at a time; part(bytes) are those that can be had at once.
+// R rows of bytes from `begin` to `end`, read four at a time.
 template <int R>
 struct Rows {
 #ifdef WIDEN_ROWS
   static constexpr int64_t kMost = 1024;
-  static int64_t part(int64_t bytes) { return bytes < kMost ? bytes : kMost; }
   int64_t begin;
   int32_t even[R][kMost / 4], odd[R][kMost / 4];  // widened here once, and not again for every vector of channels
 
@@ -54,43 +52,13 @@ struct Rows {
     return input(uint32_t(even[r][n]), uint32_t(odd[r][n]));
   }
 #else
-  static int64_t part(int64_t bytes) { return bytes; }
+  static constexpr int64_t kMost = INT64_MAX / 2;
   const uint8_t* const (&x)[R];
 
   Rows(const uint8_t* const (&x)[R], int64_t, int64_t) : x(x) {}
   Input operator()(int r, int64_t i) const { return input(load<uint32_t>(x[r] + i)); }
 #endif
 };
-
-// Where a tile is in its weights, and in what comes into the cache meanwhile; bytes from one group of four k to the next.
-struct Walk {
-  const int8_t *weight, *ahead;
-  int64_t step, ahead_step;
-};
-
-// acc[r][c] += x[r] * weights, of the bytes from `begin` to `end` of each row; from the last to the first, weights as well,
-// unless kForward. A loop for each way, as a processor learns of each load how far it is from the one before.
-template <bool kForward, int R, int C>
-[[gnu::always_inline]] static inline void multiply(I (&acc)[R][C], const uint8_t* const (&x)[R], int64_t begin,
-                                                   int64_t end, Walk& walk) {
-  for (int64_t part, left = end - begin; left > 0; left -= part) {
-    part = Rows<R>::part(left);
-    const int64_t first = kForward ? end - left : begin + left - part;
-    const Rows<R> rows(x, first, first + part);
-    for (int64_t i = kForward ? 0 : part - 4; kForward ? i < part : i >= 0; i += kForward ? 4 : -4) {
-      __builtin_prefetch(walk.ahead);
-      __builtin_prefetch(walk.ahead + 64);
-      Weights b[C];
-      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(walk.weight + 4 * W * c);
-      UNROLL for (int r = 0; r < R; ++r) {
-        const Input a = rows(r, first + i);
-        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
-      }
-      walk.weight += kForward ? walk.step : -walk.step;
-      walk.ahead += walk.ahead_step;
-    }
-  }
-}
 
 // R rows x C vectors of channels, summed up in registers from the bias on.
 template <int R, int C, Leaves kLeaves>
@@ -105,28 +73,38 @@ static void tile(const Gemm& g, const Place& at) {
     const int64_t row = C < kColumns && r > at.last ? at.last : r;
     x[r] = at.rows ? at.rows[row] : at.x + row * g.x_stride;
   }
+  const int8_t *w = at.weight, *ahead = at.ahead;
+  const int64_t step = at.step, ahead_step = at.ahead_step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
+  const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
+  uint32_t last[R];
   if (kLeaves == Leaves::kFloat && g.addend) {  // comes from the second-level cache or beyond while the products run
     UNROLL for (int r = 0; r < R; ++r) {
       const float* const addend = g.addend + (at.row + r) * g.addend_stride + at.channel;
       UNROLL for (int c = 0; c < C; ++c) __builtin_prefetch(addend + c * W);
     }
   }
-  Walk walk = {at.weight, at.ahead, at.step, at.ahead_step};
-  if (at.rows) {
-    for (int64_t run = 0; run < g.run_count; ++run) multiply<true>(acc, x, g.runs[run], g.runs[run] + g.run_bytes, walk);
-  } else if (at.backwards) {
-    walk.weight += at.step * (g.k / 4 - 1);
-    multiply<false>(acc, x, 0, g.k, walk);
-  } else {
-    const int64_t whole = g.k / 4 * 4;
-    multiply<true>(acc, x, 0, whole, walk);
-    if (whole < g.k) {  // the packed weights end in zeros, but x ends
-      uint32_t last[R];
+  for (int64_t run = 0; run < g.run_count + rest; ++run) {
+    int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
+    if (run == g.run_count) {
       UNROLL for (int r = 0; r < R; ++r) {
-        last[r] = load_group(x[r] + whole, g.k - whole);
+        last[r] = load_group(x[r] + whole, g.k % 4);
         x[r] = reinterpret_cast<const uint8_t*>(last + r);
       }
-      multiply<true>(acc, x, 0, 4, walk);
+      run_end = 4;
+    }
+    while (i < run_end) {
+      const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
+      const Rows<R> rows(x, i, end);
+      for (; i < end; i += 4, w += step, ahead += ahead_step) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64);
+        Weights b[C];
+        UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const Input a = rows(r, i);
+          UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+        }
+      }
     }
   }
   if constexpr (kLeaves == Leaves::kSums) {
@@ -235,9 +213,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
-  const int64_t groups = ceil_div(g.k, 4);
-  for (int64_t rows; row < row_end;
-       row += rows, at.ahead += at.ahead_step * groups, at.backwards = at.turns && !at.backwards) {
+  for (int64_t rows; row < row_end; row += rows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
     const int64_t left = row_end - row;
     rows = left < kRows ? left : kRows;
     if (columns == kColumns) {
@@ -287,7 +263,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 // two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows those would
 // take up to a third more: the few buffers for misses that a core has are then waited for, which what the processor
 // prefetches by itself does without.
-constexpr int64_t kAheadRows = 12, kTurningRows = 128;
+constexpr int64_t kAheadRows = 12;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
@@ -305,9 +281,6 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
-      // What a tile reads first is then what the one before has read last, and still in the first-level cache. Of 192 and
-      // more rows products take up to a tenth more time so.
-      at.turns = ahead && block_end - block <= kTurningRows && !g.rows && g.k > 0 && g.k % 4 == 0;
       if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
