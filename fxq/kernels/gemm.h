@@ -20,6 +20,7 @@ struct Place {
   Inside inside;
   const int8_t* ahead;  // what this tile brings into the cache, `ahead_step` bytes for four k
   int64_t ahead_step;
+  bool turns;  // whether every second tile goes backwards
 };
 
 static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
@@ -60,8 +61,9 @@ struct Rows {
 #endif
 };
 
-// R rows x C vectors of channels, summed up in registers from the bias on.
-template <int R, int C, Leaves kLeaves>
+// R rows x C vectors of channels, summed up in registers from the bias on. kBackwards: from the last k to the first, of
+// whole groups in one run; in a loop of its own, as a processor learns of each load how far it is from the one before.
+template <int R, int C, Leaves kLeaves, bool kBackwards = false>
 static void tile(const Gemm& g, const Place& at) {
   I acc[R][C];
   UNROLL for (int c = 0; c < C; ++c) {
@@ -83,7 +85,21 @@ static void tile(const Gemm& g, const Place& at) {
       UNROLL for (int c = 0; c < C; ++c) __builtin_prefetch(addend + c * W);
     }
   }
-  for (int64_t run = 0; run < g.run_count + rest; ++run) {
+  if constexpr (kBackwards) {
+    const Rows<R> rows(x, 0, whole);
+    w += step * (whole / 4 - 1);
+    for (int64_t i = whole - 4; i >= 0; i -= 4, w -= step, ahead += ahead_step) {
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + 64);
+      Weights b[C];
+      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Input a = rows(r, i);
+        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+      }
+    }
+  }
+  for (int64_t run = 0; run < (kBackwards ? 0 : g.run_count + rest); ++run) {
     int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
     if (run == g.run_count) {
       UNROLL for (int r = 0; r < R; ++r) {
@@ -160,11 +176,11 @@ static Tile tile_of(int64_t columns) {
   return tile<R, kColumns, kLeaves>;
 }
 
-template <int R, Leaves kLeaves>
+template <int R, Leaves kLeaves, bool kBackwards = false>
 static Tile wide_tile_of(int64_t rows) {
   if constexpr (R > 1)
-    if (rows < R) return wide_tile_of<R - 1, kLeaves>(rows);
-  return tile<R, kColumns, kLeaves>;
+    if (rows < R) return wide_tile_of<R - 1, kLeaves, kBackwards>(rows);
+  return tile<R, kColumns, kLeaves, kBackwards>;
 }
 
 // As high as there are rows; narrow ones of one row, half of kRows or kRows, as others would save little.
@@ -213,6 +229,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
+  const bool turns = at.turns && to_uint8 && columns == kColumns;
+  int64_t turn = 0;
   for (int64_t rows; row < row_end; row += rows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
     const int64_t left = row_end - row;
     rows = left < kRows ? left : kRows;
@@ -229,7 +247,9 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     at.y = stage;
     at.y_stride = width;
     at.last = rows - 1;
-    const Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
+    const Tile direct = only_sums                     ? nullptr
+                        : turns && (turn++ & 1) == 1 ? wide_tile_of<kRows, Leaves::kUint8, true>(rows)
+                                                     : results_of(rows, columns, to_uint8);
     if (!direct) {
       sums_of(rows, columns)(g, at);
       finish_sums(g, row, rows, channel, valid, stage, width);
@@ -264,6 +284,9 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 // take up to a third more: the few buffers for misses that a core has are then waited for, which what the processor
 // prefetches by itself does without.
 constexpr int64_t kAheadRows = 12;
+// From so many rows to so many, what a tile reads first is what the one before has read last, and still in the
+// first-level cache; with more, products take longer so.
+constexpr int64_t kTurningRows = 48;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
@@ -281,6 +304,9 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
+#ifndef WIDEN_ROWS
+      at.turns = ahead && block_end - block <= kTurningRows && !g.rows && g.k > 0 && g.k % 4 == 0;
+#endif
       if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
