@@ -61,6 +61,20 @@ struct Rows {
 #endif
 };
 
+// acc[r][c] += the products of four k, from i on, with the weights at `w`; what is at `ahead` comes into the cache.
+template <int R, int C>
+[[gnu::always_inline]] static inline void multiply(I (&acc)[R][C], const Rows<R>& rows, int64_t i, const int8_t* w,
+                                                   const int8_t* ahead) {
+  __builtin_prefetch(ahead);
+  __builtin_prefetch(ahead + 64);
+  Weights b[C];
+  UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+  UNROLL for (int r = 0; r < R; ++r) {
+    const Input a = rows(r, i);
+    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+  }
+}
+
 // R rows x C vectors of channels, summed up in registers from the bias on. kBackwards: from the last k to the first, of
 // whole groups in one run; in a loop of its own, as a processor learns of each load how far it is from the one before.
 template <int R, int C, Leaves kLeaves, bool kBackwards = false>
@@ -88,16 +102,7 @@ static void tile(const Gemm& g, const Place& at) {
   if constexpr (kBackwards) {
     const Rows<R> rows(x, 0, whole);
     w += step * (whole / 4 - 1);
-    for (int64_t i = whole - 4; i >= 0; i -= 4, w -= step, ahead += ahead_step) {
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + 64);
-      Weights b[C];
-      UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
-      UNROLL for (int r = 0; r < R; ++r) {
-        const Input a = rows(r, i);
-        UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
-      }
-    }
+    for (int64_t i = whole - 4; i >= 0; i -= 4, w -= step, ahead += ahead_step) multiply(acc, rows, i, w, ahead);
   }
   for (int64_t run = 0; run < (kBackwards ? 0 : g.run_count + rest); ++run) {
     int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
@@ -111,16 +116,7 @@ static void tile(const Gemm& g, const Place& at) {
     while (i < run_end) {
       const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
       const Rows<R> rows(x, i, end);
-      for (; i < end; i += 4, w += step, ahead += ahead_step) {
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + 64);
-        Weights b[C];
-        UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
-        UNROLL for (int r = 0; r < R; ++r) {
-          const Input a = rows(r, i);
-          UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
-        }
-      }
+      for (; i < end; i += 4, w += step, ahead += ahead_step) multiply(acc, rows, i, w, ahead);
     }
   }
   if constexpr (kLeaves == Leaves::kSums) {
@@ -229,8 +225,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
-  const bool turns = at.turns && to_uint8 && columns == kColumns;
-  int64_t turn = 0;
+  const bool turns = at.turns && to_uint8 && columns == kColumns && !only_sums;
+  bool backwards = false;
   for (int64_t rows; row < row_end; row += rows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
     const int64_t left = row_end - row;
     rows = left < kRows ? left : kRows;
@@ -247,9 +243,9 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     at.y = stage;
     at.y_stride = width;
     at.last = rows - 1;
-    const Tile direct = only_sums                     ? nullptr
-                        : turns && (turn++ & 1) == 1 ? wide_tile_of<kRows, Leaves::kUint8, true>(rows)
-                                                     : results_of(rows, columns, to_uint8);
+    Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
+    if (backwards) direct = wide_tile_of<kRows, Leaves::kUint8, true>(rows);
+    backwards = turns && !backwards;
     if (!direct) {
       sums_of(rows, columns)(g, at);
       finish_sums(g, row, rows, channel, valid, stage, width);
@@ -278,14 +274,14 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 }
 
-// From so many rows on, each tile brings its share of what is read next into the cache: the next panel, or the rows of the
-// next block (where there is but one panel, of the next tile). From memory, as in a large model at each call, both come in
-// two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows those would
-// take up to a third more: the few buffers for misses that a core has are then waited for, which what the processor
-// prefetches by itself does without.
+// From so many rows on, each tile brings its share of what is read next into the cache: the next panel, or the rows of
+// the next block (where there is but one panel, of the next tile). From memory, as in a large model at each call, both
+// come in two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows
+// those would take up to a third more: the few buffers for misses that a core has are then waited for, which what the
+// processor prefetches by itself does without.
 constexpr int64_t kAheadRows = 12;
-// From so many rows to so many, what a tile reads first is what the one before has read last, and still in the
-// first-level cache; with more, products take longer so.
+// Up to so many, every second tile goes backwards: what it reads first is what the one before has read last, and still
+// in the first-level cache. Of 192 and more rows, products take up to a tenth more time so.
 constexpr int64_t kTurningRows = 48;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
@@ -304,9 +300,8 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.weight = at.ahead = g.weight + first * padded_k;
       const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
       const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
-#ifndef WIDEN_ROWS
-      at.turns = ahead && block_end - block <= kTurningRows && !g.rows && g.k > 0 && g.k % 4 == 0;
-#endif
+      const bool whole = !g.rows && g.k % 4 == 0 && g.k > 0 && g.k <= Rows<1>::kMost;
+      at.turns = ahead && whole && block_end - block <= kTurningRows;
       if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
         at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
         at.ahead_step = 4 * kRows / strips;
