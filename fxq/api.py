@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fxq import drawing, dump, pipeline, tracing
 from fxq import leaves as inside
 from fxq.checks import check_leaves, check_model, is_narrow
-from fxq.comparison import compare_graphs, output_sqnr
+from fxq.comparison import output_sqnr
 from fxq.decisions import Reason, Report
 from fxq.double import run
 from fxq.errors import CalibrationError, FxqError, InputError, QuantizationError, RecipeError
@@ -27,6 +27,7 @@ from fxq.family import Family
 from fxq.graph import STATE, constant, is_tensor, restored, unchanged
 from fxq.inputs import Call, as_call, calibration_calls, check_finite
 from fxq.memory import give_back
+from fxq.noise import compare_graphs
 from fxq.observers import Observer, forget_rows, learning, paused
 from fxq.ops import FAMILIES
 from fxq.pipeline import Context, Pass

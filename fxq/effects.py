@@ -18,16 +18,17 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from fxq.comparison import Runs, output_sqnr
+from fxq.comparison import output_sqnr
 from fxq.graph import Interpreter, module_of, unchanged
 from fxq.ops.norm import norm_quantize
+from fxq.paired_runs import PairedRuns
 from fxq.randomness import set_states
 
 
 class Effects:
     """The own noise of every operation of a quantized run, and runs without that of some."""
 
-    def __init__(self, runs: Runs) -> None:
+    def __init__(self, runs: PairedRuns) -> None:
         self.runs = runs
         self.interpreter = Interpreter(runs.reference, garbage_collect_values=False)
         self.float_nodes = {node.name: node for node in runs.reference.graph.nodes}
@@ -112,7 +113,7 @@ class Effects:
 
 
 def _reads(graph: Graph, writes: Mapping[Node, tuple[Node, ...]]) -> dict[Node, list[Node]]:
-    """For each node its operands, and what has modified their memory before. writes: as in `Runs`."""
+    """For each node its operands, and what has modified their memory before. writes: as in `PairedRuns`."""
     reads: dict[Node, list[Node]] = {}
     writers: dict[Node, list[Node]] = {}
     for node in graph.nodes:
@@ -123,7 +124,7 @@ def _reads(graph: Graph, writes: Mapping[Node, tuple[Node, ...]]) -> dict[Node, 
     return reads
 
 
-def effects_of(runs: Runs, modules: Iterable[str]) -> dict[str, float]:
+def effects_of(runs: PairedRuns, modules: Iterable[str]) -> dict[str, float]:
     """For each of `modules` that the integer graph has operations of: the output's SQNR in dB without its own noise."""
     effects = Effects(runs)
     own = {module_of(node) for node in effects.operands}

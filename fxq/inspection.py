@@ -20,7 +20,7 @@ from fxq import pipeline, tracing
 from fxq.api import Examples, quantize
 from fxq.calls import PerCall
 from fxq.checks import check_model
-from fxq.comparison import ANOTHER_MODEL, Comparison, Runs, compare_runs
+from fxq.comparison import ANOTHER_MODEL, Comparison
 from fxq.costs import Costs
 from fxq.decisions import Reason, Report
 from fxq.effects import effects_of
@@ -31,6 +31,8 @@ from fxq.golden_model import GoldenModel
 from fxq.golden_program import build
 from fxq.graph import Interpreter, NodeError, bind, mutations, place_of, propagate, target_name
 from fxq.inputs import Call, as_call
+from fxq.noise import compare_runs
+from fxq.paired_runs import PairedRuns
 from fxq.pipeline import Context
 from fxq.profiling import Profile, measure
 from fxq.quantized import QuantizedModule
@@ -112,7 +114,7 @@ def compare(
 
 def _runs_of(
     float_model: nn.Module, made: QuantizedModule, exact: Call, reached: Call, leaves: tuple[type[nn.Module] | str, ...]
-) -> Runs:
+) -> PairedRuns:
     """The float model on the call `exact`, and what was made of it on `reached`; raises `InputError` where it was not.
 
     leaves: as in `quantize`.
@@ -134,12 +136,12 @@ def _runs_of(
         what = f"the inputs fit {name}, and not the quantized model, whose arguments are ({known})"
         raise InputError(f"fxq.compare: {what}: {error}; {ANOTHER_MODEL}") from error
     same_numbers = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-    return Runs.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
+    return PairedRuns.of(pipeline.run(same_numbers, gm, ctx), integers, exact, reached, made.report.equalized)
 
 
 def _inside_leaves(
     model: nn.Module, qmodel: QuantizedModule, call: Call, leaves: tuple[type[nn.Module] | str, ...]
-) -> Iterator[Runs]:
+) -> Iterator[PairedRuns]:
     """Of what is quantized inside leaves, each module on the first call of its own that reaches it."""
     inner = {path: module for path, module in qmodel.named_modules() if path and isinstance(module, QuantizedModule)}
     if not inner:

@@ -13,10 +13,11 @@ from torch import nn
 
 import fxq
 from fxq import pipeline
-from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Runs, Suspect, output_sqnr
+from fxq.comparison import BINS, FLOAT_ROUNDING, Remedy, Suspect, output_sqnr
 from fxq.effects import Effects
 from fxq.expansion import expand
 from fxq.inputs import as_call
+from fxq.paired_runs import PairedRuns
 from fxq.pipeline import Context
 from fxq.remedies import find_remedies
 from fxq.stages import Stage
@@ -198,7 +199,7 @@ def runs_of(model, qmodel, x):
     ctx = Context(fxq.Recipe(), (), as_call(x, None))
     pipeline.begin(gm, ctx)
     steps = tuple(step for step in PREPARE if step.gives is Stage.FLOAT)
-    return Runs.of(pipeline.run(steps, gm, ctx), expand(qmodel), as_call(x, None), None, qmodel.report.equalized)
+    return PairedRuns.of(pipeline.run(steps, gm, ctx), expand(qmodel), as_call(x, None), None, qmodel.report.equalized)
 
 
 def test_with_all_noise_the_run_is_the_quantized_one(spoiled):

@@ -68,6 +68,8 @@ LAYERS = [
         "fxq.drawing",
         "fxq.comparison",
         "fxq.effects",
+        "fxq.noise",
+        "fxq.paired_runs",
         "fxq.costs",
         "fxq.profiling",
         "fxq.encoding",
