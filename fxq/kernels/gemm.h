@@ -9,6 +9,7 @@ struct Place {
   const uint8_t* const* rows;  // instead of x, where the product has them
   const int8_t* weight;
   int64_t step;  // bytes from one group of four k to the next
+  int64_t split, across;  // of a tall tile: vectors of channels before the panel ends, bytes from there to the next one
   const int32_t* bias;
   const float* multiplier;
   const float* factor;  // or null
@@ -20,7 +21,6 @@ struct Place {
   Inside inside;
   const int8_t* ahead;  // what this tile brings into the cache, `ahead_step` bytes for four k
   int64_t ahead_step;
-  bool turns;  // whether every second tile goes backwards
 };
 
 static inline uint32_t load_group(const uint8_t* x, int64_t count) {  // up to four bytes, the others 0
@@ -61,29 +61,21 @@ struct Rows {
 #endif
 };
 
-// acc[r][c] += the products of four k, from i on, with the weights at `w`; what is at `ahead` comes into the cache.
-template <int R, int C>
-[[gnu::always_inline]] static inline void multiply(I (&acc)[R][C], const Rows<R>& rows, int64_t i, const int8_t* w,
-                                                   const int8_t* ahead) {
-  __builtin_prefetch(ahead);
-  __builtin_prefetch(ahead + 64);
-  Weights b[C];
-  UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
-  UNROLL for (int r = 0; r < R; ++r) {
-    const Input a = rows(r, i);
-    UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
-  }
+// A tall tile has three vectors of channels, and so more rows; three panels are four strips of such tiles.
+constexpr int64_t kTallColumns = 3, kTallPanels = 3;
+
+constexpr bool is_tall(int64_t columns) { return kTallRows > kRows && columns == kTallColumns; }
+
+// Whether the second-level cache, or what is behind it, is read once or twice instead of twice or three times for the
+// weights. Not where a panel stays in the first-level cache; of more rows, tall tiles gain a hundredth at most.
+static bool gains_by_tall(int64_t rows, int64_t k) {
+  if (rows > 2 * kTallRows || ceil_div(rows, kTallRows) == ceil_div(rows, kRows)) return false;
+  return rows <= kTallRows || k * kPanel > 32 * 1024;
 }
 
-// R rows x C vectors of channels, summed up in registers from the bias on. kBackwards: from the last k to the first, of
-// whole groups in one run; in a loop of its own, as a processor learns of each load how far it is from the one before.
-template <int R, int C, Leaves kLeaves, bool kBackwards = false>
-static void tile(const Gemm& g, const Place& at) {
-  I acc[R][C];
-  UNROLL for (int c = 0; c < C; ++c) {
-    const I bias = load<I>(at.bias + c * W);
-    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = bias;
-  }
+// acc += the products of R rows and C vectors of channels.
+template <int R, int C>
+[[gnu::always_inline]] static inline void multiply(const Gemm& g, const Place& at, I (&acc)[R][C]) {
   const uint8_t* x[R];
   UNROLL for (int r = 0; r < R; ++r) {
     const int64_t row = C < kColumns && r > at.last ? at.last : r;
@@ -93,18 +85,7 @@ static void tile(const Gemm& g, const Place& at) {
   const int64_t step = at.step, ahead_step = at.ahead_step, whole = at.rows ? g.run_bytes : g.k / 4 * 4;
   const bool rest = !at.rows && g.k % 4;  // the packed weights end in zeros, but x ends: a run of four bytes more
   uint32_t last[R];
-  if (kLeaves == Leaves::kFloat && g.addend) {  // comes from the second-level cache or beyond while the products run
-    UNROLL for (int r = 0; r < R; ++r) {
-      const float* const addend = g.addend + (at.row + r) * g.addend_stride + at.channel;
-      UNROLL for (int c = 0; c < C; ++c) __builtin_prefetch(addend + c * W);
-    }
-  }
-  if constexpr (kBackwards) {
-    const Rows<R> rows(x, 0, whole);
-    w += step * (whole / 4 - 1);
-    for (int64_t i = whole - 4; i >= 0; i -= 4, w -= step, ahead += ahead_step) multiply(acc, rows, i, w, ahead);
-  }
-  for (int64_t run = 0; run < (kBackwards ? 0 : g.run_count + rest); ++run) {
+  for (int64_t run = 0; run < g.run_count + rest; ++run) {
     int64_t i = at.rows ? g.runs[run] : 0, run_end = i + whole;
     if (run == g.run_count) {
       UNROLL for (int r = 0; r < R; ++r) {
@@ -116,9 +97,57 @@ static void tile(const Gemm& g, const Place& at) {
     while (i < run_end) {
       const int64_t end = run_end - i < Rows<R>::kMost ? run_end : i + Rows<R>::kMost;
       const Rows<R> rows(x, i, end);
-      for (; i < end; i += 4, w += step, ahead += ahead_step) multiply(acc, rows, i, w, ahead);
+      for (; i < end; i += 4, w += step, ahead += ahead_step) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64);
+        Weights b[C];
+        UNROLL for (int c = 0; c < C; ++c) b[c] = weights(w + 4 * W * c);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const Input a = rows(r, i);
+          UNROLL for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+        }
+      }
     }
   }
+}
+
+// The same of a tall tile, whose k are whole groups. There are too few registers for a pointer to every row.
+template <int R>
+[[gnu::always_inline]] static inline void multiply(const Gemm& g, const Place& at, I (&acc)[R][kTallColumns]) {
+  const uint8_t *low = at.x, *high = low + 4 * g.x_stride, *const end = low + g.k;
+  const int8_t *w = at.weight, *ahead = at.ahead;
+  int64_t one = g.x_stride, three = 3 * one;
+  int64_t second = 4 * W + (at.split == 1 ? at.across : 0), third = 8 * W + (at.split <= 2 ? at.across : 0);
+  const int64_t ahead_step = at.ahead_step;
+  for (; low < end; low += 4, high += 4, w += 4 * kPanel, ahead += ahead_step) {
+    // From sums that do not change g++ would make a pointer to every row.
+    asm("" : "+r"(low), "+r"(high), "+r"(one), "+r"(three), "+r"(w), "+r"(second), "+r"(third));
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + 64);
+    const Weights b[] = {weights(w), weights(w + second), weights(w + third)};
+    UNROLL for (int r = 0; r < R; ++r) {
+      const uint8_t* const group = (r < 4 ? low : high) + (r % 4 == 3 ? three : r % 4 * one);
+      const Input a = input(load<uint32_t>(group));
+      UNROLL for (int c = 0; c < kTallColumns; ++c) acc[r][c] = dot(acc[r][c], a, b[c]);
+    }
+  }
+}
+
+// R rows x C vectors of channels, summed up in registers from the bias on.
+template <int R, int C, Leaves kLeaves>
+static void tile(const Gemm& g, const Place& at) {
+  I acc[R][C];
+  UNROLL for (int c = 0; c < C; ++c) {
+    const I bias = load<I>(at.bias + c * W);
+    UNROLL for (int r = 0; r < R; ++r) acc[r][c] = bias;
+  }
+  if (kLeaves == Leaves::kFloat && g.addend) {  // comes from the second-level cache or beyond while the products run
+    UNROLL for (int r = 0; r < R; ++r) {
+      const float* const addend = g.addend + (at.row + r) * g.addend_stride + at.channel;
+      UNROLL for (int c = 0; c < C; ++c) __builtin_prefetch(addend + c * W);
+    }
+  }
+  multiply(g, at, acc);
   if constexpr (kLeaves == Leaves::kSums) {
     UNROLL for (int r = 0; r < R; ++r) {
       UNROLL for (int c = 0; c < C; ++c) store(static_cast<int32_t*>(at.y) + r * at.y_stride + c * W, acc[r][c]);
@@ -172,15 +201,28 @@ static Tile tile_of(int64_t columns) {
   return tile<R, kColumns, kLeaves>;
 }
 
-template <int R, Leaves kLeaves, bool kBackwards = false>
+template <int R, Leaves kLeaves>
 static Tile wide_tile_of(int64_t rows) {
   if constexpr (R > 1)
-    if (rows < R) return wide_tile_of<R - 1, kLeaves, kBackwards>(rows);
-  return tile<R, kColumns, kLeaves, kBackwards>;
+    if (rows < R) return wide_tile_of<R - 1, kLeaves>(rows);
+  return tile<R, kColumns, kLeaves>;
+}
+
+// Of kRows or more, as tall tiles are fewer.
+template <int R, Leaves kLeaves>
+static Tile tall_tile_of(int64_t rows) {
+  if constexpr (kTallRows == kRows) {
+    return nullptr;
+  } else {
+    if constexpr (R > kRows)
+      if (rows < R) return tall_tile_of<R - 1, kLeaves>(rows);
+    return tile<R, kTallColumns, kLeaves>;
+  }
 }
 
 // As high as there are rows; narrow ones of one row, half of kRows or kRows, as others would save little.
 static Tile sums_of(int64_t rows, int64_t columns) {
+  if (is_tall(columns)) return tall_tile_of<kTallRows, Leaves::kSums>(rows);
   if (columns == kColumns) return wide_tile_of<kRows, Leaves::kSums>(rows);
   if (rows == 1) return tile_of<1, Leaves::kSums>(columns);
   return rows <= kRows / 2 ? tile_of<kRows / 2, Leaves::kSums>(columns) : tile_of<kRows, Leaves::kSums>(columns);
@@ -188,6 +230,8 @@ static Tile sums_of(int64_t rows, int64_t columns) {
 
 // The tile that leaves results, where there is one: of any height, but of narrow ones those that there are most of.
 static Tile results_of(int64_t rows, int64_t columns, bool to_uint8) {
+  if (is_tall(columns))
+    return to_uint8 ? tall_tile_of<kTallRows, Leaves::kUint8>(rows) : tall_tile_of<kTallRows, Leaves::kFloat>(rows);
   if (columns == kColumns)
     return to_uint8 ? wide_tile_of<kRows, Leaves::kUint8>(rows) : wide_tile_of<kRows, Leaves::kFloat>(rows);
   if (to_uint8 && rows == 1) return tile_of<1, Leaves::kUint8>(columns);
@@ -207,7 +251,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const bool only_sums = g.output == Output::kFixed || (ragged && (g.addend || g.residual || g.factor || g.dynamic));
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
-  alignas(64) int32_t stage[kRows * kWidth];
+  alignas(64) int32_t stage[kRows * kWidth];  // or of a tall tile, which has no more
 
   at.inside = staged && !to_uint8 ? Inside::kNothing : inside;
   at.bias = g.bias + channel;
@@ -225,13 +269,11 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   }
 
   const int64_t first = row;
-  const bool turns = at.turns && to_uint8 && columns == kColumns && !only_sums;
-  bool backwards = false;
   for (int64_t rows; row < row_end; row += rows, at.ahead += at.ahead_step * ceil_div(g.k, 4)) {
     const int64_t left = row_end - row;
     rows = left < kRows ? left : kRows;
-    if (columns == kColumns) {
-      rows = ceil_div(left, ceil_div(left, kRows));  // of equal height, as the weights come equally fast for each
+    if (columns == kColumns || is_tall(columns)) {  // of equal height, as the weights come equally fast for each
+      rows = ceil_div(left, is_tall(columns) ? ceil_div(left, kTallRows) : ceil_div(left, kRows));
     } else if (rows > 1 && rows < kRows && row_end - first >= kRows && (kRows - rows) * g.k <= 256) {
       row = row_end - kRows;  // the last ones, some of them again, where those cost less than leaving sums does
       rows = kRows;
@@ -243,9 +285,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
     at.y = stage;
     at.y_stride = width;
     at.last = rows - 1;
-    Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
-    if (backwards) direct = wide_tile_of<kRows, Leaves::kUint8, true>(rows);
-    backwards = turns && !backwards;
+    const Tile direct = only_sums ? nullptr : results_of(rows, columns, to_uint8);
     if (!direct) {
       sums_of(rows, columns)(g, at);
       finish_sums(g, row, rows, channel, valid, stage, width);
@@ -278,11 +318,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 // the next block (where there is but one panel, of the next tile). From memory, as in a large model at each call, both
 // come in two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows
 // those would take up to a third more: the few buffers for misses that a core has are then waited for, which what the
-// processor prefetches by itself does without.
+// processor prefetches by itself does without. A tall tile takes two thirds of the time so, from memory.
 constexpr int64_t kAheadRows = 12;
-// Up to so many, every second tile goes backwards: what it reads first is what the one before has read last, and still
-// in the first-level cache. Of 192 and more rows, products take up to a tenth more time so.
-constexpr int64_t kTurningRows = 48;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
   // A block of rows that stays in the second-level cache shares one read of each panel; blocks are of equal height.
@@ -292,28 +329,36 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
   const int64_t groups = ceil_div(g.k, 4), padded_k = 4 * groups, padded_n = (g.n + 15) / 16 * 16;
   const int64_t begin = panel * kPanel, end = panel_end * kPanel < padded_n ? panel_end * kPanel : padded_n;
   for (int64_t block = row; block < row_end; block += height) {
-    const int64_t block_end = block + height < row_end ? block + height : row_end;
-    for (int64_t first = begin; first < end; first += kPanel) {
+    const int64_t block_end = block + height < row_end ? block + height : row_end, rows = block_end - block;
+    for (int64_t first = begin, panels; first < end; first += panels * kPanel) {
+      const bool tall = gains_by_tall(rows, g.k) && end - first >= kTallPanels * kPanel && !g.rows && g.k % 4 == 0;
+      panels = tall ? kTallPanels : 1;
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
+      const int8_t* const weight = g.weight + first * padded_k;
       Place at = {};
       at.step = 4 * width;
-      at.weight = at.ahead = g.weight + first * padded_k;
-      const int64_t tiles = ceil_div(block_end - block, kRows), strips = ceil_div(width, kColumns * W);
-      const bool ahead = block_end - block >= kAheadRows, only = end - begin <= kColumns * W;
-      const bool whole = !g.rows && g.k % 4 == 0 && g.k > 0 && g.k <= Rows<1>::kMost;
-      at.turns = ahead && whole && block_end - block <= kTurningRows;
-      if (ahead && first + kPanel >= end && !g.rows && (only || block_end < row_end)) {
-        at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
-        at.ahead_step = 4 * kRows / strips;
-      } else if (ahead) {  // behind the last panel are, within a chain, the weights of the next layer
-        at.ahead += width * padded_k;
-        at.ahead_step = ceil_div(at.step, tiles * strips);
+      at.across = kPanel * padded_k - at.step;
+      at.ahead = weight;
+      int64_t strip_ahead = 0;
+      if (tall || rows >= kAheadRows) {
+        const int64_t tiles = tall ? ceil_div(rows, kTallRows) : ceil_div(rows, kRows);
+        const int64_t strips = tall ? kTallPanels * kPanel / (kTallColumns * W) : ceil_div(width, kColumns * W);
+        const bool only = end - begin <= kColumns * W, last = first + panels * kPanel >= end;
+        if (last && !g.rows && (only || block_end < row_end)) {
+          at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
+          at.ahead_step = 4 * kRows / strips;
+        } else {  // behind the last panel are, within a chain, the weights of the next layer
+          at.ahead += (tall ? 2 : 1) * width * padded_k;
+          at.ahead_step = ceil_div(panels * at.step, tiles * strips);
+        }
+        strip_ahead = tiles * at.ahead_step * groups;
       }
-      for (int64_t c = 0, columns; c < width && first + c < g.n; c += columns * W) {
-        columns = columns_of((width - c) / W);
+      for (int64_t c = 0, columns; c < panels * width && first + c < g.n; c += columns * W) {
+        columns = tall ? kTallColumns : columns_of((width - c) / W);
+        at.weight = weight + c / kPanel * kPanel * padded_k + c % kPanel * 4;
+        at.split = (kPanel - c % kPanel) / W;
         strip(g, block, block_end, first + c, columns, at);
-        at.weight += 4 * columns * W;
-        at.ahead += tiles * at.ahead_step * groups;
+        at.ahead += strip_ahead;
       }
     }
   }

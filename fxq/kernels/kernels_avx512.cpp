@@ -10,7 +10,7 @@ FXQ_TARGET("avx512f,avx512bw,avx512vl,avx512dq")
 namespace fxq::avx512 {
 
 constexpr const char* kIsa = "avx512";
-constexpr int kRows = 4;  // 16 accumulators, 8 halves of weights, 2 of input: 26 of 32 registers
+constexpr int kRows = 4, kTallRows = kRows;  // 16 accumulators, 8 halves of weights, 2 of input: 26 of 32 registers
 
 #include "zmm.h"
 

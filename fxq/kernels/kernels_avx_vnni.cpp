@@ -10,7 +10,7 @@ FXQ_TARGET("avx2,fma,f16c")
 namespace fxq::avx_vnni {
 
 constexpr const char* kIsa = "avx_vnni";
-constexpr int kRows = 6;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
+constexpr int kRows = 6, kTallRows = kRows;  // 12 accumulators, 2 weights, 1 input: 15 of 16 registers
 
 #include "ymm.h"
 

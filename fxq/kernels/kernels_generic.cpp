@@ -6,7 +6,7 @@
 namespace fxq::generic {
 
 constexpr const char* kIsa = "generic";
-constexpr int W = 4, kColumns = 1, kRows = 4;
+constexpr int W = 4, kColumns = 1, kRows = 4, kTallRows = kRows;
 using I = Vectors<W>::I;
 using B = Vectors<W>::B;
 using S = Vectors<W>::S;

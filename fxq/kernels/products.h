@@ -1,6 +1,7 @@
 // The kernels that are products of uint8 and int8, written once as body.h. Each kernels_<isa>.cpp includes this behind
 // body.h, in the same namespace, after defining
 //   kRows                    the register tile in rows, at most kMaxRows
+//   kTallRows                that of a tile of three vectors of channels; kRows where there is none
 //   Weights, weights(p)      4 * W int8: four k of W channels
 //   Input, input(uint32_t)   four uint8 of one row, for all lanes
 //   input_lanes(I)           the same, other four in every lane

@@ -432,6 +432,12 @@ int main() {
           check_gemm_fixed(rows, n, k);
           check_float_rows(rows, n, k);
         }
+  for (const int64_t k : {4, 70, 516})
+    for (const int64_t n : {177, 192, 260})
+      for (const int64_t rows : {7, 8, 13, 16}) {
+        check_gemm(rows, n, k);
+        check_gemm_fixed(rows, n, k);
+      }
   for (int64_t channels = 0; channels < 70; ++channels) check_images(channels);
   for (const int64_t kernel : {1, 2, 3})
     for (const int64_t stride : {1, 2})
@@ -446,6 +452,7 @@ int main() {
           }
           check_conv(1, 6, 5, 6, 66, kernel, stride, padding, dilation, 2);
         }
+  check_conv(1, 3, 5, 8, 200, 2, 1, 0, 1, 1);
   for (const int64_t channels : {4, 60, 68}) check_conv(1, 13, 10, channels, channels + 46, 3, 1, 1, 1, 1);
   for (const int64_t queries : {1, 6, 13})
     for (const int64_t keys : {0, 1, 4, 15, 64, 67})

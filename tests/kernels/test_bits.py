@@ -79,8 +79,18 @@ def test_every_awkward_size(on_isa, k):
         check_layer(on_isa, rng, m, n, k, extreme=i % 3 == 0, activation=next(activations))
 
 
+@pytest.mark.parametrize("k", [4, 67, 516])
+def test_three_panels_at_a_time(on_isa, k):
+    """As tall tiles go through them, where an instruction set has those: of more rows than other tiles, of whole k."""
+    rng = np.random.default_rng(k)
+    activations = itertools.cycle(ACTIVATIONS)
+    sizes = itertools.product([6, 7, 8, 9, 13, 16, 17], [176, 177, 190, 192, 193, 400])
+    for i, (m, n) in enumerate(sizes):
+        check_layer(on_isa, rng, m, n, k, extreme=i % 5 == 0, activation=next(activations))
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(97, 131, 127), (211, 17, 257), (1, 259, 4099), (103, 640, 19), (6, 64, 2052)]
+    ("m", "n", "k"), [(97, 131, 127), (211, 17, 257), (1, 259, 4099), (103, 640, 19), (103, 640, 20), (6, 64, 2052)]
 )
 def test_sizes_worth_several_threads(on_isa, threads, m, n, k):
     check_layer(on_isa, np.random.default_rng(m), m, n, k, extreme=m == 103)

@@ -9,7 +9,7 @@ import torch
 from fxq import numerics
 from fxq.ops.fixed_point import qadd_fixed, qlinear_fixed, requantize_fixed
 
-SIZES = [(0, 5, 4), (1, 1, 1), (2, 16, 0), (3, 17, 5), (7, 64, 64), (13, 130, 67), (6, 259, 19)]
+SIZES = [(0, 5, 4), (1, 1, 1), (2, 16, 0), (3, 17, 5), (7, 64, 64), (13, 130, 67), (6, 259, 19), (15, 400, 516)]
 
 
 def layer(rng, m, n, k, extreme):

@@ -102,7 +102,8 @@ def test_rows_that_are_zero_or_not_finite(on_isa):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(0, 3, 4), (1, 1, 1), (4, 5, 0), (3, 17, 5), (7, 130, 67), (13, 65, 1030), (200, 70, 130)]
+    ("m", "n", "k"),
+    [(0, 3, 4), (1, 1, 1), (4, 5, 0), (3, 17, 5), (7, 130, 67), (13, 65, 1030), (200, 70, 130), (15, 400, 516)],
 )
 def test_sizes(on_isa, m, n, k):
     x, w, s_w, bias = operands(m, n, k, m + n + k)
