@@ -86,28 +86,26 @@ def _write(gm: GraphModule, node: Node, found: Attention) -> Node:
     args = (found.q, found.k, found.v, found.mask, found.is_causal, found.scale, found.nan_if_masked)
     new = graph.replace(gm, node, ATTENTION, args)
     if found.scale is not None:
-        factors = [factor for i in (0, 1) for factor in _take_factors(gm, new, i)]
-        new.update_arg(5, _times(gm, new, found.scale, factors))
+        for i in (0, 1):
+            _take_factors(gm, new, i)
     return new
 
 
-def _take_factors(gm: GraphModule, new: Node, i: int) -> list[Factor]:
-    """Numbers that multiply operand `i` of `new` on its way from where it was computed, which they leave."""
-    factors: list[Factor] = []
+def _take_factors(gm: GraphModule, new: Node, i: int) -> None:
+    """Numbers that multiply operand `i` of `new` on its way from where it was computed become part of the scale."""
     reader, operand = new, new.args[i]
     while isinstance(operand, Node) and len(operand.users) == 1 and reader.all_input_nodes.count(operand) == 1:
         if new.args.count(operand) > 1 or "aliases" in operand.meta:
             break
         found = scaled(gm, operand)
         if found is not None:
+            new.update_arg(5, _times(gm, new, new.args[5], [found[1]]))  # first: what nobody reads goes
             bypass(gm, operand, found[0])
-            factors.append(found[1])
             operand = found[0]
         elif operand.target in MOVES:
             reader, operand = operand, operand.args[0]
         else:
             break
-    return factors
 
 
 def _times(gm: GraphModule, before: Node, scale: Any, factors: Sequence[Factor]) -> Any:

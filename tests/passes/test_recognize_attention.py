@@ -37,6 +37,7 @@ SPELLINGS = {
     "scaled operands": lambda s, q, k, v: softmax((q / 2) @ (0.7 * k).mT) @ v,
     "scaled transpose": lambda s, q, k, v: softmax(q @ (k.mT * 0.7)) @ v,
     "scale of sizes": lambda s, q, k, v: softmax(q @ k.mT * (1.0 / math.sqrt(k.size(-1)))) @ v,
+    "operands scaled by sizes": lambda s, q, k, v: softmax((q * q.size(-1) ** -0.5) @ (k / k.size(1) ** 0.25).mT) @ v,
     "scale in a buffer": lambda s, q, k, v: softmax(q @ k.mT / s.scale) @ v,
     "in place": lambda s, q, k, v: softmax((q @ k.mT).mul_(0.5).masked_fill_(~s.seen, -math.inf)) @ v,
     "dropout at rest": lambda s, q, k, v: F.dropout(softmax(q @ k.mT), 0.1, s.training) @ v,
