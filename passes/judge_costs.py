@@ -31,6 +31,7 @@ from fxq.pipeline import TOLD, Context, Numbers, Pass
 from fxq.profiling import predict
 from fxq.qtypes import QuantSpec
 from fxq.stages import Stage, is_integer_op, quantized_nodes
+from fxq.tracing.sharing import shared
 
 Island = tuple[set[Node], set[Node]]
 """Operations of the trial graph, and those of the float graph that they stand for."""
@@ -100,8 +101,8 @@ class JudgeCosts:
         return found
 
     def _lower(self, gm: GraphModule, ctx: Context) -> GraphModule:
-        """A copy of `gm`, sharing its constants, as it would be in integers."""
-        trial = GraphModule(gm, copy.deepcopy(gm.graph))
+        """A copy of `gm`, on the memory of its constants, as it would be in integers."""
+        trial = shared(gm)
         trial.meta = dict(gm.meta)
         specs = {p: QuantSpec("min_max") if isinstance(s, QuantSpec) else s for p, s in ctx.specs.items()}
         recipe = replace(ctx.recipe, balance=False, round_weights=None)

@@ -86,6 +86,14 @@ def test_one_island_by_itself(model, prices):
     assert list(found.values())[-1] == ("float", Reason.UNPROFITABLE)
 
 
+@pytest.mark.parametrize("ours", [1, 30])
+def test_an_activation_with_a_weight_keeps_it(prices, ours):
+    """The trial in integers leaves the modules that it does not call any more as they are."""
+    prices(lambda key: ours if is_integer(key) else 10)
+    model = nn.Sequential(nn.Linear(16, 16), nn.PReLU(), nn.Linear(16, 16)).eval()
+    assert quantize(model).report.int8_share == (ours == 1)
+
+
 def test_borders_count(prices):
     layer = nn.Conv2d(3, 4, 3).eval()
     image = torch.randn(2, 3, 8, 8)
