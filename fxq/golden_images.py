@@ -81,11 +81,23 @@ class Convolution:
         return self.unpack(x, weight, len(operands[0]), window, z_x)
 
 
+@dataclass(frozen=True)
+class ActivatedConvolution(Convolution):
+    """A convolution whose operands behind the window and z_x are an activation, by name, and how to quantize it."""
+
+    def parts(self, x: U8, weight: I8, bias: I32, *operands: Any, **named: object) -> dict[str, Array]:
+        """What lies inside, and the float32 result of the activation."""
+        w, conv = self._unpacked(x, weight, operands)
+        y = numerics.qconv_float(x, w, bias, operands[0], conv)
+        act = numerics.ACTIVATIONS[operands[self.scales + 2]](y)
+        return {**super().parts(x, weight, bias, *operands), "act": act}
+
+
 CONVOLUTIONS = {
     "fxq.qconv": Convolution(numerics.qconv),
     "fxq.qconv_fixed": Convolution(numerics.qconv_fixed, 2),
     "fxq.qconv_float": Convolution(numerics.qconv_float),
-    "fxq.qconv_act_quantize": Convolution(numerics.qconv_act_quantize),
+    "fxq.qconv_act_quantize": ActivatedConvolution(numerics.qconv_act_quantize),
     "fxq.qconv_add": Convolution(numerics.qconv_add),
     "fxq.qconv_transpose": Convolution(numerics.qconv_transpose, 1, _transposed),
     "fxq.qconv_transpose_fixed": Convolution(numerics.qconv_transpose_fixed, 2, _transposed),

@@ -81,8 +81,10 @@ class GoldenModel:
     def trace(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Every intermediate array of one call, by the user's module path.
 
-        A linear `fc1` gives `fc1.x_q`, `fc1.acc`, `fc1.acc+bias` and `fc1.y_q` (uint8) or `fc1.y` (float32); any other
-        operation `<module>.<op>`. The second call of a module is `fc1#2`, the second op of a name `block.qadd#2`.
+        A product `fc1` gives `fc1.x_q`, `fc1.acc`, `fc1.acc+bias` (int32; a transposed convolution has this alone),
+        `fc1.act` (float32, where an activation is part of it) and `fc1.y_q` (uint8) or `fc1.y` (float32); attention
+        `attn.scores` (float32) and `attn.weights` (uint8); any other operation `<module>.<op>`. The second call of a
+        module is `fc1#2`, the second op of a name `block.qadd#2`.
         """
         traced: dict[str, Array] = {}
         self._run(args, kwargs, traced)
@@ -240,7 +242,15 @@ def _named_operands(step: Step, op: Op | None) -> list[tuple[str, Any]]:
         bound = inspect.signature(op.run).bind(*positional, **named).arguments
     except (AssertionError, ValueError):  # torch's own, or a builtin without a signature
         bound = {**{str(i): value for i, value in enumerate(positional)}, **named}
-    return [(name, list(value) if isinstance(value, tuple) else value) for name, value in bound.items()]
+    return [(name, _spread(value) if isinstance(value, tuple) else value) for name, value in bound.items()]
+
+
+def _spread(values: tuple[Any, ...]) -> Any:
+    """What the operands of a `*dims` hold, given one by one or as a single list or (tagged) tuple."""
+    one_list = len(values) == 1 and (
+        isinstance(values[0], list) or (isinstance(values[0], dict) and "$tuple" in values[0])
+    )
+    return values[0] if one_list else list(values)
 
 
 def _as_dtype(value: Any, dtype: str) -> Any:

@@ -125,6 +125,13 @@ def _linear_parts(x: U8, weight: I8, bias: I32, *rest: object, **named: object) 
     return {"x_q": x, "acc": acc, "acc+bias": acc + bias}
 
 
+def _act_parts(
+    x: U8, weight: I8, bias: I32, multiplier: F32, activation: str, *rest: object, **named: object
+) -> dict[str, Array]:
+    act = _qlinear_act(x, weight, bias, multiplier, activation)
+    return {**_linear_parts(x, weight, bias), "act": act}
+
+
 def _norm(x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float) -> F32:
     return numerics.NORMS[kind](x, weight, bias, eps)
 
@@ -292,7 +299,7 @@ OPS: dict[str, Op] = {
     "fxq.qadd_fixed": Op(numerics.qadd_fixed),
     "fxq.qlinear_fixed": Op(_qlinear_fixed, _linear_parts, "y_q", _linear_weight),
     "fxq.qlinear_act": Op(_qlinear_act, _linear_parts, "y", _linear_weight),
-    "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _linear_parts, "y_q", _linear_weight),
+    "fxq.qlinear_act_quantize": Op(_qlinear_act_quantize, _act_parts, "y_q", _linear_weight),
     "fxq.qlinear_dynamic": Op(_qlinear_dynamic, _dynamic_parts, "y", _linear_weight),
     "fxq.qlinear_dynamic_engine": Op(_qlinear_dynamic_engine, _engine_parts, "y", _linear_weight),
     "fxq.linear_weight_only": Op(_linear_weight_only, weight=_linear_weight),

@@ -137,10 +137,13 @@ def _op_of(entry: Mapping[str, Any], values: Mapping[str, Any], ops: Iterable[st
 
 
 def _label(entry: Mapping[str, Any], op: str, counts: Counter[str]) -> str:
-    """Where a trace shows a step: `<module>` for a linear, else `<module>.<op>`, and `#2` for the second of a name."""
+    """Where a trace shows a step: `<module>` for a product or attention, in no module `<op>`; else `<module>.<op>`.
+
+    The second of a name has `#2` behind it.
+    """
     module, _ = entry["origin"] or ("", "")
     if op in OPS and OPS[op].parts is not None:
-        label = module or "linear"
+        label = module or _short(entry["target"])
     elif entry["op"] == "call_module":
         label = entry["target"]
     else:

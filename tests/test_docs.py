@@ -9,10 +9,12 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import passes
+from fxq import numerics
 from fxq.pipeline import Numbers
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -89,6 +91,40 @@ def test_the_plots_are_what_their_script_draws(tmp_path, monkeypatch):
     for name in ("errors.svg", "range.svg"):
         assert (tmp_path / name).stat().st_size < 100_000
         assert (DOCS / "pictures" / name).exists()
+
+
+def horner(x, coefficients):
+    y = np.float32(coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + np.float32(c)
+    return y
+
+
+def test_activations_from_the_page_alone():
+    """The coefficients on the page are the code's: what they give has the very bits."""
+    text = (DOCS / "numerics.md").read_text().partition("## Activations behind a product")[2]
+    power, tanh_form, top, bottom = (
+        [float(c) for c in found.split()] for found in re.findall(r"^ +[PQ]:((?:\s+-?\d[-.e\d]*)+)", text, re.M)
+    )
+    rows = [[float(v) for v in row.split()] for row in re.findall(r"^ +(\d+ +-?\S+ +-?\S+ +-?\S+)$", text, re.M)]
+    assert [row[0] for row in rows] == list(range(16))
+    x = np.random.default_rng(0).normal(0, 4, 10_000).astype(np.float32)
+
+    def sigmoid(x):
+        t = np.clip(x, np.float32(-87), np.float32(87)) * np.float32(-np.log2(np.e))
+        return np.float32(1) / (np.float32(1) + horner(t - np.rint(t), power) * np.exp2(np.rint(t)))
+
+    limit = np.float32(7.90531110763549805)
+    c, a = np.clip(x, -limit, limit), np.minimum(abs(x), np.float32(3.8749998))
+    square, slope, offset = np.array(rows, np.float32)[np.rint(4 * a).astype(int), 1:].T
+    for name, y in {
+        "sigmoid": sigmoid(x),
+        "silu": x * sigmoid(x),
+        "gelu_tanh": x * sigmoid(x * horner(x * x, tanh_form)),
+        "tanh": c * (horner(c * c, top) / horner(c * c, bottom)),
+        "gelu": np.maximum(x, 0) - ((square * a + slope) * a + offset),
+    }.items():
+        assert np.array_equal(y, numerics.ACTIVATIONS[name](x)), name
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,9 @@ def agree(qmodel, golden, *args, **kwargs):
             key = next(k for k in (f"{step.label}.y_q", f"{step.label}.y", step.label) if k in traced)
             assert same_bits(traced[key], values[step.name].numpy()), key
             count += 1
-    assert count == sum(not key.endswith((".x_q", ".acc", ".acc+bias", ".scores", ".weights")) for key in traced)
+    assert count == sum(
+        not key.endswith((".x_q", ".acc", ".acc+bias", ".act", ".scores", ".weights")) for key in traced
+    )
     return traced
 
 

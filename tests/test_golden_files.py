@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq import golden_files
+from fxq import golden_files, numerics
 from fxq.recipe import Recipe
 
 X = torch.randn(16, 8)
@@ -87,14 +87,14 @@ int main(void) {
   int wrong = 0;
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 5; ++n) {
-      int32_t v = _2_bias[n];
-      for (int k = 0; k < 12; ++k) v += _2_x_q[m * 12 + k] * _2_weight[n * 12 + k];
-      int64_t q = ((int64_t)v * _2_multiplier[n] + (((int64_t)1 << _2_shift[n]) >> 1)) >> _2_shift[n];
-      q += _2_ZERO_POINT;
-      q = q < _2_LOW ? _2_LOW : q > _2_HIGH ? _2_HIGH : q;
-      wrong += q != _2_y_q[m * 5 + n];
+      int32_t v = fxq_2_bias[n];
+      for (int k = 0; k < 12; ++k) v += fxq_2_x_q[m * 12 + k] * fxq_2_weight[n * 12 + k];
+      int64_t q = ((int64_t)v * fxq_2_multiplier[n] + (((int64_t)1 << fxq_2_shift[n]) >> 1)) >> fxq_2_shift[n];
+      q += FXQ_2_ZERO_POINT;
+      q = q < FXQ_2_LOW ? FXQ_2_LOW : q > FXQ_2_HIGH ? FXQ_2_HIGH : q;
+      wrong += q != fxq_2_y_q[m * 5 + n];
     }
-  printf("%d of 80 wrong, %.9g\\n", wrong, input_input[3]);
+  printf("%d of 80 wrong, %.9g\\n", wrong, fxq_input_input[3]);
   return 0;
 }
 """
@@ -169,14 +169,92 @@ def test_folders_that_cannot_be_written(golden, tmp_path, monkeypatch):
 
 def test_names_for_c():
     names = golden_files._identifiers(dict.fromkeys(["a.acc", "a.acc+bias", "a_acc", "A.ACC", "0.x", "b#2.y[1]"]))
-    assert list(names.values()) == ["a_acc", "a_acc_plus_bias", "a_acc_2", "A_ACC_3", "_0_x", "b_2_y_1_"]
+    assert list(names.values()) == ["a_acc", "a_acc_plus_bias", "a_acc_2", "A_ACC_3", "0_x", "b_2_y_1_"]
+    assert max(map(len, golden_files._identifiers(["a" * 400, "a" * 401]).values())) == 202  # files have 255
 
 
 def test_c_literals_are_exact():
-    assert golden_files._number(0.1) == "0x1.999999999999ap-4"
-    assert [golden_files._number(v) for v in (float("nan"), float("-inf"), True, -(2**31), -(2**63), -5)] == [
-        "NAN", "-INFINITY", "1", "(-2147483647 - 1)", "(-9223372036854775807 - 1)", "-5",
+    values = 0.1, float("nan"), float("-inf"), True, -(2**31), -(2**63), -5
+    assert [golden_files._number(v) for v in values] == [
+        "0.1", "NAN", "(-INFINITY)", "1", "(-2147483647 - 1)", "(-9223372036854775807 - 1)", "(-5)",
     ]  # fmt: skip
+    bits = np.random.default_rng(0).integers(0, 2**32, 10_000, dtype=np.uint32)
+    floats = bits.view(np.float32)[np.isfinite(bits.view(np.float32))]
+    again = [np.float32(golden_files._float32(v).removesuffix("f")) for v in floats.tolist()]
+    assert np.array_equal(np.array(again), floats)
+    assert [golden_files._float32(v) for v in (1.0, float("inf"))] == ["1.00000000e+00f", "INFINITY"]
+
+
+COMPILERS = [
+    *(("cc", f"-std={standard}", "c") for standard in ("c99", "gnu17")),
+    *(("c++", f"-std={standard}", "cpp") for standard in ("c++11", "gnu++17")),
+]
+
+
+class Awkward(nn.Module):
+    """Names that C has for other things, that end a comment, or that two operands share once their points are gone."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("int", "gamma", "*/ /*", "\u00fc", "L", "l", "x" * 300):
+            self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x):
+        for layer in self.children():
+            x = torch.relu(layer(x))
+        heads = x.reshape(-1, 2, 4).select(1, 0)
+        return {"heads": [heads], "sum": x.permute(1, 0)}
+
+
+@pytest.mark.parametrize(("compiler", "standard", "suffix"), COMPILERS)
+def test_a_header_of_any_names_compiles(compiler, standard, suffix, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    torch.manual_seed(0)
+    golden = fxq.golden(fxq.quantize(Awkward().eval(), X, on_low_sqnr="ignore"))
+    folder = golden.dump(tmp_path / "files", X.numpy())
+    manifest, arrays = json.loads((folder / "manifest.json").read_text()), np.load(folder / "arrays.npz")
+    (heads,) = manifest["outputs"]["heads"]
+    assert np.array_equal(arrays[heads["array"]], golden(X.numpy())["heads"][0])
+    assert layer(manifest, "permute")["operands"]["dims"] == [1, 0]
+    names = [entry["c"] for entry in manifest["arrays"].values()]
+    writes = "\n".join(f"fwrite({name}, sizeof *{name}, sizeof {name} / sizeof *{name}, stdout);" for name in names)
+    program = f'#include <stdio.h>\n#include <stdlib.h>\n#include "files/golden.h"\nint main(void) {{ {writes} }}\n'
+    (tmp_path / f"main.{suffix}").write_text(program)
+    command = [compiler, standard, "-Wall", "-Wextra", "-pedantic", "-Werror", f"main.{suffix}", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout == b"".join(arrays[name].tobytes() for name in manifest["arrays"])
+    for entry in manifest["arrays"].values():
+        title, *words = (folder / entry["hex"]).read_text().splitlines()
+        assert title.startswith("// ")
+        assert len(words) == np.prod(entry["shape"])
+
+
+def test_the_equations_of_all_ops_are_in_the_readme(tmp_path):
+    """With what their equations name, and a convolution's window in numbers: nothing is left to guess."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 4), nn.GELU()
+    model, x = nn.Sequential(*layers, nn.Linear(4, 4)).eval(), torch.randn(8, 2, 4, 4)
+    golden = fxq.golden(fxq.quantize(model, x, recipe=Recipe(judge_costs=False), on_low_sqnr="ignore"))
+    folder = golden.dump(tmp_path / "files", x.numpy())
+    manifest, arrays = json.loads((folder / "manifest.json").read_text()), np.load(folder / "arrays.npz")
+    readme = (folder / "README.md").read_text()
+    for entry in manifest["layers"]:
+        if entry["op"].startswith("fxq."):
+            assert entry["formula"] in readme
+    for name in ("gelu(x)", "qconv_float(", "quantize(", "fxq.numerics.activations"):
+        assert name in readme
+    assert layer(manifest, "0")["operands"]["window"] == {
+        "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "groups": 1,
+        "output_padding": [0, 0],
+    }  # fmt: skip
+    assert "#define FXQ_0_WINDOW_PADDING {1, 1, 1, 1}" in (folder / "golden.h").read_text()
+    for name in ("0", "4"):
+        operands = layer(manifest, name)["operands"]
+        act = arrays[f"{name}.act"]
+        quantized = numerics.quantize(act, float(operands["scale"]["value"]), operands["zero_point"])
+        assert np.array_equal(quantized, arrays[f"{name}.y_q"])
 
 
 def test_a_constant_that_only_torch_reads_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Activations in float32: multiplies, adds, divisions and comparisons, each rounded once and none of them fused.
 
-So NumPy and every instruction set agree in every bit. NaN stays NaN. The errors stated are against float64.
+So NumPy and every instruction set agree in every bit. NaN stays NaN. The errors stated are against float64. All
+coefficients stand in docs/numerics.md as well.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
     acc[t, s] = sum_d (q[t, d] - z_q) * (k[s, d] - 128)                                                exact int32
     x[t, s]   = f32(acc * m) [+ mask]        m = f32(s_qk * scale), s_qk = s_q * s_k; -inf where a key is masked
-    i[t, s]   = min(rne((max_s x[t, s] - x[t, s]) * 255 / (9 ln 2)), 255)                              uint8
+    i[t, s]   = min(rne(f32(f32(max_s x[t, s] - x[t, s]) * f32(255 / (9 ln 2)))), 255)                 uint8
     p[t, s]   = rne(255 * 2**(-9 i[t, s] / 255))                                        a table of 256 uint8
     y[t, e]   = f32(sum_s p[t, s] * (v[s, e] - z_v)) * f32(m_v / f32(sum_s p[t, s]))
+
+scale is 1 / sqrt(D) where it is None; it and m are computed in float64, then rounded. `causal`: query t sees the keys
+0..t. The weights are those of `softmax_weights`.
 
 The zero point of k adds the same number to all scores of a query, which a softmax does not see, so it is not there. The
 weights are normalised by their own integer sum: they add up to one exactly, and no float sum depends on an order.

@@ -137,7 +137,7 @@ def qconv_float(q_x: U8, q_w: I8, bias: I32, multiplier: F32, conv: Conv, addend
 def qconv_act_quantize(
     q_x: U8, q_w: I8, bias: I32, multiplier: F32, conv: Conv, activation: str, scale: float, zero_point: int
 ) -> U8:
-    """q_y = quantize(act(qconv_float(...)), scale, zero_point)."""
+    """q_y = quantize(act(qconv_float(...)), scale, zero_point); activation: a key of `ACTIVATIONS`."""
     return quantize(ACTIVATIONS[activation](qconv_float(q_x, q_w, bias, multiplier, conv)), scale, zero_point)
 
 

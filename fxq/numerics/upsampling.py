@@ -54,7 +54,8 @@ def qupsample_bilinear(q_x: U8, size: Ints, scales: Sequence[float], align_corne
     """q_y = rne(f32(f32(t * u0) + f32(b * u1))), t = f32(f32(q00 * v0) + f32(q01 * v1)), b likewise one row below.
 
     v0, v1: weights of the pixels to the left and right, u0, u1 of the rows above and below; q_x: uint8 [B, C, H, W].
-    An output's place in the input is max(f32(f32((o + 0.5) * step) - 0.5), 0), with `align_corners` f32(o * step).
+    An output's place in the input is max(f32(f32((o + 0.5) * step) - 0.5), 0), with `align_corners` f32(o * step);
+    v1 = place - floor(place), v0 = f32(1 - v1), and right of the last pixel is that pixel again. step: `source_step`.
     """
     (top, bottom, u0, u1), (left, right, v0, v1) = (
         _neighbours(n, out, scale, align_corners) for n, out, scale in zip(q_x.shape[2:], size, scales, strict=True)
