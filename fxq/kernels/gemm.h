@@ -9,7 +9,7 @@ struct Place {
   const uint8_t* const* rows;  // instead of x, where the product has them
   const int8_t* weight;
   int64_t step;  // bytes from one group of four k to the next
-  int64_t split, across;  // of a tall tile: vectors of channels before the panel ends, bytes from there to the next one
+  int64_t second, third;  // of a tall tile: bytes from its first vector of weights to the others, across panels
   const int32_t* bias;
   const float* multiplier;
   const float* factor;  // or null
@@ -61,13 +61,14 @@ struct Rows {
 #endif
 };
 
-// A tall tile has three vectors of channels, and so more rows; three panels are four strips of such tiles.
+// A tall tile has three vectors of channels, and so more rows, but no more sums; three panels are four strips of them.
 constexpr int64_t kTallColumns = 3, kTallPanels = 3;
+static_assert(kTallRows == kRows || (kTallRows <= 8 && kTallRows * kTallColumns <= kRows * kColumns));
 
 constexpr bool is_tall(int64_t columns) { return kTallRows > kRows && columns == kTallColumns; }
 
-// Whether the second-level cache, or what is behind it, is read once or twice instead of twice or three times for the
-// weights. Not where a panel stays in the first-level cache; of more rows, tall tiles gain a hundredth at most.
+// Whether tall tiles read the weights once instead of twice, or twice instead of three times. Two of them gain nothing
+// where a panel stays in the first-level cache, more of them a hundredth at most.
 static bool gains_by_tall(int64_t rows, int64_t k) {
   if (rows > 2 * kTallRows || ceil_div(rows, kTallRows) == ceil_div(rows, kRows)) return false;
   return rows <= kTallRows || k * kPanel > 32 * 1024;
@@ -116,8 +117,7 @@ template <int R>
 [[gnu::always_inline]] static inline void multiply(const Gemm& g, const Place& at, I (&acc)[R][kTallColumns]) {
   const uint8_t *low = at.x, *high = low + 4 * g.x_stride, *const end = low + g.k;
   const int8_t *w = at.weight, *ahead = at.ahead;
-  int64_t one = g.x_stride, three = 3 * one;
-  int64_t second = 4 * W + (at.split == 1 ? at.across : 0), third = 8 * W + (at.split <= 2 ? at.across : 0);
+  int64_t one = g.x_stride, three = 3 * one, second = at.second, third = at.third;
   const int64_t ahead_step = at.ahead_step;
   for (; low < end; low += 4, high += 4, w += 4 * kPanel, ahead += ahead_step) {
     // From sums that do not change g++ would make a pointer to every row.
@@ -208,7 +208,7 @@ static Tile wide_tile_of(int64_t rows) {
   return tile<R, kColumns, kLeaves>;
 }
 
-// Of kRows or more, as tall tiles are fewer.
+// Of kRows or more rows each, as they are fewer than tiles of kRows would be.
 template <int R, Leaves kLeaves>
 static Tile tall_tile_of(int64_t rows) {
   if constexpr (kTallRows == kRows) {
@@ -251,7 +251,7 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
   const bool only_sums = g.output == Output::kFixed || (ragged && (g.addend || g.residual || g.factor || g.dynamic));
   alignas(64) int32_t bias[kWidth];
   alignas(64) float multiplier[kWidth];
-  alignas(64) int32_t stage[kRows * kWidth];  // or of a tall tile, which has no more
+  alignas(64) int32_t stage[kRows * kWidth];  // a tall tile has no more
 
   at.inside = staged && !to_uint8 ? Inside::kNothing : inside;
   at.bias = g.bias + channel;
@@ -318,7 +318,8 @@ static void strip(const Gemm& g, int64_t row, int64_t row_end, int64_t channel, 
 // the next block (where there is but one panel, of the next tile). From memory, as in a large model at each call, both
 // come in two thirds of the time; from the third-level cache weights take one or two hundredths more. With fewer rows
 // those would take up to a third more: the few buffers for misses that a core has are then waited for, which what the
-// processor prefetches by itself does without. A tall tile takes two thirds of the time so, from memory.
+// processor prefetches by itself does without. Tall tiles, of any number of rows, bring what is two panels on: from
+// memory they take two thirds of the time so.
 constexpr int64_t kAheadRows = 12;
 
 static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
@@ -328,6 +329,7 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
   const int64_t height = blocks ? ceil_div(row_end - row, blocks * kRows) * kRows : 0;
   const int64_t groups = ceil_div(g.k, 4), padded_k = 4 * groups, padded_n = (g.n + 15) / 16 * 16;
   const int64_t begin = panel * kPanel, end = panel_end * kPanel < padded_n ? panel_end * kPanel : padded_n;
+  const auto offset = [=](int64_t c) { return c / kPanel * kPanel * padded_k + c % kPanel * 4; };  // from a panel on
   for (int64_t block = row; block < row_end; block += height) {
     const int64_t block_end = block + height < row_end ? block + height : row_end, rows = block_end - block;
     for (int64_t first = begin, panels; first < end; first += panels * kPanel) {
@@ -337,12 +339,11 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       const int8_t* const weight = g.weight + first * padded_k;
       Place at = {};
       at.step = 4 * width;
-      at.across = kPanel * padded_k - at.step;
       at.ahead = weight;
       int64_t strip_ahead = 0;
       if (tall || rows >= kAheadRows) {
-        const int64_t tiles = tall ? ceil_div(rows, kTallRows) : ceil_div(rows, kRows);
-        const int64_t strips = tall ? kTallPanels * kPanel / (kTallColumns * W) : ceil_div(width, kColumns * W);
+        const int64_t tiles = ceil_div(rows, tall ? kTallRows : kRows);
+        const int64_t strips = ceil_div(panels * width, (tall ? kTallColumns : kColumns) * W);
         const bool only = end - begin <= kColumns * W, last = first + panels * kPanel >= end;
         if (last && !g.rows && (only || block_end < row_end)) {
           at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
@@ -355,8 +356,9 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       }
       for (int64_t c = 0, columns; c < panels * width && first + c < g.n; c += columns * W) {
         columns = tall ? kTallColumns : columns_of((width - c) / W);
-        at.weight = weight + c / kPanel * kPanel * padded_k + c % kPanel * 4;
-        at.split = (kPanel - c % kPanel) / W;
+        at.weight = weight + offset(c);
+        at.second = offset(c + W) - offset(c);
+        at.third = offset(c + 2 * W) - offset(c);
         strip(g, block, block_end, first + c, columns, at);
         at.ahead += strip_ahead;
       }

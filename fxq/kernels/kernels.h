@@ -19,7 +19,7 @@
 namespace fxq {
 
 constexpr int64_t kPanel = 64;   // output channels in a full panel of the packed weights
-constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set
+constexpr int64_t kMaxRows = 6;  // the tallest tile of any instruction set, but for tall ones, see gemm.h
 
 constexpr int64_t kMaxKeys = 33025;  // 255 * 255 * keys stays in int32
 

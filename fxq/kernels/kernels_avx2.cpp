@@ -10,8 +10,8 @@ FXQ_TARGET("avx2,fma,f16c")
 namespace fxq::avx2 {
 
 constexpr const char* kIsa = "avx2";
-constexpr int kRows = 4, kTallRows = kRows;
 // 8 accumulators, 4 halves of weights, 2 of input, 1 product: 15 of 16 registers
+constexpr int kRows = 4, kTallRows = kRows;
 
 #include "ymm.h"
 

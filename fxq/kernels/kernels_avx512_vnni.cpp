@@ -11,7 +11,7 @@ namespace fxq::avx512_vnni {
 
 constexpr const char* kIsa = "avx512_vnni";
 constexpr int kRows = 6;  // 24 accumulators, 4 weights, 1 input: 29 of 32 registers
-constexpr int kTallRows = 8;  // 24 accumulators, 3 weights, 1 input
+constexpr int kTallRows = 8;  // 24 accumulators, 3 weights, 1 input: 28
 
 #define MULTIPLIES_BRAINS
 #include "zmm.h"

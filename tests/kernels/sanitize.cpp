@@ -434,7 +434,7 @@ int main() {
         }
   for (const int64_t k : {4, 70, 516})
     for (const int64_t n : {177, 192, 260})
-      for (const int64_t rows : {7, 8, 13, 16}) {
+      for (const int64_t rows : {5, 7, 8, 13, 16}) {
         check_gemm(rows, n, k);
         check_gemm_fixed(rows, n, k);
       }
