@@ -230,6 +230,28 @@ class TestResult:
             assert torch.equal(compiled(X), qmodel(X))
             assert torch.equal(compiled(X[:7]), qmodel(X[:7]))
 
+    def test_compile_what_guards_containers_and_sizes(self, model_of):
+        """For a second batch torch compiles with sizes that it does not know: what compares them branches on it."""
+
+        def forward(s, x, cache):
+            if x.shape[0] == cache[0][0].shape[0] and x.shape[1] != 9:
+                x = x * 2
+            h = torch.relu(s.l(x)) + cache[0][0]
+            return s.m(h), [(keys + 1, values) for keys, values in cache]
+
+        def inputs(batch):
+            return torch.randn(batch, 8), [(torch.randn(batch, 8), torch.randn(batch, 8)) for _ in range(2)]
+
+        qmodel = fxq.quantize(model_of(forward, l=nn.Linear(8, 8), m=nn.Linear(8, 8)), inputs(4))
+        compiled = torch.compile(qmodel, backend="eager", fullgraph=True)
+        for batch in (4, 5, 6):
+            call = inputs(batch)
+            (y, cache), (expected, kept) = compiled(*call), qmodel(*call)
+            assert torch.equal(y, expected) and torch.equal(cache[1][0], kept[1][0])
+        (x, _), (_, cache) = inputs(5), inputs(6)
+        with pytest.raises(Exception, match=r"shape\[0\]` is True on the example inputs"):
+            compiled(x, cache)
+
     def test_compile_more_models_than_torch_compiles_versions_of_one_function(self):
         for _ in range(torch._dynamo.config.recompile_limit + 1):
             qmodel = fxq.quantize(nn.Linear(8, 8).eval(), X[:, :8])

@@ -45,7 +45,11 @@ def in_graph(function: Callable[P, R]) -> Callable[P, R]:
 @in_graph
 def guard(value: object, expected: object, message: str) -> None:
     """Raise `GuardError` unless `value == expected`, what the user's code decided on while it was traced."""
-    if value is expected or (not isinstance(value, torch.Tensor) and value == expected):
+    if value is expected:
+        return
+    if type(value) is bool:  # a branch: torch.compile cannot compare what two sizes that it does not know have decided
+        value = True if value else False  # noqa: SIM210
+    if not isinstance(value, torch.Tensor) and value == expected:
         return
     raise GuardError(f"{message}; this call has {_describe(value)}; quantize again with examples like this call")
 
@@ -57,6 +61,7 @@ def mutate(tensor: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> None
 
 
 _SHORT = 16
+_is_compiling = torch.compiler.is_dynamo_compiling  # it would warn of a cache
 
 
 @lru_cache(256)
@@ -72,7 +77,7 @@ def _of_types(kind: type, *types: type) -> str | None:
 def structure(value: Any) -> str:
     """Containers, their lengths and keys, and which leaves are None, as text; every other leaf is `*`."""
     kind = type(value)
-    if (kind is tuple or kind is list) and len(value) <= _SHORT:  # this runs in each call
+    if (kind is tuple or kind is list) and len(value) <= _SHORT and not _is_compiling():  # this runs in each call
         known = _of_types(kind, *map(type, value))  # type: ignore[arg-type]
         if known is not None:
             return known
