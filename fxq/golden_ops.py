@@ -132,16 +132,6 @@ def _act_parts(
     return {**_linear_parts(x, weight, bias), "act": act}
 
 
-def _norm(x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float) -> F32:
-    return numerics.NORMS[kind](x, weight, bias, eps)
-
-
-def _norm_and_quantize(
-    x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float, *operands: Any
-) -> tuple[F32, U8]:
-    return _norm(x, kind, weight, bias, eps), numerics.norm_quantize(x, kind, weight, bias, eps, *operands)
-
-
 def _attention_parts(
     q: U8,
     k: U8,
@@ -303,9 +293,9 @@ OPS: dict[str, Op] = {
     "fxq.qlinear_dynamic": Op(_qlinear_dynamic, _dynamic_parts, "y", _linear_weight),
     "fxq.qlinear_dynamic_engine": Op(_qlinear_dynamic_engine, _engine_parts, "y", _linear_weight),
     "fxq.linear_weight_only": Op(_linear_weight_only, weight=_linear_weight),
-    "fxq.norm": Op(_norm),
+    "fxq.norm": Op(numerics.norm),
     "fxq.norm_quantize": Op(numerics.norm_quantize),
-    "fxq.norm_and_quantize": Op(_norm_and_quantize),
+    "fxq.norm_and_quantize": Op(numerics.norm_and_quantize),
     "fxq.qattention": Op(numerics.qattention, partial(_attention_parts, before_heads=3), "y_q"),
     "fxq.qattention_float": Op(numerics.qattention_float, partial(_attention_parts, before_heads=2), "y"),
     "fxq.qmul": Op(numerics.qmul),
@@ -325,14 +315,14 @@ OPS: dict[str, Op] = {
     "fxq.qupsample_nearest": Op(numerics.qupsample_nearest),
     "fxq.qupsample_bilinear": Op(numerics.qupsample_bilinear),
     "fxq.qupsample_bilinear_fixed": Op(numerics.qupsample_bilinear_fixed),
-    "fxq.qcat": Op(lambda tensors: np.concatenate(tensors, 1)),
+    "fxq.qcat": Op(numerics.qcat),
     **{name: Op(move) for name, move in golden_moves.MOVES.items()},
     "max_pool1d": Op(_max_pool1d),
     "max_pool2d": Op(_max_pool),
     "max_pool3d": Op(_max_pool),
     "embedding": Op(_embedding),
-    "fxq.qembedding": Op(lambda ids, table, scales: numerics.embed([ids], [table], [scales])),
-    "fxq.qembedding_norm": Op(numerics.embed_norm),
+    "fxq.qembedding": Op(numerics.qembedding),
+    "fxq.qembedding_norm": Op(numerics.qembedding_norm),
     "clone": Op(lambda input: input),
     "getattr": Op(_getattr),
     "size": Op(_size),

@@ -187,9 +187,10 @@ def golden(
 ) -> GoldenModel:
     """A NumPy program of a quantized model, with the same bits and every intermediate integer: `GoldenModel`.
 
-    islands: what to do about float operations whose bits NumPy cannot promise (softmax, layer norm, a linear kept
-    float): "refuse" raises `GoldenError`, which lists them; "torch" takes their values from `qmodel`, run on the same
-    call, and computes all the rest. ops: NumPy functions for ops of the user's own families, by name (`mylib.myop`).
+    islands: what to do about float operations whose bits NumPy cannot promise (softmax outside of attention, group
+    norm, a linear kept float): "refuse" raises `GoldenError`, which lists them; "torch" takes their values from
+    `qmodel`, run on the same call, and computes all the rest. ops: NumPy functions for ops of the user's own families,
+    by name (`mylib.myop`).
     """
     if not isinstance(qmodel, QuantizedModule):
         raise InputError(f"fxq.golden takes what fxq.quantize returns, not a {type(qmodel).__name__}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq import golden_files, numerics
+from fxq import golden_files, golden_ops, numerics
 from fxq.recipe import Recipe
 
 X = torch.randn(16, 8)
@@ -55,6 +55,13 @@ def test_a_layer_from_the_files_alone(folder):
 
 def test_the_order_in_memory_is_no_part_of_a_formula():
     assert golden_files.formula("fxq.quantize_channels_last") == golden_files.formula("fxq.quantize") != ""
+
+
+def test_every_op_has_an_equation():
+    ops = [op for op in golden_ops.OPS if op.startswith("fxq.")]
+    assert [op for op in ops if not golden_files.formula(op)] == []
+    text = "".join(golden_files._equations(ops))
+    assert all(f"`{op.removeprefix('fxq.').removesuffix('_channels_last')}(" in text for op in ops)
 
 
 def test_every_intermediate_is_there(folder, golden):

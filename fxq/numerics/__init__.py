@@ -27,6 +27,7 @@ from fxq.numerics.affine import (
     f32,
     fused_multiply_add,
     qadd,
+    qcat,
     qmul,
     quantize,
     quantize_scaled,
@@ -65,7 +66,7 @@ from fxq.numerics.conv_packing import (
     unpack_transposed,
 )
 from fxq.numerics.dynamic import fake_quantize_rows, qlinear_dynamic, quantize_rows, row_qparams
-from fxq.numerics.embedding import embed, embed_norm
+from fxq.numerics.embedding import embed, qembedding, qembedding_norm
 from fxq.numerics.engines import (
     ENGINES,
     average_multiplier,
@@ -108,7 +109,7 @@ from fxq.numerics.linear import (
     requantize_multiplier,
 )
 from fxq.numerics.lookup import lookup, lookup_channels
-from fxq.numerics.norms import NORMS, layer_norm, norm_quantize, rms_norm, row_sum
+from fxq.numerics.norms import NORMS, layer_norm, norm, norm_and_quantize, norm_quantize, rms_norm, row_sum
 from fxq.numerics.packing import PANEL, in_lines, pack, packed_size, panel_widths, unpack
 from fxq.numerics.pooling import (
     max_of_windows,
@@ -158,7 +159,6 @@ __all__ = [
     "dequantize_multiplier",
     "dequantize_weight",
     "embed",
-    "embed_norm",
     "engine_result",
     "f32",
     "fake_quantize_rows",
@@ -182,6 +182,8 @@ __all__ = [
     "lookup_channels",
     "max_of_windows",
     "mean_multiplier",
+    "norm",
+    "norm_and_quantize",
     "norm_quantize",
     "onednn_scales",
     "pack",
@@ -202,6 +204,7 @@ __all__ = [
     "qattention_float",
     "qavg_pool",
     "qavg_pool_fixed",
+    "qcat",
     "qconv",
     "qconv_act_quantize",
     "qconv_add",
@@ -210,6 +213,8 @@ __all__ = [
     "qconv_transpose",
     "qconv_transpose_fixed",
     "qconv_transpose_float",
+    "qembedding",
+    "qembedding_norm",
     "qlinear",
     "qlinear_act",
     "qlinear_act_quantize",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -130,3 +132,8 @@ def requantize(q: U8, z_x: int, multiplier: float, zero_point: int, low: int, hi
     """q_y = clamp(rne(f32((q - z_x) * m)) + z_y, low, high) with m = f32(s_x / s_y)."""
     steps = (q.astype(np.int32) - z_x).astype(np.float32) * np.float32(multiplier)
     return round_clamp(steps, zero_point, low, high)
+
+
+def qcat(tensors: Sequence[U8]) -> U8:
+    """The integers of uint8 [B, C_i, ...] of one scale and zero point, one behind the other: [B, sum of C_i, ...]."""
+    return np.concatenate(tensors, 1)

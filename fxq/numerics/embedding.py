@@ -29,7 +29,12 @@ def embed(ids: Sequence[Ids], tables: Sequence[I8], scales: Sequence[F32]) -> F3
     return y
 
 
-def embed_norm(
+def qembedding(ids: Ids, table: I8, scales: F32) -> F32:
+    """y[..., k] = f32(scales[id] * table[id, k]): `embed` of one table; float32 [..., K]."""
+    return embed([ids], [table], [scales])
+
+
+def qembedding_norm(
     ids: Sequence[Ids],
     tables: Sequence[I8],
     scales: Sequence[F32],

@@ -60,6 +60,11 @@ def _scaled(x: F32, weight: F32 | None, bias: F32 | None, eps: float) -> F32:
 NORMS: dict[str, Callable[[F32, F32 | None, F32 | None, float], F32]] = {"layer_norm": layer_norm, "rms_norm": rms_norm}
 
 
+def norm(x: F32, kind: str, weight: F32 | None, bias: F32 | None, eps: float) -> F32:
+    """y = norm(x), float32 [..., K], rounded in steps of a fixed order; kind: a key of `NORMS`."""
+    return NORMS[kind](x, weight, bias, eps)
+
+
 def norm_quantize(
     x: F32,
     kind: str,
@@ -71,5 +76,20 @@ def norm_quantize(
     factor: F32 | None = None,
 ) -> U8:
     """q_y = quantize(norm(x) [* factor], scale, zero_point); kind: a key of `NORMS`, factor: float32 [K]."""
-    y = NORMS[kind](x, weight, bias, eps)
+    y = norm(x, kind, weight, bias, eps)
     return quantize(y if factor is None else y * factor, scale, zero_point)
+
+
+def norm_and_quantize(
+    x: F32,
+    kind: str,
+    weight: F32 | None,
+    bias: F32 | None,
+    eps: float,
+    scale: float,
+    zero_point: int,
+    factor: F32 | None = None,
+) -> tuple[F32, U8]:
+    """y = norm(x) and q_y = norm_quantize(x): the float32 result, and its integers."""
+    y = norm(x, kind, weight, bias, eps)
+    return y, norm_quantize(x, kind, weight, bias, eps, scale, zero_point, factor)

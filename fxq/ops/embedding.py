@@ -6,7 +6,7 @@
 
 ids: int32 or int64, any shape, several of them shapes that broadcast together; table: int8 [V, K]; scales: float32 [V];
 y: float32 [..., K]; kind, weight, bias, eps as in `fxq.ops.norm`. A quarter of the memory of a float32 table. An id
-outside 0..V-1 raises IndexError, as in torch. NumPy truth: `fxq.numerics.embed`, `embed_norm`.
+outside 0..V-1 raises IndexError, as in torch. NumPy truth: `fxq.numerics.embed`, `qembedding_norm`.
 """
 
 from __future__ import annotations

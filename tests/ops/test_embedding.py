@@ -50,7 +50,7 @@ def test_the_sum_of_tables_normalised(on_isa, k, kind, shapes):
         found = on_isa(qembedding_norm, ids, rows, scales, *operands)
         arrays = [None if v is None else v.numpy() if isinstance(v, torch.Tensor) else v for v in operands]
         lists = [[t.numpy() for t in part] for part in (ids, rows, scales)]
-        expected = numerics.embed_norm(*lists, *arrays)
+        expected = numerics.qembedding_norm(*lists, *arrays)
         assert [t.dtype for t in found] == [torch.float32, torch.uint8]
         assert all(np.array_equal(a.numpy(), b) for a, b in zip(found, expected, strict=True))
     torch.library.opcheck(
