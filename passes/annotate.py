@@ -357,6 +357,8 @@ def _decide(gm: GraphModule, node: Node, plan: Plan, integer: set[Node], macs: i
         reason = Reason.ALIASED
     elif not _has_numbers(node) or not (dtypes := _float_dtypes(node)):
         form, reason = "aside", Reason.NON_FLOAT
+    elif any(dtype.is_complex for dtype in dtypes):
+        reason, detail = Reason.NO_INTEGER_OP, "it computes complex numbers"
     elif dtypes != {torch.float32}:
         reason, detail = Reason.NOT_FLOAT32, ", ".join(sorted(map(str, dtypes)))
     elif (refusal := plan.refusals.get(plan.inner.get(node, node))) is not None:
@@ -375,10 +377,11 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _float_dtypes(node: Node) -> set[torch.dtype]:
-    """The floating-point types among a node's values."""
+    """The floating-point and complex types among a node's values."""
     value = node.meta["value"]
     leaves = torch.utils._pytree.tree_leaves(value)
-    return {leaf.dtype for leaf in leaves if isinstance(leaf, Value) and leaf.dtype.is_floating_point}
+    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Value)}
+    return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
 PASS = Annotate()

@@ -188,6 +188,17 @@ def test_a_float64_layer(annotated):
     assert [d.reason for d in ctx.report.decisions if d.op == "linear"] == [Reason.NOT_FLOAT32]
 
 
+def test_complex_numbers_are_a_float_island_of_the_report(annotated):
+    ctx, _ = annotated(lambda s, x: s.m(torch.fft.rfft(s.l(x)).abs()), m=nn.Linear(5, 4))
+    (decision,) = [d for d in ctx.report.decisions if "rfft" in d.op]
+    assert (decision.form, decision.reason, decision.detail) == (
+        "float",
+        Reason.NO_INTEGER_OP,
+        "it computes complex numbers",
+    )
+    assert "it computes complex numbers" in str(ctx.report)
+
+
 class TestRecipes:
     def test_excluded_by_module_and_by_family(self, annotated):
         for recipe in (Recipe(modules={"k": FLOAT}), Recipe(modules={"[k]": FLOAT})):
