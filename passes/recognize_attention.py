@@ -8,8 +8,7 @@
     k[:, :, None].expand(...).reshape(...), repeat_interleave(k, n, 1)      -> k, whose heads are shared
 
 `fxq.attention_by_hand` finds what is spelled out. Dropout on the weights, which only a graph that is to be trained has,
-goes into the `meta`. Several masks become their sum. What fits
-none of this keeps the operations that it has.
+goes into the `meta`. Several masks become their sum. What fits none of this keeps the operations that it has.
 """
 
 from __future__ import annotations
