@@ -332,8 +332,9 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
   const auto offset = [=](int64_t c) { return c / kPanel * kPanel * padded_k + c % kPanel * 4; };  // from a panel on
   for (int64_t block = row; block < row_end; block += height) {
     const int64_t block_end = block + height < row_end ? block + height : row_end, rows = block_end - block;
+    const bool gains = gains_by_tall(rows, g.k) && !g.rows && g.k % 4 == 0;
     for (int64_t first = begin, panels; first < end; first += panels * kPanel) {
-      const bool tall = gains_by_tall(rows, g.k) && end - first >= kTallPanels * kPanel && !g.rows && g.k % 4 == 0;
+      const bool tall = gains && end - first >= kTallPanels * kPanel;
       panels = tall ? kTallPanels : 1;
       const int64_t width = padded_n - first < kPanel ? padded_n - first : kPanel;
       const int8_t* const weight = g.weight + first * padded_k;
@@ -342,8 +343,8 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       at.ahead = weight;
       int64_t strip_ahead = 0;
       if (tall || rows >= kAheadRows) {
-        const int64_t tiles = ceil_div(rows, tall ? kTallRows : kRows);
-        const int64_t strips = ceil_div(panels * width, (tall ? kTallColumns : kColumns) * W);
+        const int64_t tiles = tall ? ceil_div(rows, kTallRows) : ceil_div(rows, kRows);  // divisors that are constants
+        const int64_t strips = tall ? kTallPanels * kPanel / (kTallColumns * W) : ceil_div(width, kColumns * W);
         const bool only = end - begin <= kColumns * W, last = first + panels * kPanel >= end;
         if (last && !g.rows && (only || block_end < row_end)) {
           at.ahead = reinterpret_cast<const int8_t*>(g.x + (only ? block + kRows : block_end) * g.x_stride);
@@ -357,8 +358,10 @@ static void gemm(const Gemm& g, int64_t row, int64_t row_end, int64_t panel, int
       for (int64_t c = 0, columns; c < panels * width && first + c < g.n; c += columns * W) {
         columns = tall ? kTallColumns : columns_of((width - c) / W);
         at.weight = weight + offset(c);
-        at.second = offset(c + W) - offset(c);
-        at.third = offset(c + 2 * W) - offset(c);
+        if (tall) {
+          at.second = offset(c + W) - offset(c);
+          at.third = offset(c + 2 * W) - offset(c);
+        }
         strip(g, block, block_end, first + c, columns, at);
         at.ahead += strip_ahead;
       }
