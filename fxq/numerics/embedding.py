@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxq.numerics.affine import F32, I8, U8
-from fxq.numerics.norms import NORMS, norm_quantize
+from fxq.numerics.norms import norm_and_quantize
 
 Ids = npt.NDArray[np.integer]
 
@@ -46,6 +46,5 @@ def qembedding_norm(
     zero_point: int,
     factor: F32 | None = None,
 ) -> tuple[F32, U8]:
-    """norm(embed(...)) as float32, and quantized as `norm_quantize` does it."""
-    x = embed(ids, tables, scales)
-    return NORMS[kind](x, weight, bias, eps), norm_quantize(x, kind, weight, bias, eps, scale, zero_point, factor)
+    """norm(embed(...)) as float32, and quantized as `norm_and_quantize` does it."""
+    return norm_and_quantize(embed(ids, tables, scales), kind, weight, bias, eps, scale, zero_point, factor)

@@ -76,8 +76,7 @@ def norm_quantize(
     factor: F32 | None = None,
 ) -> U8:
     """q_y = quantize(norm(x) [* factor], scale, zero_point); kind: a key of `NORMS`, factor: float32 [K]."""
-    y = norm(x, kind, weight, bias, eps)
-    return quantize(y if factor is None else y * factor, scale, zero_point)
+    return norm_and_quantize(x, kind, weight, bias, eps, scale, zero_point, factor)[1]
 
 
 def norm_and_quantize(
@@ -92,4 +91,4 @@ def norm_and_quantize(
 ) -> tuple[F32, U8]:
     """y = norm(x) and q_y = norm_quantize(x): the float32 result, and its integers."""
     y = norm(x, kind, weight, bias, eps)
-    return y, norm_quantize(x, kind, weight, bias, eps, scale, zero_point, factor)
+    return y, quantize(y if factor is None else y * factor, scale, zero_point)
